@@ -1,0 +1,47 @@
+"""fastuft: unsupervised finetuning of pretrained image backbones, and its fused loss for other projects.
+
+``import fastuft`` needs torch alone and is cheap: every public name is imported on first use, so Triton,
+DALI and the compiled extension are touched only by what needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "info_nce": "fastuft.loss",
+    "mixed_info_nce": "fastuft.loss",
+    "InfoNCELoss": "fastuft.loss",
+    "MixedInfoNCELoss": "fastuft.loss",
+    "queue_lse": "fastuft.loss",
+    "KeyQueue": "fastuft.loss",
+    "cutmix": "fastuft.mix",
+    "cutmix_": "fastuft.mix",
+    "mixup": "fastuft.mix",
+    "mixup_": "fastuft.mix",
+    "sample_boxes": "fastuft.mix",
+    "bcubed_precision": "fastuft.evaluate",
+    "retrieval_accuracy": "fastuft.evaluate",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from fastuft.evaluate import bcubed_precision, retrieval_accuracy
+    from fastuft.loss import InfoNCELoss, KeyQueue, MixedInfoNCELoss, info_nce, mixed_info_nce, queue_lse
+    from fastuft.mix import cutmix, cutmix_, mixup, mixup_, sample_boxes
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'fastuft' has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,112 @@
+"""The direction of dependencies, read from the sources' import statements."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("loss", "mix", "data", "model", "trainer", "evaluate", "report", "cli")
+
+# What each room may import from fastuft, beside itself. `config` and `randomness` are leaves for everyone.
+LEAVES = {"config", "randomness"}
+ALLOWED = {
+    "loss": {"kernels"},
+    "mix": set(),
+    "data": set(),
+    "model": set(),
+    "trainer": {"loss", "mix", "data", "model", "evaluate"},
+    "evaluate": {"data"},
+    "report": set(),
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, inside functions too."""
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parent, base] if base else parent)
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def sources(folder: str) -> list[Path]:
+    return [path for path in sorted((ROOT / folder).rglob("*.py")) if "fastuft/kernels" not in path.as_posix()]
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_rooms_import_only_what_they_may(room):
+    known = {path.stem for path in (ROOT / "fastuft").iterdir()}
+    for path in sources(f"fastuft/{room}"):
+        for name in imported_modules(path):
+            parts = name.split(".")
+            if parts[0] != "fastuft" or len(parts) < 2 or parts[1] not in known:
+                continue
+            assert parts[1] in ALLOWED[room] | LEAVES | {room}, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_kernels_import_torch_and_triton_only():
+    standard = set(sys.stdlib_module_names)
+    for path in sources("kernels"):
+        tops = {name.split(".")[0] for name in imported_modules(path)}
+        ours = {name for name in imported_modules(path) if name.startswith("fastuft") and name != "fastuft"}
+        assert all(name.startswith("fastuft.kernels") for name in ours), path
+        assert tops - standard <= {"torch", "triton", "fastuft"}, f"{path.name} imports {tops - standard}"
+
+
+def test_kernels_folder_is_no_regular_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_config_imports_standard_library_only():
+    for name in imported_modules(ROOT / "fastuft" / "config.py"):
+        assert name.split(".")[0] in set(sys.stdlib_module_names), name
+
+
+def test_csrc_knows_no_python():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            text = path.read_text()
+            assert "Python.h" not in text and "pybind" not in text and "torch/extension.h" not in text, path.name
+
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+{code}
+"""
+
+
+def run_blocked(blocked: tuple[str, ...], code: str) -> None:
+    script = BLOCKED.format(blocked=blocked, code=code)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_works_without_triton_dali_numpy_and_extension():
+    run_blocked(
+        ("triton", "nvidia", "numpy", "jsonargparse", "PIL", "sklearn", "matplotlib", "yaml"),
+        "import fastuft, torch\n"
+        "q, k = torch.randn(4, 16), torch.randn(4, 16)\n"
+        "queue = fastuft.KeyQueue(32, 16)\n"
+        "assert fastuft.info_nce(q, k, queue.keys).isfinite()",
+    )
+
+
+def test_report_never_imports_torch():
+    run_blocked(("torch",), "import fastuft.report")
