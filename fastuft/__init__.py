@@ -29,10 +29,20 @@ _EXPORTS = {
 
 __all__ = ["__version__", *_EXPORTS]
 
-if TYPE_CHECKING:
-    from fastuft.evaluate import bcubed_precision, retrieval_accuracy
-    from fastuft.loss import InfoNCELoss, KeyQueue, MixedInfoNCELoss, info_nce, mixed_info_nce, queue_lse
-    from fastuft.mix import cutmix, cutmix_, mixup, mixup_, sample_boxes
+if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
+    from fastuft.evaluate import bcubed_precision as bcubed_precision
+    from fastuft.evaluate import retrieval_accuracy as retrieval_accuracy
+    from fastuft.loss import InfoNCELoss as InfoNCELoss
+    from fastuft.loss import KeyQueue as KeyQueue
+    from fastuft.loss import MixedInfoNCELoss as MixedInfoNCELoss
+    from fastuft.loss import info_nce as info_nce
+    from fastuft.loss import mixed_info_nce as mixed_info_nce
+    from fastuft.loss import queue_lse as queue_lse
+    from fastuft.mix import cutmix as cutmix
+    from fastuft.mix import cutmix_ as cutmix_
+    from fastuft.mix import mixup as mixup
+    from fastuft.mix import mixup_ as mixup_
+    from fastuft.mix import sample_boxes as sample_boxes
 
 
 def __getattr__(name: str) -> Any:

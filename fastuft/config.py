@@ -3,7 +3,7 @@
 One tree describes a run completely: the command line builds it, the run folder keeps it as
 ``config.yaml``, and loading that file gives the same run again. Field docstrings are shown by ``--help``.
 Checks of one field's value, and of combinations of fields, live in ``__post_init__`` so that an impossible
-configuration is refused before any work starts. Numbers default to METHOD.md's recipe for unsupervised
+configuration is refused before any work starts. Numbers default to the paper's recipe for unsupervised
 finetuning (lr 0.015, batch 256, 200 epochs, K = 65536, tau = 0.2).
 """
 
@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, Union
+from typing import Literal
 
 Mix = Literal["none", "cutmix", "mixup"]
 BatchNormMode = Literal["auto", "plain", "split", "shuffle", "sync"]
-Paths = Union[str, list[str]]
+Paths = str | list[str]
 
 
 def check_choice(name: str, value: object, allowed: tuple) -> None:
@@ -75,7 +75,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """MoCoV2 and the paper's two additions (METHOD.md, Eq. 4-6).
+    """MoCoV2 and the paper's two additions (Li et al. 2021, Eq. 4-6).
 
     Args:
         temperature: tau.
@@ -358,7 +358,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation of one backbone on folders of images (METHOD.md, Evaluation).
+    """Evaluation of one backbone on folders of images (Li et al. 2021, Section 4).
 
     Args:
         checkpoint: exported backbone, run folder, or any checkpoint ``init`` takes.
