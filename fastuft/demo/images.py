@@ -59,8 +59,8 @@ def render_glyph(character: str, font_path: str, side: int, generator: np.random
     canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     blur = ImageFilter.GaussianBlur(scale * generator.uniform(0.2, 1.2))
     pixels = np.asarray(canvas.filter(blur).resize((side, side), Image.Resampling.BOX), dtype=np.float32)
-    pixels = pixels * generator.uniform(0.7, 1.0) + generator.normal(0, generator.uniform(0, 14), pixels.shape)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    noisy = pixels * generator.uniform(0.7, 1.0) + generator.normal(0, generator.uniform(0, 14), pixels.shape)
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
 def write_demo_images(root: str | Path, *, num_glyphs: int = 8000, side: int = 32, seed: int = 0) -> DemoFolders:
