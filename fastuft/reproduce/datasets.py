@@ -1,8 +1,8 @@
 """The paper's data sets, read from their published layouts and laid out as class folders.
 
 Each data set becomes ``CACHE/<name>/train/<class>/...`` and ``.../test/<class>/...`` of symbolic links
-(CIFAR-100, which is published as arrays, becomes PNG files), so that training and evaluation read every data set as they read a user's
-own folders. Sizes are checked against the paper's (Li et al. 2021, Section 4).
+(CIFAR-100, which is published as arrays, becomes PNG files), so that training and evaluation read every data set as
+they read a user's own folders. Sizes are checked against the paper's (Li et al. 2021, Section 4).
 """
 
 from __future__ import annotations
