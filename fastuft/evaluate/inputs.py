@@ -1,0 +1,68 @@
+"""Checks shared by every metric: what users pass in becomes tensors, or a ValueError that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ArrayLike = np.ndarray | Tensor | Sequence[Any]
+
+
+def as_features(name: str, value: ArrayLike) -> Tensor:
+    """``value`` as a finite floating tensor [N, F], N >= 1, F >= 1; half precisions become float32."""
+    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; features are [N, F] with N, F >= 1")
+    if tensor.is_complex():
+        raise ValueError(f"{name} is complex; features are real numbers")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.float()
+    finite = torch.isfinite(tensor).all(dim=1)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten()
+        raise ValueError(
+            f"{name} holds NaN or infinity in {len(bad)} of {len(tensor)} rows (first: row {int(bad[0])}); "
+            "check the checkpoint and the images, or leave these rows out"
+        )
+    return tensor
+
+
+def as_labels(name: str, value: ArrayLike, length: int | None = None) -> np.ndarray:
+    """``value`` as a NumPy vector of integers, strings or booleans, with ``length`` entries where given."""
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if array.ndim != 1 or len(array) == 0:
+        raise ValueError(f"{name} has shape {array.shape}; labels are one vector with at least one entry")
+    if array.dtype.kind == "f":
+        if not (np.isfinite(array).all() and (array == np.floor(array)).all()):
+            raise ValueError(f"{name} holds numbers that are not whole; labels are integers or strings")
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iubUS":
+        raise ValueError(f"{name} has dtype {array.dtype}; labels are integers or strings")
+    if length is not None and len(array) != length:
+        raise ValueError(f"{name} has {len(array)} entries but there are {length} feature rows; they must agree")
+    return array
+
+
+def quoted(values: Sequence[Any], limit: int = 5) -> str:
+    """At most ``limit`` values for an error message."""
+    shown = ", ".join(repr(v.item() if isinstance(v, np.generic) else v) for v in values[:limit])
+    return shown + (f" and {len(values) - limit} more" if len(values) > limit else "")
+
+
+def check_seen(train_labels: np.ndarray, test_labels: np.ndarray) -> None:
+    """Raise unless training has at least two classes and holds every test class."""
+    classes = np.unique(train_labels)
+    if len(classes) < 2:
+        raise ValueError(
+            f"the training labels name one class only ({quoted(list(classes))}); a labelled metric needs at least two"
+        )
+    unseen = np.setdiff1d(test_labels, classes)
+    if len(unseen):
+        raise ValueError(
+            f"test classes without a training example: {quoted(list(unseen))}; "
+            "give training examples of them or leave them out of the test set"
+        )

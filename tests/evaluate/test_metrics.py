@@ -1,0 +1,264 @@
+"""Metrics over features and labels: by hand, against other implementations, and by property."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans as SklearnKMeans
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.neighbors import NearestNeighbors
+
+import fastuft
+from fastuft import evaluate
+from fastuft.evaluate import clustering
+
+labelings = st.lists(st.tuples(st.integers(0, 6), st.integers(-3, 3)), min_size=1, max_size=60)
+
+
+def brute_force_bcubed(clusters, labels):
+    shares = []
+    for c, label in zip(clusters, labels, strict=True):
+        members = [other for cc, other in zip(clusters, labels, strict=True) if cc == c]
+        shares.append(sum(other == label for other in members) / len(members))
+    return sum(shares) / len(shares)
+
+
+def test_bcubed_by_hand():
+    # Cluster 0 holds a, a, b (shares 2/3, 2/3, 1/3); cluster 1 holds b (1).
+    assert fastuft.bcubed_precision([0, 0, 0, 1], ["a", "a", "b", "b"]) == pytest.approx(
+        (2 / 3 + 2 / 3 + 1 / 3 + 1) / 4
+    )
+
+
+@given(labelings)
+def test_bcubed_equals_its_definition(pairs):
+    clusters, labels = zip(*pairs, strict=True)
+    assert fastuft.bcubed_precision(clusters, labels) == pytest.approx(brute_force_bcubed(clusters, labels))
+
+
+@given(labelings, st.randoms(use_true_random=False))
+def test_bcubed_ignores_names_and_order(pairs, random):
+    clusters, labels = zip(*pairs, strict=True)
+    names = random.sample(range(100), 7)
+    random.shuffle(pairs)
+    renamed = [names[c] for c, _ in pairs], [f"class {label}" for _, label in pairs]
+    assert fastuft.bcubed_precision(*renamed) == pytest.approx(fastuft.bcubed_precision(clusters, labels))
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
+def test_bcubed_of_perfect_and_of_single_clusterings(labels):
+    assert fastuft.bcubed_precision(labels, labels) == 1.0
+    assert fastuft.bcubed_precision(range(len(labels)), labels) == 1.0
+    shares = np.bincount(labels) / len(labels)
+    assert fastuft.bcubed_precision([0] * len(labels), labels) == pytest.approx(float((shares**2).sum()))
+
+
+def test_bcubed_of_a_random_clustering_is_near_chance():
+    rng = np.random.default_rng(0)
+    value = fastuft.bcubed_precision(rng.integers(0, 10, 20_000), rng.integers(0, 10, 20_000))
+    assert value == pytest.approx(0.1, abs=0.002)
+
+
+def test_bcubed_equals_the_published_package():
+    bcubed = pytest.importorskip("bcubed")
+    rng = np.random.default_rng(1)
+    for count, clusters, classes in ((30, 4, 3), (200, 12, 7), (150, 2, 20)):
+        found, truth = rng.integers(0, clusters, count), rng.integers(0, classes, count)
+        theirs = bcubed.precision(
+            {i: {int(c)} for i, c in enumerate(found)}, {i: {int(label)} for i, label in enumerate(truth)}
+        )
+        assert fastuft.bcubed_precision(found, torch.from_numpy(truth)) == pytest.approx(theirs)
+
+
+def test_bcubed_at_food101_size_is_immediate():
+    rng = np.random.default_rng(2)
+    truth = np.repeat(np.arange(101), 750)
+    value = fastuft.bcubed_precision(rng.permutation(truth), truth)
+    assert 1 / 101 < value < 0.02
+
+
+@given(labelings)
+def test_accuracies_equal_sklearn(pairs):
+    predicted, labels = zip(*pairs, strict=True)
+    assert evaluate.top1_accuracy(predicted, labels) == pytest.approx(accuracy_score(labels, predicted))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *a, **k: None)
+        assert evaluate.mean_class_accuracy(predicted, labels) == pytest.approx(
+            balanced_accuracy_score(labels, predicted)
+        )
+
+
+def test_mean_class_accuracy_weighs_classes_equally():
+    assert evaluate.mean_class_accuracy([0, 0, 0, 0], [0, 0, 0, 1]) == 0.5
+    assert evaluate.top1_accuracy([0, 0, 0, 0], [0, 0, 0, 1]) == 0.75
+
+
+def test_retrieval_by_hand():
+    train = [[1.0, 0.0], [10.0, 1.0], [0.0, 1.0], [-1.0, 0.0]]
+    # Nearest to (2, 0.1): rows 1 and 0, both "x"; nearest to (0.1, 1): row 2 "y", then row 1 "x".
+    value = fastuft.retrieval_accuracy(train, ["x", "x", "y", "y"], [[2.0, 0.1], [0.1, 1.0]], ["x", "y"], k=2)
+    assert value == pytest.approx((1.0 + 0.5) / 2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_neighbours_equal_sklearn(backend, monkeypatch):
+    if backend == "faiss":
+        pytest.importorskip("faiss")
+    monkeypatch.setattr("fastuft.evaluate.retrieval.BLOCK_VALUES", 7 * 90)  # several uneven blocks
+    rng = np.random.default_rng(3)
+    gallery, queries = rng.normal(size=(90, 16)).astype("f4"), rng.normal(size=(40, 16)).astype("f4")
+    distance, expected = NearestNeighbors(n_neighbors=5, metric="cosine").fit(gallery).kneighbors(queries)
+    values, indices = evaluate.nearest_neighbours(queries, gallery, 5, backend=backend)
+    np.testing.assert_array_equal(indices.numpy(), expected)
+    np.testing.assert_allclose(values.numpy(), 1 - distance, atol=1e-5)
+
+
+def test_neighbours_among_oneself_leave_the_item_out():
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    x[7] = x[3]  # a duplicate: equal similarity to itself and to its twin
+    _, indices = evaluate.nearest_neighbours(x, x, 3, exclude_self=True)
+    assert indices.shape == (20, 3)
+    assert not (indices == torch.arange(20)[:, None]).any()
+    assert indices[3, 0] == 7 and indices[7, 0] == 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000))
+def test_retrieval_ignores_names_scale_and_order(seed):
+    rng = np.random.default_rng(seed)
+    train, test = rng.normal(size=(30, 8)), rng.normal(size=(9, 8))
+    train_y, test_y = np.arange(30) % 3, rng.integers(0, 3, 9)
+    value = fastuft.retrieval_accuracy(train, train_y, test, test_y)
+    order, names = rng.permutation(30), np.array(["q", "a", "z"])
+    scaled = train * rng.uniform(0.1, 10, size=(30, 1))
+    same = fastuft.retrieval_accuracy(scaled[order], names[train_y[order]], torch.from_numpy(test), names[test_y])
+    assert same == pytest.approx(value)
+
+
+def test_retrieval_of_separated_classes_is_perfect():
+    rng = np.random.default_rng(4)
+    labels = np.arange(60) % 3
+    x = np.eye(3)[labels] + 0.01 * rng.normal(size=(60, 3))
+    assert fastuft.retrieval_accuracy(x[:45], labels[:45], x[45:], labels[45:]) == 1.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_kmeans_equals_sklearn_from_the_same_centres(dtype):
+    rng = np.random.default_rng(5)
+    x = (rng.normal(size=(400, 12)) + 2 * rng.normal(size=(8, 12))[rng.integers(0, 8, 400)]).astype(dtype)
+    init = x[rng.choice(400, 8, replace=False)]
+    theirs = SklearnKMeans(8, init=init, n_init=1, algorithm="lloyd").fit(x)
+    ours = evaluate.kmeans(x, 8, init=init)
+    np.testing.assert_array_equal(ours.labels.numpy(), theirs.labels_)
+    np.testing.assert_allclose(ours.centres.numpy(), theirs.cluster_centers_, rtol=1e-4, atol=1e-5)
+    assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
+
+
+def test_kmeans_refills_empty_clusters_as_sklearn_does():
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(60, 2))
+    init = np.concatenate([x[:3], [[50.0, 50.0], [-50.0, 50.0]]])  # two centres that attract nothing
+    theirs = SklearnKMeans(5, init=init, n_init=1, algorithm="lloyd").fit(x)
+    ours = evaluate.kmeans(x, 5, init=init)
+    np.testing.assert_array_equal(ours.labels.numpy(), theirs.labels_)
+    assert len(np.unique(ours.labels)) == 5
+
+
+def test_kmeans_in_blocks_is_the_same(monkeypatch):
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
+    whole = evaluate.kmeans(x, 5, seed=3)
+    monkeypatch.setattr(clustering, "BLOCK_VALUES", 5 * 17)
+    blocked = evaluate.kmeans(x, 5, seed=3)
+    assert torch.equal(whole.labels, blocked.labels)
+
+
+def test_kmeans_is_seeded_and_restarts_help():
+    x = torch.randn(300, 4, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(evaluate.kmeans(x, 9, seed=1).labels, evaluate.kmeans(x, 9, seed=1).labels)
+    assert evaluate.kmeans(x, 9, restarts=8, seed=1).inertia <= evaluate.kmeans(x, 9, restarts=1, seed=1).inertia
+
+
+def test_kmeans_quality_matches_sklearn_with_its_own_starts():
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(600, 10)) + 3 * rng.normal(size=(20, 10))[rng.integers(0, 20, 600)]
+    theirs = [SklearnKMeans(20, n_init=1, random_state=seed).fit(x).inertia_ for seed in range(30)]
+    ours = [evaluate.kmeans(x, 20, restarts=1, seed=seed).inertia for seed in range(30)]
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.05)
+    assert evaluate.kmeans(x, 20, restarts=20).inertia == pytest.approx(min(theirs), rel=1e-3)
+
+
+def test_clustering_accuracy_of_separated_classes_is_one():
+    rng = np.random.default_rng(8)
+    labels = np.arange(90) % 3
+    x = np.eye(3)[labels] * rng.uniform(0.5, 3, size=(90, 1)) + 0.01 * rng.normal(size=(90, 3))
+    assert evaluate.clustering_accuracy(x, labels) == 1.0
+
+
+def test_alignment_and_uniformity_by_hand():
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    assert evaluate.alignment(x, x) == 0.0
+    assert evaluate.alignment(x, x.flip(0)) == pytest.approx(2.0)
+    assert evaluate.uniformity(x) == pytest.approx(math.log(math.exp(-2 * 2)))
+
+
+def test_uniformity_equals_all_pairs():
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(3))
+    unit = torch.nn.functional.normalize(x.double(), dim=1)
+    expected = torch.pdist(unit).square().mul(-2).exp().mean().log()
+    assert evaluate.uniformity(x) == pytest.approx(float(expected))
+
+
+def test_drift_of_rotated_features():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(80, 6, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    assert evaluate.drift(x, x) == pytest.approx({"linear_cka": 1.0, "mean_cosine": 1.0})
+    assert evaluate.linear_cka(x, 3 * x @ rotation + 1) == pytest.approx(1.0)
+    assert evaluate.neighbour_overlap(x, x @ rotation) == 1.0
+    assert "mean_cosine" not in evaluate.drift(x, x[:, :4])
+
+
+def test_neighbour_overlap_of_unrelated_features_is_chance():
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.randn(400, 16, generator=generator), torch.randn(400, 16, generator=generator)
+    assert evaluate.neighbour_overlap(x, y) == pytest.approx(5 / 399, abs=0.01)
+
+
+GOOD = np.eye(6) + 1.0
+NAN = np.where(np.eye(6) > 0, np.nan, GOOD)
+Y = [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fastuft.retrieval_accuracy(NAN, Y, GOOD, Y), "train_x holds NaN or infinity in 6 of 6 rows"),
+        (lambda: fastuft.retrieval_accuracy(GOOD, Y, NAN[:1], Y[:1]), "test_x holds NaN"),
+        (lambda: fastuft.retrieval_accuracy(GOOD, Y, GOOD, [0, 0, 0, 1, 2, 7]), "without a training example: 2, 7"),
+        (lambda: fastuft.retrieval_accuracy(GOOD, [0] * 6, GOOD, [0] * 6), "one class only"),
+        (lambda: fastuft.retrieval_accuracy(GOOD, Y[:5], GOOD, Y), "train_y has 5 entries but there are 6"),
+        (lambda: fastuft.retrieval_accuracy(GOOD, Y, GOOD[:, :4], Y), "queries have 4 features and the gallery has 6"),
+        (lambda: fastuft.retrieval_accuracy(GOOD, Y, GOOD, Y, k=7), "k=7 is out of range; allowed: 1 to 6"),
+        (lambda: fastuft.retrieval_accuracy(GOOD[0], Y, GOOD, Y), r"train_x has shape \(6,\)"),
+        (lambda: fastuft.retrieval_accuracy(GOOD, np.array(Y) + 0.5, GOOD, Y), "not whole"),
+        (lambda: evaluate.nearest_neighbours(GOOD, GOOD, 2, backend="gpu"), "backend='gpu' is not allowed"),
+        (lambda: fastuft.bcubed_precision([0, 1], [0]), "2 entries and labels has 1"),
+        (lambda: fastuft.bcubed_precision([], []), "at least one entry"),
+        (lambda: evaluate.kmeans(GOOD, 7), "clusters=7 is out of range; allowed: 1 to 6"),
+        (lambda: evaluate.kmeans(NAN, 2), "x holds NaN"),
+        (lambda: evaluate.kmeans(GOOD, 2, init=GOOD), r"init has shape \(6, 6\); it must be \(2, 6\)"),
+        (lambda: evaluate.kmeans(GOOD, 2, restarts=0), "restarts=0"),
+        (lambda: evaluate.clustering_accuracy(GOOD, [1] * 6), "one class only"),
+        (lambda: evaluate.linear_cka(np.ones((4, 2)), GOOD[:4]), "one representation is constant"),
+        (lambda: evaluate.drift(GOOD, GOOD[:4]), "row i of both must be the same image"),
+        (lambda: evaluate.uniformity(GOOD[:1]), "at least two rows"),
+    ],
+)
+def test_bad_inputs_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
