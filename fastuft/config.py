@@ -377,9 +377,15 @@ class EvalConfig:
         fewshot_epochs: epochs of each few-shot finetuning.
         fewshot_lr: learning rate of the new FC.
         fewshot_backbone_lr: learning rate of the backbone.
+        fewshot_crop_scale: area range of the random resized crop; (1, 1) leaves the crop out (small images).
+        fewshot_flip_p: probability of the horizontal flip; 0 leaves it out (digits, letters).
         kmeans_restarts: K-means restarts, the lowest inertia is kept.
+        tsne_points: images of the t-SNE map; 0 leaves it out.
+        gallery: query images of the report's gallery; 0 leaves it out.
+        cache: folder that keeps features by content hash; none keeps nothing.
         seed: seed of draws and K-means.
         device: auto, cuda or cpu.
+        precision: auto is bf16 on a GPU and fp32 on a CPU.
         loader: dali, torch or auto.
     """
 
@@ -399,9 +405,15 @@ class EvalConfig:
     fewshot_epochs: int = 30
     fewshot_lr: float = 3.0
     fewshot_backbone_lr: float = 1e-4
+    fewshot_crop_scale: tuple[float, float] = (0.08, 1.0)
+    fewshot_flip_p: float = 0.5
     kmeans_restarts: int = 5
+    tsne_points: int = 1000
+    gallery: int = 24
+    cache: str | None = None
     seed: int = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     loader: Literal["auto", "dali", "torch"] = "auto"
 
     def __post_init__(self) -> None:
@@ -413,5 +425,13 @@ class EvalConfig:
         check_range("fewshot_lr", self.fewshot_lr, 0.0, low_open=True)
         check_range("fewshot_backbone_lr", self.fewshot_backbone_lr, 0.0)
         check_range("kmeans_restarts", self.kmeans_restarts, 1)
+        check_range("tsne_points", self.tsne_points, 0)
+        check_range("gallery", self.gallery, 0)
+        check_choice("device", self.device, ("auto", "cuda", "cpu"))
+        check_choice("precision", self.precision, ("auto", "bf16", "fp32"))
+        check_range("fewshot_flip_p", self.fewshot_flip_p, 0.0, 1.0)
+        low, high = self.fewshot_crop_scale
+        check_range("fewshot_crop_scale[0]", low, 0.0, high, low_open=True)
+        check_range("fewshot_crop_scale[1]", high, low, 1.0)
         for shot in self.shots:
             check_range("shots", shot, 1)
