@@ -1,0 +1,53 @@
+"""MoCoV2's pair of encoders (He et al. 2020, Chen et al. 2020)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class ProjectionHead(nn.Sequential):
+    """MoCoV2's MLP head: in -> in -> dim with a ReLU between."""
+
+    def __init__(self, num_features: int, dim: int) -> None:
+        super().__init__(nn.Linear(num_features, num_features), nn.ReLU(inplace=True), nn.Linear(num_features, dim))
+
+
+class Encoder(nn.Module):
+    """Backbone and projection head: images [B, 3, H, W] -> embeddings [B, dim], not normalised."""
+
+    def __init__(self, backbone: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = ProjectionHead(backbone.num_features, dim)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+
+class MoCo(nn.Module):
+    """Query encoder f_q, and key encoder f_k, its exponential moving average, which takes no gradient.
+
+    The key encoder's BatchNorm statistics are its own: only parameters are averaged, as in MoCo.
+
+    Args:
+        backbone: f_q's backbone; copied for f_k.
+        dim: width D of the embeddings.
+    """
+
+    def __init__(self, backbone: nn.Module, dim: int = 128) -> None:
+        super().__init__()
+        self.query_encoder = Encoder(backbone, dim)
+        self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+
+    @torch.no_grad()
+    def copy_query_to_key(self) -> None:
+        """Make f_k equal to f_q, buffers included: the state at the start of training."""
+        self.key_encoder.load_state_dict(self.query_encoder.state_dict())
+
+    @torch.no_grad()
+    def momentum_update_(self, momentum: float) -> None:
+        """theta_k <- m theta_k + (1 - m) theta_q, in one fused pass over all parameters."""
+        torch._foreach_lerp_(list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1.0 - momentum)

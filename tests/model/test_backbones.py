@@ -1,0 +1,198 @@
+"""Networks: torchvision's names and shapes, stems, outputs, BatchNorm modes, the MoCo pair."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastuft.model import MoCo, SplitBatchNorm2d, build_backbone, has_batchnorm, set_batchnorm_mode
+
+
+def fingerprint(state: dict) -> str:
+    lines = [f"{name} {tuple(value.shape)}" for name, value in sorted(state.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+# Of torchvision's networks without fc: sorted "name shape" lines. Taken from torchvision 0.28.
+TORCHVISION = {
+    "resnet18": "@resnet18",
+    "resnet34": "@resnet34",
+    "resnet50": "@resnet50",
+    "resnet101": "@resnet101",
+}
+PARAMETERS = {"resnet18": 11_176_512, "resnet34": 21_284_672, "resnet50": 23_508_032, "resnet101": 42_500_160}
+
+
+@pytest.mark.parametrize("arch", TORCHVISION)
+def test_state_dict_is_torchvisions(arch):
+    backbone = build_backbone(arch)
+    assert fingerprint(backbone.state_dict()) == TORCHVISION[arch]
+    assert sum(p.numel() for p in backbone.parameters()) == PARAMETERS[arch]
+
+
+@pytest.mark.parametrize("arch", TORCHVISION)
+def test_outputs_equal_torchvisions(arch):
+    torchvision = pytest.importorskip("torchvision")
+    theirs = getattr(torchvision.models, arch)(weights=None)
+    theirs.fc = nn.Identity()
+    ours = build_backbone(arch)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "width"),
+    [
+        ("resnet18", "small", 512),
+        ("resnet_tiny", "small", 64),
+        ("bit_resnet_tiny", "small", 256),
+        ("resnet50", "imagenet", 2048),
+    ],
+)
+def test_forward_shape_and_backward(arch, stem, width):
+    backbone = build_backbone(arch, stem)
+    features = backbone(torch.randn(2, 3, 32, 32))
+    assert features.shape == (2, width) and backbone.num_features == width
+    features.sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+
+
+def test_stem_is_chosen_by_configuration_alone():
+    assert build_backbone("resnet18", "small").conv1.kernel_size == (3, 3)
+    assert build_backbone("resnet18").conv1.kernel_size == (7, 7)
+
+
+def test_tiny_network_is_the_demos_size():
+    assert 70_000 < sum(p.numel() for p in build_backbone("resnet_tiny", "small").parameters()) < 100_000
+
+
+def test_bit_has_no_batchnorm_and_its_own_normalisation():
+    backbone = build_backbone("bit_resnet50")
+    assert not has_batchnorm(backbone) and has_batchnorm(build_backbone("resnet18"))
+    assert (backbone.mean, backbone.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert sum(p.numel() for p in backbone.parameters()) == 23_500_352
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "message"),
+    [
+        ("resnet51", "imagenet", "model.arch='resnet51' is unknown; choose one of resnet18"),
+        ("resnet18", "tiny", "model.stem='tiny' is not allowed"),
+    ],
+)
+def test_unknown_networks_are_refused(arch, stem, message):
+    with pytest.raises(ValueError, match=message):
+        build_backbone(arch, stem)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+def test_timm_missing_is_said():
+    with pytest.raises(ValueError, match="needs timm; pip install timm"):
+        build_backbone("timm:resnet18")
+
+
+def test_timm_networks_work_where_timm_is_installed():
+    timm = pytest.importorskip("timm")
+    backbone = build_backbone("timm:resnet18")
+    assert backbone(torch.randn(2, 3, 64, 64)).shape == (2, 512)
+    with pytest.raises(ValueError, match="timm has no model 'nonsense'"):
+        build_backbone("timm:nonsense")
+    bit = timm.create_model("resnetv2_50x1_bit", num_classes=0).eval()
+    ours = build_backbone("bit_resnet50").eval()
+    from fastuft.model import export_state_dict
+
+    bit.load_state_dict(export_state_dict(ours, "timm"), strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), bit(images), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_split_batchnorm_equals_batchnorm_on_chunks(memory_format):
+    torch.manual_seed(0)
+    split = set_batchnorm_mode(nn.BatchNorm2d(5), "split", 4)
+    with torch.no_grad():
+        split.weight.uniform_(0.5, 2)
+        split.bias.normal_()
+    x = torch.randn(12, 5, 6, 7).to(memory_format=memory_format).requires_grad_()
+    y = split(x)
+    assert y.is_contiguous(memory_format=memory_format)
+    chunks = [F.batch_norm(c, None, None, split.weight, split.bias, training=True) for c in x.split(4)]
+    torch.testing.assert_close(y, torch.cat(chunks), rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(y)
+    expected = torch.autograd.grad(torch.cat(chunks), [x, split.weight, split.bias], upstream)
+    got = torch.autograd.grad(y, [x, split.weight, split.bias], upstream)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_split_batchnorm_running_statistics_are_the_groups_mean():
+    split = set_batchnorm_mode(nn.BatchNorm2d(3), "split", 4)
+    x = torch.randn(8, 3, 5, 5) * 3 + 1
+    split(x)
+    means, variances = zip(*((c.mean((0, 2, 3)), c.var((0, 2, 3))) for c in x.split(4)), strict=True)
+    torch.testing.assert_close(split.running_mean, 0.1 * torch.stack(means).mean(0))
+    torch.testing.assert_close(split.running_var, 0.9 * torch.ones(3) + 0.1 * torch.stack(variances).mean(0))
+    assert split.num_batches_tracked == 1
+
+
+def test_split_batchnorm_on_half_precision_accumulates_in_fp32():
+    split = set_batchnorm_mode(nn.BatchNorm2d(3), "split", 4)
+    x = torch.randn(8, 3, 16, 16) + 30
+    exact = torch.cat([F.batch_norm(c, None, None, training=True) for c in x.bfloat16().float().split(4)])
+    got = split(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_split_batchnorm_keeps_keys_and_goes_back():
+    backbone = build_backbone("resnet_tiny", "small")
+    keys = list(backbone.state_dict())
+    set_batchnorm_mode(backbone, "split", 4)
+    assert list(backbone.state_dict()) == keys
+    assert any(isinstance(m, SplitBatchNorm2d) for m in backbone.modules())
+    x = torch.randn(8, 3, 16, 16)
+    split_eval = backbone.eval()(x)
+    set_batchnorm_mode(backbone, "plain")
+    assert not any(isinstance(m, SplitBatchNorm2d) for m in backbone.modules())
+    torch.testing.assert_close(backbone(x), split_eval)
+
+
+def test_split_batchnorm_compiles_whole():
+    split = set_batchnorm_mode(nn.BatchNorm2d(4), "split", 2)
+    x = torch.randn(4, 4, 3, 3)
+    torch.testing.assert_close(torch.compile(split, fullgraph=True, backend="aot_eager")(x), split(x))
+
+
+def test_split_batchnorm_needs_whole_groups():
+    split = set_batchnorm_mode(nn.BatchNorm2d(4), "split", 3)
+    with pytest.raises(ValueError, match="batch of 4 images does not divide into statistics groups of 3"):
+        split(torch.randn(4, 4, 3, 3))
+
+
+def test_unknown_batchnorm_mode_is_refused():
+    with pytest.raises(ValueError, match=r"model\.bn='frozen' is not allowed"):
+        set_batchnorm_mode(nn.BatchNorm2d(4), "frozen")
+
+
+def test_key_encoder_is_the_moving_average():
+    torch.manual_seed(0)
+    moco = MoCo(build_backbone("resnet_tiny", "small"), 16)
+    assert not any(p.requires_grad for p in moco.key_encoder.parameters())
+    with torch.no_grad():
+        for p in moco.query_encoder.parameters():
+            p.add_(torch.randn_like(p))
+    before = [p.clone() for p in moco.key_encoder.parameters()]
+    moco.momentum_update_(0.99)
+    for old, key, query in zip(before, moco.key_encoder.parameters(), moco.query_encoder.parameters(), strict=True):
+        torch.testing.assert_close(key, 0.99 * old + 0.01 * query)
+    moco.copy_query_to_key()
+    for key, query in zip(
+        moco.key_encoder.state_dict().values(), moco.query_encoder.state_dict().values(), strict=True
+    ):
+        assert torch.equal(key, query)
