@@ -1,34 +1,74 @@
 """What a representation is worth: the paper's metrics over features, few-shot finetuning, and a label-free report.
 
 Every function takes features, labels or a backbone module, never a trainer. Metrics are fractions in [0, 1]; only
-reports turn them into per cent.
+reports turn them into per cent. The metrics over features need NumPy and torch alone: names are imported on first use.
 """
 
-from fastuft.evaluate.accuracy import mean_class_accuracy, top1_accuracy
-from fastuft.evaluate.clustering import KMeans, bcubed_precision, clustering_accuracy, kmeans
-from fastuft.evaluate.retrieval import nearest_neighbours, retrieval_accuracy
-from fastuft.evaluate.unlabelled import (
-    alignment,
-    alignment_uniformity,
-    drift,
-    linear_cka,
-    neighbour_overlap,
-    uniformity,
-)
+from __future__ import annotations
 
-__all__ = [
-    "KMeans",
-    "alignment",
-    "alignment_uniformity",
-    "bcubed_precision",
-    "clustering_accuracy",
-    "drift",
-    "kmeans",
-    "linear_cka",
-    "mean_class_accuracy",
-    "nearest_neighbours",
-    "neighbour_overlap",
-    "retrieval_accuracy",
-    "top1_accuracy",
-    "uniformity",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_EXPORTS = {
+    "mean_class_accuracy": "accuracy",
+    "top1_accuracy": "accuracy",
+    "KMeans": "clustering",
+    "bcubed_precision": "clustering",
+    "clustering_accuracy": "clustering",
+    "kmeans": "clustering",
+    "tsne": "embedding",
+    "Evaluation": "evaluation",
+    "evaluate_backbone": "evaluation",
+    "read_images": "evaluation",
+    "write_evaluation": "evaluation",
+    "cached_features": "features",
+    "extract_features": "features",
+    "FewShotResult": "shots",
+    "FewShotSettings": "shots",
+    "draw_shots": "shots",
+    "fewshot": "shots",
+    "nearest_neighbours": "retrieval",
+    "retrieval_accuracy": "retrieval",
+    "alignment": "unlabelled",
+    "alignment_uniformity": "unlabelled",
+    "drift": "unlabelled",
+    "linear_cka": "unlabelled",
+    "neighbour_overlap": "unlabelled",
+    "uniformity": "unlabelled",
+}
+
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
+    from fastuft.evaluate.accuracy import mean_class_accuracy as mean_class_accuracy
+    from fastuft.evaluate.accuracy import top1_accuracy as top1_accuracy
+    from fastuft.evaluate.clustering import KMeans as KMeans
+    from fastuft.evaluate.clustering import bcubed_precision as bcubed_precision
+    from fastuft.evaluate.clustering import clustering_accuracy as clustering_accuracy
+    from fastuft.evaluate.clustering import kmeans as kmeans
+    from fastuft.evaluate.embedding import tsne as tsne
+    from fastuft.evaluate.evaluation import Evaluation as Evaluation
+    from fastuft.evaluate.evaluation import evaluate_backbone as evaluate_backbone
+    from fastuft.evaluate.evaluation import read_images as read_images
+    from fastuft.evaluate.evaluation import write_evaluation as write_evaluation
+    from fastuft.evaluate.features import cached_features as cached_features
+    from fastuft.evaluate.features import extract_features as extract_features
+    from fastuft.evaluate.retrieval import nearest_neighbours as nearest_neighbours
+    from fastuft.evaluate.retrieval import retrieval_accuracy as retrieval_accuracy
+    from fastuft.evaluate.shots import FewShotResult as FewShotResult
+    from fastuft.evaluate.shots import FewShotSettings as FewShotSettings
+    from fastuft.evaluate.shots import draw_shots as draw_shots
+    from fastuft.evaluate.unlabelled import alignment as alignment
+    from fastuft.evaluate.unlabelled import alignment_uniformity as alignment_uniformity
+    from fastuft.evaluate.unlabelled import drift as drift
+    from fastuft.evaluate.unlabelled import linear_cka as linear_cka
+    from fastuft.evaluate.unlabelled import neighbour_overlap as neighbour_overlap
+    from fastuft.evaluate.unlabelled import uniformity as uniformity
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'fastuft.evaluate' has no attribute {name!r}")
+    value = getattr(import_module(f"fastuft.evaluate.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value

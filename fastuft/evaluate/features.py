@@ -1,0 +1,117 @@
+"""Features of a backbone over a stream of images, with a cache keyed by content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """bfloat16 autocast where ``precision`` asks for it; auto is bf16 on a GPU and fp32 elsewhere."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision={precision!r} is not allowed; choose one of 'auto', 'bf16', 'fp32'")
+    on = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Device of a module's first parameter."""
+    return next(module.parameters()).device
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module,
+    stream: Iterable[tuple[Tensor, Tensor | None]],
+    device: torch.device | str | None = None,
+    *,
+    precision: Precision = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Features of every image of a stream, in its order; the backbone runs in eval mode and is left as it was.
+
+    Args:
+        backbone: [B, 3, H, W] -> [B, F].
+        stream: yields (images, labels or None), as :class:`fastuft.data.EvalStream` does.
+        device: where to run; None stays with the backbone.
+        precision: auto (bf16 on a GPU), bf16 or fp32.
+
+    Returns:
+        features [N, F] float32 and labels [N] int64 (None when the stream has none), both on the CPU.
+    """
+    home = module_device(backbone)
+    where = torch.device(device) if device is not None else home
+    training = backbone.training
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    backbone.eval().to(where)
+    try:
+        for images, target in stream:
+            with autocast(where, precision):
+                out = backbone(images.to(where, non_blocking=True))
+            features.append(out.float().cpu())
+            if target is not None:
+                labels.append(target.cpu())
+    finally:
+        backbone.train(training).to(home)
+    if not features:
+        raise ValueError("the stream yielded no images, so there are no features to evaluate")
+    return torch.cat(features), torch.cat(labels) if labels else None
+
+
+def weights_hash(backbone: nn.Module) -> str:
+    """Hash of a backbone's structure and every tensor of its state."""
+    digest = hashlib.blake2b(repr(backbone).encode(), digest_size=16)
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def files_hash(paths: Sequence[str]) -> str:
+    """Hash of the content of files, in order; names do not enter."""
+
+    def one(path: str) -> bytes:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        return hashlib.blake2b(b"".join(pool.map(one, paths)), digest_size=16).hexdigest()
+
+
+def cached_features(
+    backbone: nn.Module,
+    stream: Iterable[tuple[Tensor, Tensor | None]],
+    paths: Sequence[str],
+    cache: Path | str | None,
+    *,
+    settings: str,
+    device: torch.device | str | None = None,
+    precision: Precision = "auto",
+) -> Tensor:
+    """Features [N, F] of the images at ``paths``, kept in the folder ``cache`` and read from there next time.
+
+    The key covers the weights, the bytes of every image in order, ``settings`` (input size and the like) and the
+    precision, so a stale entry cannot be read. ``cache`` None extracts without keeping.
+    """
+    if cache is None:
+        return extract_features(backbone, stream, device, precision=precision)[0]
+    parts = (weights_hash(backbone), files_hash(paths), settings, precision)
+    file = Path(cache) / f"{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}.safetensors"
+    if file.exists():
+        return load_file(file)["features"]
+    features, _ = extract_features(backbone, stream, device, precision=precision)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}.part")
+    save_file({"features": features}, partial)
+    os.replace(partial, file)
+    return features

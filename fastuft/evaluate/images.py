@@ -1,0 +1,99 @@
+"""Images decoded once and kept as uint8, and the random crops that few-shot finetuning takes from them."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def open_rgb(path: str) -> Image.Image:
+    """One image file as RGB, upright; ValueError names a file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {path!r}: {error}; run `fastuft verify-data` on the folder") from error
+
+
+def decode(paths: Sequence[str], shorter: int) -> list[Tensor]:
+    """Images as uint8 [3, H, W] with shorter side ``shorter``, decoded by a few threads, in order."""
+
+    def one(path: str) -> Tensor:
+        image = open_rgb(path)
+        scale = shorter / min(image.size)
+        if scale != 1:
+            width, height = (max(shorter, round(side * scale)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        return list(pool.map(one, paths))
+
+
+def crop_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random resized crop: area and log aspect uniform, position uniform.
+
+    The first of ten proposals that fits is taken, otherwise the last one cut to the image.
+    """
+    h = w = 0
+    for _ in range(10):
+        area = height * width * generator.uniform(*scale)
+        aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        h, w = max(1, round(math.sqrt(area / aspect))), max(1, round(math.sqrt(area * aspect)))
+        if h <= height and w <= width:
+            break
+    h, w = min(h, height), min(w, width)
+    return int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1)), h, w
+
+
+def random_views(
+    images: Sequence[Tensor],
+    size: int,
+    generator: np.random.Generator,
+    *,
+    scale: tuple[float, float],
+    flip_p: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """One random resized crop (aspect 3/4 to 4/3) and horizontal flip of each image, normalised.
+
+    ``scale`` (1, 1) crops nothing from a square image. images: uint8 [3, H, W] each; returns [n, 3, size, size]
+    float32 in channels_last on the images' device.
+    """
+    ratio = (1.0, 1.0) if scale[0] == 1 else (3 / 4, 4 / 3)
+    views = []
+    for image in images:
+        top, left, h, w = crop_box(image.shape[1], image.shape[2], scale, ratio, generator)
+        part = image[None, :, top : top + h, left : left + w].float()
+        if (h, w) != (size, size):
+            part = F.interpolate(part, (size, size), mode="bilinear", align_corners=False, antialias=True)
+        views.append(part.flip(3) if generator.random() < flip_p else part)
+    batch = torch.cat(views).contiguous(memory_format=torch.channels_last)
+    return normalise(batch, mean, std)
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(pixels / 255 - mean) / std per channel; pixels [n, 3, H, W] in 0..255."""
+    shift, factor = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (pixels / 255 - shift) / factor
+
+
+def thumbnail_png(path: str, side: int = 64) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The image's centre square at ``side`` pixels as the bytes of a PNG file, uint8 [n]."""
+    image = ImageOps.fit(open_rgb(path), (side, side), Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8)

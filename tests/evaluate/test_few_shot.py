@@ -1,0 +1,199 @@
+"""Few-shot finetuning: draws, the recipe, shared decoding, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fastuft.evaluate import FewShotSettings, draw_shots, fewshot
+from fastuft.evaluate.images import crop_box, decode, normalise, random_views, thumbnail_png
+from fastuft.evaluate.shots import Classifier, finetune, predict
+
+CLASSES = 3
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+QUICK = FewShotSettings(epochs=6, lr=1.0, size=16, resize=16, crop_scale=(1.0, 1.0), flip_p=0.0)
+
+
+class SmallNet(nn.Module):
+    """Colour features of a few convolutions with BatchNorm."""
+
+    num_features, mean, std = 8, MEAN, STD
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return torch.relu(self.bn(self.conv(x))).mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of three colours with noise: 6 training and 4 test images a class."""
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 4)):
+        for c in range(CLASSES):
+            for i in range(count):
+                pixels = rng.integers(0, 60, (20, 16, 3))
+                pixels[:, :, c] += 150
+                path = root / part / f"c{c}" / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.astype("uint8")).save(path)
+    return root
+
+
+def paths_and_labels(root, part):
+    paths = [str(p) for p in sorted((root / part).rglob("*.png"))]
+    return paths, [int(p.split("/c")[-1][0]) for p in paths]
+
+
+def test_stream(paths, labels):
+    pool = [image[:, 2:18] for image in decode(paths, 16)]
+    for start in range(0, len(paths), 5):
+        batch = normalise(torch.stack(pool[start : start + 5]).float(), MEAN, STD)
+        yield batch, torch.tensor(labels[start : start + 5])
+
+
+test_stream.__test__ = False
+
+
+def test_draws_are_seeded_nested_and_balanced():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), 9))
+    eight, two = draw_shots(labels, 8, seed=3), draw_shots(labels, 2, seed=3)
+    assert eight.shape == (5, 8)
+    np.testing.assert_array_equal(eight[:, :2], two)
+    np.testing.assert_array_equal(labels[eight], np.arange(5)[:, None].repeat(8, 1))
+    assert len(np.unique(eight)) == 40
+    assert not np.array_equal(eight, draw_shots(labels, 8, seed=3, trial=1))
+    assert not np.array_equal(eight, draw_shots(labels, 8, seed=4))
+
+
+def test_finetuning_learns_and_leaves_the_backbone_alone(folder):
+    backbone = SmallNet()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    train, test = paths_and_labels(folder, "train"), paths_and_labels(folder, "test")
+    result = fewshot(backbone, *train, test_stream(*test), test[1], shots=(1, 4), trials=2, settings=QUICK)
+    assert result.draws.shape == (2, CLASSES, 4)
+    assert {k: len(v) for k, v in result.top1.items()} == {1: 2, 4: 2}
+    assert min(result.top1[4]) >= 0.9
+    assert result.top1[4] == pytest.approx(result.mean_class[4])  # as many test images in each class
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_results_repeat_with_the_seed(folder):
+    train, test = paths_and_labels(folder, "train"), paths_and_labels(folder, "test")
+    first, again = (
+        fewshot(SmallNet(), *train, test_stream(*test), test[1], shots=(1,), trials=2, seed=5, settings=QUICK)
+        for _ in range(2)
+    )
+    assert first.top1 == again.top1
+
+
+def test_recipe_is_sgd_with_two_rates_and_a_cosine(folder, monkeypatch):
+    seen = []
+    original = torch.optim.SGD.step
+
+    def step(self, *args, **kwargs):
+        seen.append([(g["lr"], g["momentum"], g["weight_decay"]) for g in self.param_groups])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    paths, labels = paths_and_labels(folder, "train")
+    settings = FewShotSettings(epochs=4, size=16, resize=16, batch_size=10)
+    finetune(SmallNet(), decode(paths, 16), torch.tensor(labels), CLASSES, settings, seed=0)
+    assert len(seen) == 4 * 2  # 18 images in batches of 10 and 8
+    for index, (backbone, classifier) in enumerate(seen):
+        factor = (1 + np.cos(np.pi * index / 8)) / 2
+        assert backbone == pytest.approx((1e-4 * factor, 0.9, 0.0))
+        assert classifier == pytest.approx((3.0 * factor, 0.9, 0.0))
+
+
+def test_batchnorm_stays_in_eval_mode_but_learns(folder):
+    paths, labels = paths_and_labels(folder, "train")
+    model = finetune(SmallNet(), decode(paths, 16), torch.tensor(labels), CLASSES, QUICK, seed=0)
+    assert torch.equal(model.backbone.bn.running_mean, torch.zeros(8))
+    assert not torch.equal(model.backbone.bn.weight, torch.ones(8))
+    assert not Classifier(SmallNet(), 8, CLASSES, 0).train().backbone.bn.training
+
+
+def test_several_models_share_one_pass(folder):
+    paths, labels = paths_and_labels(folder, "test")
+    passes = []
+
+    def stream():
+        passes.append(1)
+        yield from test_stream(paths, labels)
+
+    models = [Classifier(SmallNet(), 8, CLASSES, seed).eval() for seed in range(3)]
+    together = predict(models, stream())
+    assert together.shape == (3, len(paths)) and len(passes) == 1
+    np.testing.assert_array_equal(together[1], predict(models[1:2], stream())[0])
+
+
+def test_views_without_crop_and_flip_are_the_image():
+    image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8)
+    generator = np.random.default_rng(0)
+    view = random_views([image], 12, generator, scale=(1.0, 1.0), flip_p=0.0, mean=MEAN, std=STD)
+    torch.testing.assert_close(view[0], ((image / 255) - 0.5) / 0.25)
+    flipped = random_views([image], 12, generator, scale=(1.0, 1.0), flip_p=1.0, mean=MEAN, std=STD)
+    torch.testing.assert_close(flipped, view.flip(3))
+
+
+def test_crop_boxes_lie_inside_and_have_the_asked_area():
+    generator = np.random.default_rng(1)
+    for height, width in ((40, 40), (64, 256), (7, 3)):
+        for _ in range(200):
+            top, left, h, w = crop_box(height, width, (0.2, 0.8), (3 / 4, 4 / 3), generator)
+            assert top >= 0 and left >= 0 and h >= 1 and w >= 1 and top + h <= height and left + w <= width
+            if height == width == 40:
+                assert 0.15 <= h * w / 1600 <= 0.85
+
+
+def test_decode_keeps_the_aspect_and_order(tmp_path):
+    for name, size in (("a.png", (50, 20)), ("b.jpg", (20, 50)), ("c.png", (10, 10))):
+        Image.new("L" if name == "c.png" else "RGB", size, 100).save(tmp_path / name)
+    shapes = [tuple(i.shape) for i in decode([str(tmp_path / n) for n in ("a.png", "b.jpg", "c.png")], 16)]
+    assert shapes == [(3, 16, 40), (3, 40, 16), (3, 16, 16)]
+
+
+def test_thumbnails_are_png_files(tmp_path):
+    Image.new("RGB", (30, 20), (200, 10, 10)).save(tmp_path / "a.jpg")
+    data = thumbnail_png(str(tmp_path / "a.jpg"), 24)
+    assert data.dtype == np.uint8 and data.tobytes().startswith(b"\x89PNG")
+
+
+def run_with(folder, train_labels=None, test_labels=None, shots=(1,), settings=QUICK):
+    train, test = paths_and_labels(folder, "train"), paths_and_labels(folder, "test")
+    train_labels = train[1] if train_labels is None else train_labels
+    test_labels = test[1] if test_labels is None else test_labels
+    stream = test_stream(*test)
+    return fewshot(SmallNet(), train[0], train_labels, stream, test_labels, shots=shots, trials=1, settings=settings)
+
+
+def test_too_few_images_a_class_name_the_class():
+    with pytest.raises(ValueError, match=r"8 shots need 8 training images of every class, but 1 have fewer: 'pug'"):
+        draw_shots([0] * 9 + [1] * 3, 8, seed=0, classes=["cat", "pug"])
+
+
+def test_unseen_test_class_and_single_class_are_refused(folder):
+    with pytest.raises(ValueError, match="test classes without a training example: 9"):
+        run_with(folder, test_labels=[0] * 11 + [9])
+    with pytest.raises(ValueError, match="one class only"):
+        run_with(folder, train_labels=[0] * 18)
+
+
+def test_divergence_is_reported(folder):
+    with pytest.raises(ValueError, match=r"diverged .* at fewshot_lr=1e\+30"):
+        run_with(folder, settings=FewShotSettings(epochs=5, lr=1e30, backbone_lr=1e30, size=16, resize=16))
+
+
+def test_unreadable_image_is_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"broken\.png.*verify-data"):
+        decode([str(tmp_path / "broken.png")], 16)
