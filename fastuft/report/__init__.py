@@ -1,1 +1,23 @@
+"""Pages and tables made from run files: nothing here trains, evaluates or needs torch.
 
+:func:`write_report` turns run folders into one self-contained HTML page, :func:`table` into text, Markdown or CSV.
+:func:`write_comparison` sets reproduced figures beside the paper's. Run files hold fractions; pages show per cent.
+"""
+
+from fastuft.report.files import RunFiles, load_run
+from fastuft.report.page import write_report
+from fastuft.report.paper import compare_with_paper, comparison_table, paper_figures, read_results, write_comparison
+from fastuft.report.tables import Table, table
+
+__all__ = [
+    "RunFiles",
+    "Table",
+    "compare_with_paper",
+    "comparison_table",
+    "load_run",
+    "paper_figures",
+    "read_results",
+    "table",
+    "write_comparison",
+    "write_report",
+]

@@ -1,0 +1,119 @@
+"""Figures of the report as data URIs: curves as SVG, maps as PNG, drawn without pyplot's global state."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+
+from fastuft.report.files import RunFiles
+
+# Okabe and Ito's colours, told apart by colour-blind readers; lines also differ in style once they repeat.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F5F5F")
+STYLES = ("-", "--", ":", "-.")
+CURVES = (("loss", "loss"), ("alignment", "alignment"), ("distribution", "distribution"), ("lr", "learning rate"))
+
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "fastuft",
+}
+
+
+def _uri(canvas: Canvas, format: str) -> str:
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if format == "svg" else {}
+    canvas.savefig(buffer, format=format, dpi=170, transparent=True, bbox_inches="tight", metadata=metadata)
+    kind = "image/svg+xml" if format == "svg" else "image/png"
+    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving average of odd ``window``; ends average over what is there."""
+    half = window // 2
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def curves(arms: dict[str, list[RunFiles]]) -> str | None:
+    """Loss, alignment, distribution and learning rate of each arm's first run against steps; None without metrics."""
+    shown = {name: runs[0] for name, runs in arms.items() if len(runs[0].series("loss")[0])}
+    if not shown:
+        return None
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(9.2, 5.4), layout="constrained")
+        panels = list(canvas.subplots(2, 2).flat)
+        for axes, (key, title) in zip(panels, CURVES, strict=True):
+            for number, name in enumerate(arms):
+                if name not in shown:
+                    continue
+                steps, values = shown[name].series(key)
+                if not len(steps):
+                    continue
+                colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+                window = 1 if key == "lr" else max(1, len(values) // 25) | 1
+                if window > 1:
+                    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
+                axes.plot(steps, smooth(values, window), style, color=colour, linewidth=1.5, label=name)
+            axes.set_title(title)
+            axes.set_xlabel("step")
+        handles, labels = panels[0].get_legend_handles_labels()
+        canvas.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        return _uri(canvas, "svg")
+
+
+def class_colours(count: int) -> np.ndarray:
+    """``count`` colours [count, 4]: ten well-separated ones, or hues around the circle at two lightnesses."""
+    if count <= 10:
+        return matplotlib.colormaps["tab10"](np.arange(count))
+    hues = matplotlib.colormaps["hsv"](np.linspace(0, 1, count, endpoint=False))
+    hues[:, :3] *= np.where(np.arange(count) % 2, 0.95, 0.65)[:, None]
+    return hues
+
+
+def maps(arms: dict[str, list[RunFiles]], classes: Sequence[str]) -> str | None:
+    """t-SNE maps of the arms beside each other, points coloured by class; None when no run has one."""
+    shown = {name: runs[0].arrays for name, runs in arms.items() if "tsne" in runs[0].arrays}
+    if not shown:
+        return None
+    colours = class_colours(max(1, len(classes)))
+    columns = min(3, len(shown))
+    lines = -(-len(shown) // columns)
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(3.1 * columns, 3.2 * lines), layout="constrained")
+        panels = np.atleast_1d(canvas.subplots(lines, columns)).flatten()
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, (name, arrays) in zip(panels, shown.items(), strict=False):
+            points, labels = arrays["tsne"], arrays["tsne_labels"]
+            tint = [colours[label % len(colours)] if label >= 0 else (0.35, 0.35, 0.35, 1.0) for label in labels]
+            axes.scatter(points[:, 0], points[:, 1], s=max(3, 2400 / len(points)), c=tint, linewidths=0, alpha=0.85)
+            axes.set_title(name, loc="center")
+            axes.set_aspect("equal", adjustable="datalim")
+        if 1 < len(classes) <= 20 and any((arrays["tsne_labels"] >= 0).any() for arrays in shown.values()):
+            marks = [
+                matplotlib.lines.Line2D([], [], marker="o", linestyle="", markersize=5, color=colour, label=name)
+                for name, colour in zip(classes, colours, strict=False)
+            ]
+            canvas.legend(handles=marks, loc="outside lower center", ncols=min(10, len(marks)), handletextpad=0.1)
+        return _uri(canvas, "png")

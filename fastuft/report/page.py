@@ -1,0 +1,195 @@
+"""The self-contained report of one or several runs."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastuft.report.charts import curves, maps
+from fastuft.report.files import RunFiles
+from fastuft.report.render import render
+from fastuft.report.tables import NONE, Runs, Table, arms, as_runs, figure, figures_table, lookup
+
+# Figures of summary.json that say how a run went, with the words to show.
+FACTS = (
+    ("steps", "steps"),
+    ("images", "images seen"),
+    ("seconds", "seconds of training"),
+    ("images_per_second", "images a second"),
+    ("bad_files", "bad files"),
+)
+GALLERY_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Thumb:
+    """One picture of the gallery: CSS class of its thumbnail, caption and, with labels, whether it is right."""
+
+    style: str
+    caption: str
+    right: bool | None = None
+
+
+@dataclass(frozen=True)
+class GalleryRow:
+    """A query with its neighbours, and its neighbours before training where they are known."""
+
+    query: Thumb
+    neighbours: list[Thumb]
+    before: list[Thumb]
+
+
+def _thumbnails(run: RunFiles, styles: dict[str, str]) -> list[tuple[str, str]]:
+    """(CSS class, file name) of each thumbnail; equal pictures of several runs share one entry of ``styles``."""
+    data, offsets = run.arrays["thumb_png"], run.arrays["thumb_offsets"]
+    result = []
+    for i, name in enumerate(run.arrays["thumb_names"]):
+        png = data[offsets[i] : offsets[i + 1]].tobytes()
+        style = f"t{hashlib.blake2b(png, digest_size=6).hexdigest()}"
+        styles.setdefault(style, f"data:image/png;base64,{base64.b64encode(png).decode()}")
+        result.append((style, str(name)))
+    return result
+
+
+def _gallery(run: RunFiles, styles: dict[str, str]) -> list[GalleryRow]:
+    arrays = run.arrays
+    if "neighbours" not in arrays:
+        return []
+    thumbs = _thumbnails(run, styles)
+
+    def neighbours(prefix: str, row: int) -> list[Thumb]:
+        if f"{prefix}neighbours" not in arrays:
+            return []
+        right = arrays.get(f"{prefix}right")
+        return [
+            Thumb(
+                thumbs[at][0],
+                f"{thumbs[at][1]} (cosine {arrays[f'{prefix}similarity'][row, j]:.2f})",
+                None if right is None else bool(right[row, j]),
+            )
+            for j, at in enumerate(arrays[f"{prefix}neighbours"][row])
+        ]
+
+    return [
+        GalleryRow(Thumb(*thumbs[at]), neighbours("", row), neighbours("before_", row))
+        for row, at in enumerate(arrays["queries"][:GALLERY_ROWS])
+    ]
+
+
+def _used_styles(galleries: dict[str, list[GalleryRow]], styles: dict[str, str]) -> dict[str, str]:
+    used = {
+        thumb.style
+        for rows in galleries.values()
+        for row in rows
+        for thumb in (row.query, *row.neighbours, *row.before)
+    }
+    return {style: uri for style, uri in styles.items() if style in used}
+
+
+def _count(value: Any) -> str:
+    """A figure for people: lists by their length, numbers with thin digits."""
+    if isinstance(value, list | dict):
+        value = len(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return NONE if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def _facts_table(groups: dict[str, list[RunFiles]]) -> Table | None:
+    """Steps, images, seconds and bad files of each arm's first run, and seconds of each part of its evaluation."""
+    keys = [(key, text) for key, text in FACTS if any(key in runs[0].summary for runs in groups.values())]
+    parts = list(dict.fromkeys(p for runs in groups.values() for p in lookup(runs[0].evaluation, "timings") or ()))
+    if not keys and not parts:
+        return None
+    rows = [
+        [
+            name,
+            *(_count(runs[0].summary.get(key)) for key, _ in keys),
+            *(_count(lookup(runs[0].evaluation, "timings", part)) for part in parts),
+        ]
+        for name, runs in groups.items()
+    ]
+    return Table(["run", *(text for _, text in keys), *(f"{part}, s" for part in parts)], rows)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested summary values as (dotted name, text) pairs, long lists cut."""
+    result = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            result += _flat(value, f"{name}.")
+        elif isinstance(value, list):
+            shown = ", ".join(str(v) for v in value[:20]) + (f" … ({len(value)} in all)" if len(value) > 20 else "")
+            result.append((name, shown or "none"))
+        else:
+            result.append((name, _count(value)))
+    return result
+
+
+def _remarks(groups: dict[str, list[RunFiles]]) -> list[str]:
+    """What a reader must know to read the figures fairly."""
+    remarks = []
+    seeds = {len(runs) for runs in groups.values()}
+    if max(seeds) > 1:
+        remarks.append(f"± is the sample standard deviation over the runs of a row ({min(seeds)} to {max(seeds)}).")
+    elif any((f := figure(runs, "clustering")) and f.std is not None for runs in groups.values()):
+        remarks.append(
+            "± is the sample standard deviation over the trials of one run: other draws and starts, the same weights. "
+            "It does not cover the spread over training seeds."
+        )
+    steps = {runs[0].summary["steps"] for runs in groups.values() if "steps" in runs[0].summary}
+    if len(steps) > 1:
+        remarks.append(
+            "The runs took different numbers of steps (see Timings): part of a difference may be training length."
+        )
+    if len(groups) > 1:
+        remarks.append("Bold marks the highest mean of a column as printed; it is no test of significance.")
+    return remarks
+
+
+def write_report(
+    path: Path | str, runs: Runs, title: str = "Unsupervised finetuning", notes: Sequence[str] = ()
+) -> None:
+    """Write one self-contained HTML page: figures, curves, maps, gallery, timings and settings of the runs.
+
+    The page needs no network and no other file; every name from disk is escaped. Curves, maps, galleries and settings
+    are those of the first run of each name; figures are means over all of them.
+
+    Args:
+        path: file to write.
+        runs: (name, folder) pairs or loaded runs; several of one name are seeds of one arm.
+        title: heading of the page.
+        notes: sentences shown above the figures.
+    """
+    loaded = as_runs(runs)
+    groups = arms(loaded)
+    figures, best = figures_table(loaded)
+    classes: list[str] = next((c for run in loaded if (c := lookup(run.evaluation, "classes"))), [])
+    styles: dict[str, str] = {}
+    galleries = {name: rows for name, group in groups.items() if (rows := _gallery(group[0], styles))}
+    statements = dict.fromkeys(s for run in loaded for s in lookup(run.evaluation, "statements") or ())
+    page = render(
+        "report.html",
+        title=title,
+        date=datetime.date.today().isoformat(),
+        version=next((v for run in loaded if (v := lookup(run.summary, "versions", "fastuft"))), None),
+        notes=list(notes),
+        figures=figures if len(figures.headers) > 1 else None,
+        best=best,
+        remarks=_remarks(groups),
+        statements=list(statements),
+        curves=curves(groups),
+        maps=maps(groups, classes),
+        galleries=galleries,
+        styles=_used_styles(galleries, styles),
+        facts=_facts_table(groups),
+        runs=[(name, group[0], _flat(group[0].summary)) for name, group in groups.items()],
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page, encoding="utf-8")

@@ -1,0 +1,198 @@
+"""Reproduced figures beside those of the paper (Li et al. 2021, Tables 1-6 and text)."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fastuft.report.files import read_json_lines
+from fastuft.report.render import render
+from fastuft.report.tables import NONE, Figure, Format, Table
+
+KEYS = ("table", "pretraining", "backbone", "method", "dataset", "metric")
+Key = tuple[str, str, str, str, str, str]
+
+# What the paper prints that does not agree with itself.
+SLIPS = (
+    "Averages are recomputed from the cells: the paper's Table 3 prints averages that are not the means of their rows "
+    "(38.39 is printed where the cells give 34.51).",
+    "One cell, unsup_S on Food-101 with two shots, is 15.80 in Table 2 and 15.84 in Table 6.",
+    "Two gains printed in Table 2 differ from its cells: +17.88 where they give 17.90, +9.14 where they give 11.84.",
+    "The text quotes clustering with replaying as 28.14 (ImageNet) and 56.11 (Pet); 56.11 is also Table 2's figure of "
+    "the full method, so the quoted pair may include mixing.",
+    "Section 3 of the paper swaps the sizes of Caltech101 and Pet.",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One cell: ``ours`` and ``paper`` in per cent, None where there is no figure; ``runs`` are its run folders."""
+
+    key: Key
+    ours: Figure | None
+    paper: float | None
+    runs: tuple[str, ...] = ()
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's, points."""
+        return None if self.ours is None or self.paper is None else self.ours.mean - self.paper
+
+
+def paper_figures() -> dict[Key, float]:
+    """Every figure of the paper's tables and text, per cent, by its ``KEYS``."""
+    text = (resources.files("fastuft.report") / "paper_tables.csv").read_text(encoding="utf-8")
+    return {tuple(row[k] for k in KEYS): float(row["value"]) for row in csv.DictReader(text.splitlines())}  # type: ignore[misc]
+
+
+def read_results(paths: Path | str | Sequence[Path | str]) -> list[dict[str, Any]]:
+    """Rows of one or several results.jsonl files, checked.
+
+    Each row holds table, pretraining, backbone, method, dataset, metric (as in the paper's figures), trial (int),
+    value (per cent) and run (folder, absolute or from the current directory). A (cell, trial) may occur once.
+    """
+    seen: dict[tuple[Any, ...], str] = {}
+    rows = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        for number, row in enumerate(read_json_lines(Path(path)), 1):
+            where = f"{path}: row {number}"
+            missing = [key for key in (*KEYS, "trial", "value") if key not in row]
+            if missing:
+                raise ValueError(
+                    f"{where} lacks {', '.join(missing)}; a row holds {', '.join(KEYS)}, trial, value, run"
+                )
+            value = row["value"]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
+                raise ValueError(f"{where} has value={value!r}; allowed: a number from 0 to 100, per cent")
+            cell = (*(str(row[key]) for key in KEYS), row["trial"])
+            if cell in seen:
+                raise ValueError(f"{where} repeats {' '.join(map(str, cell))} of {seen[cell]}; remove one of them")
+            seen[cell] = where
+            rows.append(row)
+    return rows
+
+
+def _order(key: Key, places: dict[Key, int]) -> tuple[Any, ...]:
+    return (key[0], places.get(key, len(places)), key)
+
+
+def compare_with_paper(rows: Iterable[dict[str, Any]], *, missing: bool = True) -> list[Comparison]:
+    """Mean and spread over trials of every cell, beside the paper's figure, in the paper's order.
+
+    Args:
+        rows: rows of results.jsonl.
+        missing: also list the paper's cells of the tables touched that have no result yet.
+    """
+    values: dict[Key, list[tuple[Any, float, str]]] = {}
+    for row in rows:
+        key: Key = tuple(str(row[k]) for k in KEYS)  # type: ignore[assignment]
+        values.setdefault(key, []).append((row["trial"], float(row["value"]), str(row.get("run", ""))))
+    paper = paper_figures()
+    tables = {key[0] for key in values}
+    keys = set(values) | ({key for key in paper if key[0] in tables} if missing else set())
+    places = {key: i for i, key in enumerate(paper)}
+    result = []
+    for key in sorted(keys, key=lambda k: _order(k, places)):
+        trials = sorted(values.get(key, []), key=lambda trial: str(trial[0]))
+        ours = Figure.of([value for _, value, _ in trials]) if trials else None
+        runs = tuple(dict.fromkeys(run for _, _, run in trials if run))
+        result.append(Comparison(key, ours, paper.get(key), runs))
+    return result + _averages(result)
+
+
+def _averages(cells: Sequence[Comparison]) -> list[Comparison]:
+    """Means over data sets, where the paper and we have all of a row's (at least two); ours has no spread."""
+    rows: dict[tuple[str, ...], list[Comparison]] = {}
+    for cell in cells:
+        if cell.key[0] != "text":
+            rows.setdefault((*cell.key[:4], cell.key[5]), []).append(cell)
+    result = []
+    for (table, pretraining, backbone, method, metric), row in rows.items():
+        ours = [cell.ours.mean for cell in row if cell.ours]
+        paper = [cell.paper for cell in row if cell.paper is not None]
+        if len(row) > 1 and len(ours) == len(paper) == len(row):
+            key = (table, pretraining, backbone, method, "average", metric)
+            result.append(Comparison(key, Figure(sum(ours) / len(ours)), sum(paper) / len(paper)))
+    return result
+
+
+def comparison_table(cells: Sequence[Comparison], format: Format = "text") -> str:
+    """All cells, one a row: mean, std over trials, number of trials, the paper's figure and the difference."""
+    headers = [*KEYS, "mean", "std", "trials", "paper", "difference"]
+    rows = []
+    for cell in cells:
+        ours, difference = cell.ours, cell.difference
+        figures = [
+            f"{ours.mean:.2f}" if ours else NONE,
+            f"{ours.std:.2f}" if ours and ours.std is not None else NONE,
+            str(ours.count) if ours else NONE,
+            f"{cell.paper:.2f}" if cell.paper is not None else NONE,
+            f"{difference:+.2f}" if difference is not None else NONE,
+        ]
+        if format == "csv":
+            figures = ["" if text == NONE else text for text in figures]
+        rows.append([*cell.key, *figures])
+    return Table(headers, rows, names=len(KEYS)).show(format)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One of the paper's tables, laid out as methods and metrics against data sets."""
+
+    title: str
+    datasets: list[str]
+    rows: list[tuple[str, str, list[Comparison | None]]]
+
+
+def sections(cells: Sequence[Comparison]) -> list[Section]:
+    """Cells arranged as the paper's tables are."""
+    result = []
+    for table in dict.fromkeys(cell.key[0] for cell in cells):
+        mine = [cell for cell in cells if cell.key[0] == table]
+        names = dict.fromkeys(cell.key[4] for cell in mine if cell.key[4] != "average")
+        datasets = [*names, *(["average"] if any(cell.key[4] == "average" for cell in mine) else [])]
+        found = {(c.key[1], c.key[2], c.key[3], c.key[5], c.key[4]): c for c in mine}
+        rows = [
+            (f"{row[2]} ({row[0]}, {row[1]})", row[3], [found.get((*row, dataset)) for dataset in datasets])
+            for row in dict.fromkeys(key[:4] for key in found)
+        ]
+        result.append(Section("Figures in the text" if table == "text" else f"Table {table}", datasets, rows))
+    return result
+
+
+def write_comparison(
+    folder: Path | str,
+    results: Path | str | Sequence[Path | str],
+    *,
+    title: str = "Reproduction beside the paper",
+    notes: Sequence[str] = (),
+    missing: bool = True,
+) -> list[Comparison]:
+    """Write comparison.txt, .csv, .md and .html into ``folder`` from results.jsonl files.
+
+    Args:
+        folder: where to write; links to run folders are relative to it.
+        results: results.jsonl, one or several; see :func:`read_results`.
+        title: heading of the page.
+        notes: sentences shown above the tables, such as the scale of the grid.
+        missing: also show the paper's cells that have no result yet.
+    """
+    rows = read_results(results)
+    if not rows:
+        raise ValueError(f"{results} holds no results yet; run `fastuft reproduce` first")
+    cells = compare_with_paper(rows, missing=missing)
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    suffixes: dict[str, Format] = {"txt": "text", "csv": "csv", "md": "markdown"}
+    for suffix, format in suffixes.items():
+        (root / f"comparison.{suffix}").write_text(comparison_table(cells, format), encoding="utf-8")
+    links = {run: quote(os.path.relpath(run, root)) for cell in cells for run in cell.runs}
+    page = render("comparison.html", title=title, notes=notes, sections=sections(cells), links=links, slips=SLIPS)
+    (root / "comparison.html").write_text(page, encoding="utf-8")
+    return cells

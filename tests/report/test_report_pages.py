@@ -1,0 +1,256 @@
+"""Reports and tables from run files alone: figures, escaping, damage, and absent parts."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastuft.report import load_run, table, write_report
+from fastuft.report.charts import smooth
+from fastuft.report.tables import Figure, Table
+
+EVIL = "<script>alert(1)</script>"
+SPREAD = {"mean": 0.8125, "std": 0.0125, "trials": [0.8, 0.825]}
+
+
+def png(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), colour).save(buffer, "PNG")
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+
+
+def evaluation(retrieval=0.9, labelled=True):
+    result = {
+        "labelled": labelled,
+        "classes": ["cat", EVIL] if labelled else [],
+        "label_free": {"alignment": 0.3, "uniformity": -2.5, "neighbour_overlap": 0.5},
+        "statements": ["No source images were given."],
+        "timings": {"features": 1.5, "fewshot": 20.0},
+    }
+    if labelled:
+        shots = {"top1": SPREAD, "mean_class": {**SPREAD, "mean": 0.75}}
+        result |= {"retrieval": retrieval, "clustering": SPREAD, "fewshot": {"1": shots, "10": shots}}
+        result["forgetting"] = {"after": {"mean": 0.3, "std": None, "trials": [0.3]}}
+    return result
+
+
+def arrays(labelled=True):
+    thumbs = [png((i * 40, 90, 200 - 30 * i)) for i in range(6)]
+    found = {
+        "tsne": np.random.default_rng(0).normal(size=(20, 2)).astype("f4"),
+        "tsne_labels": np.arange(20) % 2 if labelled else np.full(20, -1),
+        "queries": np.array([0, 1]),
+        "neighbours": np.array([[2, 3, 4], [3, 4, 5]]),
+        "similarity": np.full((2, 3), 0.5, "f4"),
+        "thumb_png": np.concatenate(thumbs),
+        "thumb_offsets": np.cumsum([0, *map(len, thumbs)]),
+        "thumb_names": np.array([f"cats/{EVIL}.png", *(f"cats/{i}.png" for i in range(1, 6))]),
+    }
+    if labelled:
+        found["right"] = np.array([[True, True, False], [True, False, False]])
+    else:
+        found["before_neighbours"], found["before_similarity"] = found["neighbours"][::-1], found["similarity"]
+    return found
+
+
+def write_run(folder, *, retrieval=0.9, labelled=True, steps=40, parts=("train", "eval")):
+    folder.mkdir(parents=True)
+    if "train" in parts:
+        rows = [
+            {
+                "kind": "train",
+                "step": s,
+                "epoch": s // 10,
+                "loss": 8 - s / 20,
+                "alignment": -1.0,
+                "distribution": 9.0,
+                "lr": 0.1,
+            }
+            for s in range(0, steps, 2)
+        ]
+        rows.insert(3, {"kind": "eval", "step": 6, "retrieval": 0.5})
+        rows[5]["loss"] = float("nan")
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        summary = {"steps": steps, "images": 10240, "seconds": 12.5, "bad_files": [f"{EVIL}.jpg"], "seed": 0}
+        (folder / "summary.json").write_text(json.dumps(summary | {"versions": {"fastuft": "0.1.0"}}))
+        (folder / "config.yaml").write_text(f"target: {EVIL}\n")
+    if "eval" in parts:
+        (folder / "eval.json").write_text(json.dumps(evaluation(retrieval, labelled)))
+        np.savez(folder / "eval_arrays.npz", **arrays(labelled))
+    return folder
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "action", "data")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def read(path):
+    text = path.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_report_shows_arms_side_by_side(tmp_path):
+    runs = [("naive", write_run(tmp_path / "a")), ("+ SDR", write_run(tmp_path / "b", retrieval=0.95, steps=60))]
+    write_report(tmp_path / "out" / "report.html", runs, title="Two arms", notes=["A note."])
+    text, page = read(tmp_path / "out" / "report.html")
+    words = " ".join(page.words)
+    for expected in (
+        "Two arms",
+        "A note.",
+        "90.0",
+        "95.0",
+        "81.2 ± 1.2",
+        "10-shot top-1 %",
+        "Training curves",
+        "fewshot, s",
+    ):
+        assert expected in words, expected
+    assert words.index("1-shot top-1 %") < words.index("10-shot top-1 %") < words.index("source clustering %")
+    assert '<td class="best">95.0</td>' in text and '<td class="best">90.0</td>' not in text
+    assert "different numbers of steps" in words
+    assert "No source images were given." in words
+    assert words.count("✓") == 1 + 2 * 3 and words.count("✗") == 2 * 3  # one in the legend
+    assert "bad files" in words
+
+
+def test_report_is_self_contained(tmp_path):
+    write_report(tmp_path / "report.html", [("arm", write_run(tmp_path / "a"))])
+    text, page = read(tmp_path / "report.html")
+    assert all(link.startswith("data:") for link in page.links)
+    assert all(uri.startswith("data:") for uri in re.findall(r'url\("([^"]*)"\)', text))
+    assert "@import" not in text and "http-equiv" in text
+    images = [link for link in page.links if link.startswith("data:image")]
+    assert len(images) == 2  # curves and map
+    svg = next(link for link in images if "svg" in link)
+    assert b"<svg" in base64.b64decode(svg.split(",")[1])
+
+
+def test_names_from_disk_are_escaped(tmp_path):
+    run = write_run(tmp_path / "<b>run<")
+    write_report(tmp_path / "report.html", [(f"arm {EVIL}", run)], title=EVIL, notes=[EVIL])
+    text, page = read(tmp_path / "report.html")
+    assert "script" not in page.tags and "b" not in page.tags
+    assert EVIL not in text and "&lt;script&gt;" in text
+
+
+def test_report_without_labels_shows_before_and_after(tmp_path):
+    write_report(tmp_path / "report.html", [("arm", write_run(tmp_path / "a", labelled=False))])
+    words = " ".join(read(tmp_path / "report.html")[1].words)
+    assert "before" in words and "after" in words and "✓" not in words
+    assert "neighbours kept %" in words and "retrieval %" not in words
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_report_of_half_a_run(tmp_path, part):
+    write_report(tmp_path / "report.html", [("arm", write_run(tmp_path / "a", parts=(part,)))])
+    words = " ".join(read(tmp_path / "report.html")[1].words)
+    assert ("Training curves" in words) == (part == "train")
+    assert ("Nearest neighbours" in words) == (part == "eval")
+
+
+def test_training_and_evaluation_folders_may_differ(tmp_path):
+    train = write_run(tmp_path / "a", parts=("train",))
+    write_run(train / "eval", parts=("eval",))
+    run = load_run("arm", train)
+    assert run.metrics and run.evaluation and run.arrays
+    apart = load_run("arm", [write_run(tmp_path / "b", parts=("train",)), train / "eval"])
+    assert apart.summary["steps"] == 40 and apart.evaluation == run.evaluation
+
+
+def test_seeds_of_one_arm_are_averaged(tmp_path):
+    runs = [("arm", write_run(tmp_path / str(i), retrieval=value)) for i, value in enumerate((0.90, 0.92, 0.97))]
+    text = table(runs)
+    assert "93.0 ± 3.6" in text and len(text.splitlines()) == 3
+    rows = list(csv.reader(io.StringIO(table(runs, "csv"))))
+    assert rows[0][:2] == ["run", "retrieval %"] and rows[1][:2] == ["arm", "93.0 ± 3.6"]
+    assert table(runs, "markdown").splitlines()[1].startswith("| --- | ---: |")
+    write_report(tmp_path / "report.html", runs)
+    assert "over the runs of a row" in (tmp_path / "report.html").read_text()
+
+
+def test_equal_fewshot_accuracies_are_one_column(tmp_path):
+    run = write_run(tmp_path / "a")
+    values = evaluation()
+    values["fewshot"]["1"]["mean_class"] = SPREAD
+    (run / "eval.json").write_text(json.dumps(values))
+    header = table([("arm", run)], "csv").splitlines()[0]
+    assert "1-shot top-1 %" in header and "1-shot mean class %" not in header.replace("10-shot mean class %", "")
+
+
+def test_table_formats_escape_and_align():
+    shown = Table(["a|b", "n"], [["x\\|y", "1"], ["long name", "22"]])
+    assert shown.markdown().splitlines()[0] == "| a\\|b | n |"
+    assert shown.markdown().splitlines()[2] == "| x\\\\\\|y | 1 |"
+    assert [len(line) for line in shown.text().splitlines()] == [13, 13, 13, 13]
+    with pytest.raises(ValueError, match="format='xml' is not allowed; choose one of 'text'"):
+        shown.show("xml")
+
+
+def test_figure_spread_is_the_sample_deviation():
+    assert Figure.of([1.0, 2.0, 3.0]).text() == "2.0 ± 1.0"
+    assert Figure.of([2.0]).text(2) == "2.00"
+
+
+def test_moving_average_keeps_constants_and_means():
+    np.testing.assert_allclose(smooth(np.full(9, 3.0), 5), 3.0)
+    np.testing.assert_allclose(smooth(np.arange(5.0), 3), [0.5, 1, 2, 3, 3.5])
+
+
+def test_last_metrics_line_may_be_cut_short(tmp_path):
+    run = write_run(tmp_path / "a")
+    whole = len(load_run("arm", run).metrics)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+    assert len(load_run("arm", run).metrics) == whole
+
+
+def test_damage_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"holds none of metrics\.jsonl"):
+        load_run("arm", tmp_path)
+    with pytest.raises(ValueError, match="runs is empty"):
+        write_report(tmp_path / "report.html", [])
+    run = write_run(tmp_path / "a")
+    (run / "metrics.jsonl").write_text('{"a": 1\n{"b": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1 is not JSON"):
+        load_run("arm", run)
+    run = write_run(tmp_path / "b")
+    (run / "eval.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"eval\.json is no JSON object"):
+        load_run("arm", run)
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    run = write_run(tmp_path / "a")
+    np.savez(run / "eval_arrays.npz", tsne=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        load_run("arm", run)
+
+
+def test_report_works_without_torch(tmp_path):
+    run = write_run(tmp_path / "a")
+    code = (
+        "import sys; sys.modules['torch'] = None; from fastuft.report import write_report; "
+        f"write_report({str(tmp_path / 'report.html')!r}, [('arm', {str(run)!r})])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
