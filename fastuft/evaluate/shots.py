@@ -180,7 +180,7 @@ def finetune(
             schedule.step()
     if not bool(torch.isfinite(loss)):
         raise ValueError(
-            f"few-shot finetuning diverged (last loss {float(loss)}) at fewshot_lr={settings.lr:g}, "
+            f"few-shot finetuning diverged (last loss {float(loss.detach())}) at fewshot_lr={settings.lr:g}, "
             f"fewshot_backbone_lr={settings.backbone_lr:g}; lower them"
         )
     return model.eval()
