@@ -20,7 +20,7 @@ from fastuft.config import EvalConfig
 from fastuft.data import EvalStream, labelled_folder, list_images
 from fastuft.evaluate.clustering import clustering_accuracy
 from fastuft.evaluate.embedding import tsne
-from fastuft.evaluate.features import autocast, cached_features, weights_hash
+from fastuft.evaluate.features import autocast, cached_features, module_device, weights_hash
 from fastuft.evaluate.images import decode, random_views, thumbnail_png
 from fastuft.evaluate.inputs import quoted
 from fastuft.evaluate.retrieval import nearest_neighbours, retrieval_accuracy
@@ -81,7 +81,7 @@ class Evaluation:
 def read_images(name: str, folder: str) -> Images:
     """The images of ``folder``: labelled when all of them lie in sub-folders, of which there are at least two."""
     root = Path(folder)
-    if root.is_dir() and any(entry.is_dir() for entry in root.iterdir()):
+    if root.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir()):
         paths = list_images(folder)
         if all(Path(path).absolute().parent != root.absolute() for path in paths):
             found, labels, classes = labelled_folder(folder)
@@ -128,9 +128,10 @@ class _Evaluator:
         yield
         self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
-    def stream(self, backbone: Any, images: Images) -> EvalStream:
+    @contextmanager
+    def stream(self, backbone: Any, images: Images) -> Iterator[EvalStream]:
         config = self.config
-        return EvalStream(
+        stream = EvalStream(
             images.paths,
             images.labels.tolist() if images.labelled else None,
             size=config.size,
@@ -142,14 +143,18 @@ class _Evaluator:
             std=backbone.std,
             loader=config.loader,
         )
+        try:
+            yield stream
+        finally:
+            stream.close()
 
     def features(self, backbone: Any, images: Images) -> Tensor:
         config = self.config
         settings = f"{config.size} {self.resize} {backbone.mean} {backbone.std} {config.loader} {self.device.type}"
-        with self.timed("features"):
+        with self.timed("features"), self.stream(backbone, images) as stream:
             return cached_features(
                 backbone,
-                self.stream(backbone, images),
+                stream,
                 images.paths,
                 config.cache,
                 settings=settings,
@@ -189,12 +194,12 @@ class _Evaluator:
             flip_p=config.fewshot_flip_p,
             precision=config.precision,
         )
-        with self.timed("fewshot"):
+        with self.timed("fewshot"), self.stream(backbone, test) as stream:
             return fewshot(
-                backbone.to(self.device),
+                backbone,
                 train.paths,
                 train.labels,
-                self.stream(backbone, test),
+                stream,
                 test.labels,
                 shots=config.shots,
                 trials=config.trials,
@@ -211,7 +216,6 @@ class _Evaluator:
         """Features of two random crops of each image."""
         generator = keyed_generator(self.config.seed, "views")
         pool = decode(paths, self.resize)
-        backbone.eval().to(self.device)
         views: list[list[Tensor]] = [[], []]
         with torch.no_grad():
             for start in range(0, len(pool), self.config.batch_size):
@@ -293,6 +297,19 @@ def _map(run: _Evaluator, images: Images, features: Tensor) -> dict[str, np.ndar
     return {"tsne": coordinates, "tsne_labels": labels.astype(np.int64)}
 
 
+@contextmanager
+def _at_work(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """The modules on ``device`` in eval mode; afterwards where and as they were."""
+    states = [(module, module_device(module), module.training) for module in modules]
+    for module in modules:
+        module.to(device).eval()
+    try:
+        yield
+    finally:
+        for module, home, training in states:
+            module.to(home).train(training)
+
+
 def evaluate_backbone(backbone: nn.Module, config: EvalConfig, before: nn.Module | None = None) -> Evaluation:
     """Every metric that the given folders allow, for one backbone.
 
@@ -301,7 +318,7 @@ def evaluate_backbone(backbone: nn.Module, config: EvalConfig, before: nn.Module
     cannot be known.
 
     Args:
-        backbone: has ``num_features``, ``mean`` and ``std``; moved to the evaluation's device, otherwise unchanged.
+        backbone: has ``num_features``, ``mean`` and ``std``; it is not changed.
         config: folders and settings; ``checkpoint``, ``before`` and ``out`` are recorded, not used.
         before: the backbone to compare with, usually the initialisation.
 
@@ -310,6 +327,12 @@ def evaluate_backbone(backbone: nn.Module, config: EvalConfig, before: nn.Module
             than a few-shot run needs, unreadable images, features that are not finite.
     """
     run = _Evaluator(config)
+    with _at_work([backbone] if before is None else [backbone, before], run.device):
+        return _evaluate(run, backbone, before)
+
+
+def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) -> Evaluation:
+    config = run.config
     train = read_images("train", config.train)
     test = read_images("test", config.test) if config.test else None
     source = read_images("source", config.source) if config.source else None

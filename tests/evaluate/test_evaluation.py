@@ -1,0 +1,211 @@
+"""Evaluation of a backbone on folders: what each combination of folders gives, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fastuft.config import EvalConfig
+from fastuft.evaluate import evaluate_backbone, read_images, write_evaluation
+
+
+class ColourNet(nn.Module):
+    """Mean colours and a few random features of them."""
+
+    num_features, mean, std = 6, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.bn = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return torch.tanh(self.bn(self.conv(x))).mean((2, 3))
+
+
+def write_images(root, classes, count, seed):
+    rng = np.random.default_rng(seed)
+    for c, name in enumerate(classes):
+        for i in range(count):
+            pixels = rng.integers(0, 90, (16, 16, 3))
+            pixels[:, :, c % 3] += 150
+            path = root / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype("uint8")).save(path)
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    names = ["red", "green", "<blue>"]
+    return {
+        "train": write_images(root / "train", names, 8, 0),
+        "test": write_images(root / "test", names, 5, 1),
+        "source": write_images(root / "source", ["a", "b"], 6, 2),
+        "flat": write_images(root, ["flat"], 9, 3) + "/flat",
+    }
+
+
+def config(folders, **changes):
+    values = {
+        "checkpoint": "none",
+        "train": folders["train"],
+        "test": folders["test"],
+        "size": 16,
+        "resize": 16,
+        "batch_size": 7,
+        "shots": [1, 2],
+        "trials": 2,
+        "fewshot_epochs": 3,
+        "fewshot_lr": 1.0,
+        "fewshot_crop_scale": (0.5, 1.0),
+        "kmeans_restarts": 2,
+        "gallery": 4,
+        "loader": "torch",
+        "device": "cpu",
+    }
+    return EvalConfig(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def full(folders):
+    return evaluate_backbone(ColourNet(), config(folders, source=folders["source"]), before=ColourNet(1))
+
+
+def test_labelled_folders_give_every_metric(full):
+    metrics = full.metrics
+    assert metrics["labelled"] and metrics["classes"] == ["<blue>", "green", "red"]
+    assert metrics["counts"] == {"train": 24, "test": 15, "source": 12}
+    assert 0 <= metrics["retrieval"] <= 1 and len(metrics["clustering"]["trials"]) == 2
+    assert set(metrics["fewshot"]) == {"1", "2"}
+    assert set(metrics["fewshot"]["2"]["mean_class"]) == {"mean", "std", "trials"}
+    assert set(metrics["before"]) == {"retrieval", "clustering"}
+    assert set(metrics["forgetting"]) == {"after", "before"}
+    assert set(metrics["source_drift"]) == {"linear_cka", "mean_cosine"}
+    assert {"alignment", "uniformity", "before", "neighbour_overlap", "target_drift"} <= set(metrics["label_free"])
+    assert metrics["statements"] == []
+    assert {"features", "retrieval", "clustering", "fewshot"} <= set(metrics["timings"])
+
+
+def test_separable_colours_score_high(full):
+    assert full.metrics["retrieval"] > 0.9 and full.metrics["clustering"]["mean"] > 0.9
+
+
+def test_arrays_hold_map_gallery_and_marks(full):
+    arrays = full.arrays
+    assert arrays["tsne"].shape == (15, 2) and set(arrays["tsne_labels"]) == {0, 1, 2}
+    assert arrays["queries"].shape == (4,)
+    names = arrays["thumb_names"]
+    for prefix in ("", "before_"):
+        assert arrays[f"{prefix}neighbours"].shape == (4, 5)
+        for row, query in enumerate(arrays["queries"]):
+            own = names[query].split("/")[0]
+            same = [names[at].split("/")[0] == own for at in arrays[f"{prefix}neighbours"][row]]
+            assert same == arrays[f"{prefix}right"][row].tolist()
+    first = arrays["thumb_png"][: arrays["thumb_offsets"][1]].tobytes()
+    assert first.startswith(b"\x89PNG") and len(arrays["thumb_offsets"]) == len(names) + 1
+
+
+def test_written_files_read_back_without_pickle(full, tmp_path):
+    write_evaluation(tmp_path / "run", full)
+    assert json.loads((tmp_path / "run" / "eval.json").read_text()) == json.loads(json.dumps(full.metrics))
+    with np.load(tmp_path / "run" / "eval_arrays.npz", allow_pickle=False) as arrays:
+        assert set(arrays.files) == set(full.arrays)
+        np.testing.assert_array_equal(arrays["thumb_names"], full.arrays["thumb_names"])
+    draws = json.loads((tmp_path / "run" / "fewshot_draws.json").read_text())
+    assert set(draws) == {"0", "1"} and all(len(files) == 2 for files in draws["0"].values())
+    assert all(file.startswith("red/") for file in draws["1"]["red"])
+
+
+def test_figures_repeat_with_the_seed(folders, full):
+    again = evaluate_backbone(ColourNet(), config(folders, source=folders["source"]), before=ColourNet(1))
+    assert {**again.metrics, "timings": 0} == {**full.metrics, "timings": 0}
+
+
+def test_backbone_is_left_as_it_was(folders):
+    backbone = ColourNet().train()
+    state = {name: value.clone() for name, value in backbone.state_dict().items()}
+    evaluate_backbone(backbone, config(folders, shots=[1], trials=1))
+    assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
+    assert backbone.training
+
+
+def test_without_labels_the_report_says_what_is_not_known(folders):
+    result = evaluate_backbone(ColourNet(), config(folders, train=folders["flat"], test=None), before=ColourNet(1))
+    metrics = result.metrics
+    assert not metrics["labelled"] and not {"retrieval", "clustering", "fewshot", "forgetting"} & set(metrics)
+    assert "no accuracy is known" in metrics["statements"][0]
+    assert 0 <= metrics["label_free"]["neighbour_overlap"] <= 1
+    assert math.isfinite(metrics["label_free"]["uniformity"])
+    arrays = result.arrays
+    assert "right" not in arrays and set(arrays["tsne_labels"]) == {-1}
+    for prefix in ("", "before_"):
+        assert not (arrays[f"{prefix}neighbours"] == arrays["queries"][:, None]).any()
+
+
+def test_labelled_train_without_test_clusters_only(folders):
+    metrics = evaluate_backbone(ColourNet(), config(folders, test=None)).metrics
+    assert "clustering" in metrics and "retrieval" not in metrics and "fewshot" not in metrics
+    assert any("No labelled test set" in s for s in metrics["statements"])
+    assert any("No earlier checkpoint" in s for s in metrics["statements"])
+
+
+def test_unlabelled_test_and_source(folders):
+    metrics = evaluate_backbone(
+        ColourNet(), config(folders, test=folders["flat"], source=folders["flat"]), before=ColourNet(1)
+    ).metrics
+    assert not metrics["labelled"] and "forgetting" not in metrics and "source_drift" in metrics
+    assert any("source has no class sub-folders" in s for s in metrics["statements"])
+
+
+def test_single_trial_has_no_spread_and_shots_may_be_left_out(folders):
+    metrics = evaluate_backbone(ColourNet(), config(folders, trials=1, shots=[], gallery=0, tsne_points=0)).metrics
+    assert metrics["clustering"]["std"] is None and "fewshot" not in metrics
+
+
+def test_cache_changes_nothing(folders, full, tmp_path):
+    changed = config(folders, source=folders["source"], cache=str(tmp_path / "cache"))
+    for _ in range(2):
+        metrics = evaluate_backbone(ColourNet(), changed, before=ColourNet(1)).metrics
+        assert metrics["retrieval"] == full.metrics["retrieval"]
+    assert len(list((tmp_path / "cache").iterdir())) == 6
+
+
+def test_class_folders_must_agree(folders, tmp_path):
+    shutil.copytree(folders["test"], tmp_path / "test")
+    (tmp_path / "test" / "red").rename(tmp_path / "test" / "rot")
+    with pytest.raises(ValueError, match=r"only in train: 'red'; only in test: 'rot'"):
+        evaluate_backbone(ColourNet(), config(folders, test=str(tmp_path / "test")))
+
+
+def test_single_class_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"one class sub-folder only \('only'\)"):
+        read_images("train", write_images(tmp_path / "train", ["only"], 3, 0))
+
+
+def test_too_few_images_for_the_shots(folders):
+    with pytest.raises(ValueError, match=r"9 shots need 9 training images of every class, but 3 have fewer: '<blue>'"):
+        evaluate_backbone(ColourNet(), config(folders, shots=[9]))
+
+
+def test_features_with_nan_are_refused(folders):
+    backbone = ColourNet()
+    with torch.no_grad():
+        backbone.conv.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="holds NaN or infinity in"):
+        evaluate_backbone(backbone, config(folders))
+
+
+def test_loose_images_beside_sub_folders_mean_no_labels(folders, tmp_path):
+    shutil.copytree(folders["train"], tmp_path / "mixed")
+    shutil.copy(tmp_path / "mixed" / "red" / "0.png", tmp_path / "mixed" / "loose.png")
+    images = read_images("train", str(tmp_path / "mixed"))
+    assert not images.labelled and len(images.paths) == 25
