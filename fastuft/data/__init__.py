@@ -1,1 +1,31 @@
+"""Images from files to normalised views: manifest, order, random numbers, decoding backends, streams."""
 
+from fastuft.data.files import (
+    BadFile,
+    BadImageError,
+    image_size,
+    labelled_folder,
+    list_images,
+    verify_files,
+    write_bad_list,
+)
+from fastuft.data.manifest import Manifest
+from fastuft.data.streams import Batch, EvalStream, LabelledTrainStream, TrainStream, resolve_loader
+from fastuft.data.views import SMALL_IMAGES
+
+__all__ = [
+    "SMALL_IMAGES",
+    "BadFile",
+    "BadImageError",
+    "Batch",
+    "EvalStream",
+    "LabelledTrainStream",
+    "Manifest",
+    "TrainStream",
+    "image_size",
+    "labelled_folder",
+    "list_images",
+    "resolve_loader",
+    "verify_files",
+    "write_bad_list",
+]

@@ -1,0 +1,104 @@
+"""The plain PyTorch backend: the same views from the same parameters, by Pillow and tensor operations on the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastuft.data.backend import DecodeError, Request, ViewSpec
+from fastuft.data.files import BadImageError, open_rgb
+from fastuft.data.views import ViewParameters, colour_matrix
+
+
+def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian blur of [3, H, W] with a window of 3 sigma to each side; borders are mirrored."""
+    radius = math.ceil(3 * sigma)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    x = pixels[:, None]
+    for shape, pad in (((1, 1, -1, 1), (0, 0, radius, radius)), ((1, 1, 1, -1), (radius, radius, 0, 0))):
+        x = F.conv2d(F.pad(x, pad, mode="reflect"), kernel.view(shape))
+    return x[:, 0]
+
+
+def make_view(image: Image.Image, view: ViewParameters, row: int, spec: ViewSpec) -> Tensor:
+    """One normalised view [3, size, size] of an upright RGB image, rounded to bytes where DALI rounds."""
+    top, left = view.roi_start[row]
+    bottom, right = view.roi_end[row]
+    box = (float(left), float(top), float(right), float(bottom))
+    cropped = image.resize((spec.size, spec.size), Image.Resampling.BILINEAR, box=box)
+    if spec.rotation and view.angle[row]:
+        cropped = cropped.rotate(float(view.angle[row]), Image.Resampling.BILINEAR)
+    x = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float()
+    twist = tuple(float(a[row]) for a in (view.brightness, view.contrast, view.saturation, view.hue))
+    if spec.colour and twist != (1.0, 1.0, 1.0, 0.0):
+        matrix, offset = colour_matrix(*twist)
+        x = torch.einsum("ij,jhw->ihw", torch.from_numpy(matrix).float(), x) + offset
+        x = x.clamp_(0, 255).round_()
+    if spec.blur and view.sigma[row] > 0:
+        x = gaussian_blur(x, float(view.sigma[row])).clamp_(0, 255).round_()
+    if view.flip[row]:
+        x = x.flip(2)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
+    return (x / 255 - mean) / std
+
+
+class TorchBackend:
+    """Views by a pool of threads, a batch ahead of the consumer for each unit of ``prefetch``."""
+
+    def __init__(self, spec: ViewSpec) -> None:
+        self.spec = spec
+        self._pool = ThreadPoolExecutor(spec.num_threads)
+
+    def _sample(self, request: Request, row: int) -> list[Tensor]:
+        image = open_rgb(request.paths[row])
+        return [make_view(image, view, row, self.spec) for view in request.views]
+
+    def run(self, requests: Iterator[Request]) -> Iterator[tuple[Request, list[Tensor]]]:
+        """See :class:`fastuft.data.backend.Backend`."""
+        under_way: deque[tuple[Request, list[Future[list[Tensor]]]]] = deque()
+
+        def take() -> None:
+            request = next(requests, None)
+            if request is not None:
+                jobs = [self._pool.submit(self._sample, request, row) for row in range(len(request.paths))]
+                under_way.append((request, jobs))
+
+        for _ in range(1 + self.spec.prefetch):
+            take()
+        while under_way:
+            request, jobs = under_way.popleft()
+            try:
+                samples = [job.result() for job in jobs]
+            except BadImageError as error:
+                raise DecodeError([error.path], error) from error
+            take()
+            yield request, [self._collate([sample[view] for sample in samples]) for view in range(len(request.views))]
+
+    def _collate(self, views: list[Tensor]) -> Tensor:
+        batch = torch.stack(views).contiguous(memory_format=torch.channels_last)
+        return batch.to(self.spec.device, self.spec.dtype, non_blocking=True)
+
+    def close(self) -> None:
+        """See :class:`fastuft.data.backend.Backend`."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def undecodable(paths: list[str]) -> list[tuple[str, str]]:
+    """(path, reason) of the files that Pillow cannot decode."""
+    bad = []
+    for path in dict.fromkeys(paths):
+        try:
+            open_rgb(path)
+        except BadImageError as error:
+            bad.append((path, error.reason))
+    return bad

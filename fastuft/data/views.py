@@ -1,0 +1,165 @@
+"""The random numbers of each view, drawn on the host from (seed, epoch, global position, view).
+
+They reach the decoding backends as plain arrays, so that crops, jitter, blur and flips do not depend on ranks, threads,
+batch size, backend or restarts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from fastuft.config import AugmentConfig
+from fastuft.randomness import keyed_generator
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+_BLOCK = 1024  # positions that share a generator; unrelated to the batch size
+_TRIES = 10  # proposals of a random resized crop, as in the usual definition
+_DRAWS = 2 * _TRIES + 12
+
+# Small images (32 px): mild crops, a little rotation, no flip; digits and glyphs keep their meaning.
+SMALL_IMAGES = AugmentConfig(
+    size=32,
+    crop_scale=(0.4, 1.0),
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.0,
+    hue=0.0,
+    greyscale_p=0.0,
+    blur_sigma=(0.1, 1.0),
+    flip_p=0.0,
+    rotation=15.0,
+)
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """What happens to each image of a batch, in this order: crop and resize, rotate, colour, blur, flip.
+
+    Args:
+        roi_start: [n, 2] (y, x) of the crop's first corner, pixels of the upright original.
+        roi_end: [n, 2] (y, x) of the opposite corner.
+        angle: [n] rotation, degrees counter-clockwise.
+        brightness: [n] factor.
+        contrast: [n] factor around mid-grey.
+        saturation: [n] factor; 0 is greyscale.
+        hue: [n] rotation of hue, degrees.
+        sigma: [n] Gaussian blur, pixels; 0 leaves it out.
+        flip: [n] 1 mirrors horizontally.
+    """
+
+    roi_start: Floats
+    roi_end: Floats
+    angle: Floats
+    brightness: Floats
+    contrast: Floats
+    saturation: Floats
+    hue: Floats
+    sigma: Floats
+    flip: np.ndarray[Any, np.dtype[np.int32]]
+
+
+@lru_cache(maxsize=64)
+def _block(seed: int, epoch: int, view: int, block: int) -> np.ndarray:
+    return keyed_generator(seed, "view", view, epoch, block).random((_BLOCK, _DRAWS))
+
+
+def uniforms(seed: int, epoch: int, view: int, positions: np.ndarray) -> np.ndarray:
+    """Uniform draws [n, draws] of one view for global positions of an epoch."""
+    blocks = positions // _BLOCK
+    out = np.empty((len(positions), _DRAWS))
+    for block in np.unique(blocks):
+        rows = blocks == block
+        out[rows] = _block(seed, epoch, view, int(block))[positions[rows] % _BLOCK]
+    return out
+
+
+def _factor(strength: float, u: np.ndarray, applied: np.ndarray) -> Floats:
+    return np.where(applied, 1 + strength * (2 * u - 1), 1.0).astype(np.float32)
+
+
+def draw_views(augment: AugmentConfig, sizes: np.ndarray, u: np.ndarray) -> ViewParameters:
+    """Parameters of one random view of each image.
+
+    Args:
+        augment: strengths and probabilities.
+        sizes: int [n, 2] width and height of the upright originals.
+        u: uniform draws [n, draws].
+    """
+    width, height = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
+    low, high = augment.crop_scale
+    area = width * height * (low + (high - low) * u[:, :_TRIES])
+    log_low, log_high = np.log(augment.crop_ratio)
+    aspect = np.exp(log_low + (log_high - log_low) * u[:, _TRIES : 2 * _TRIES])
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.argmax(1)[:, None]
+    w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
+    # Where no proposal fits: the largest centred crop of an allowed aspect.
+    none = ~fits.any(1, keepdims=True)
+    ratio = np.clip(width / height, *augment.crop_ratio)
+    w = np.where(none, np.maximum(1, np.rint(np.minimum(width, height * ratio))), w)
+    h = np.where(none, np.maximum(1, np.rint(np.minimum(height, width / ratio))), h)
+    rest = u[:, 2 * _TRIES :]
+    left = np.where(none, np.floor((width - w) / 2), np.floor((width - w + 1) * rest[:, 0:1]))
+    top = np.where(none, np.floor((height - h) / 2), np.floor((height - h + 1) * rest[:, 1:2]))
+
+    jitter = rest[:, 2] < augment.jitter_p
+    grey = rest[:, 7] < augment.greyscale_p
+    saturation = np.where(grey, np.float32(0), _factor(augment.saturation, rest[:, 5], jitter))
+    blur = rest[:, 8] < augment.blur_p
+    sigma_low, sigma_high = augment.blur_sigma
+    return ViewParameters(
+        roi_start=np.concatenate([top, left], 1).astype(np.float32),
+        roi_end=np.concatenate([top + h, left + w], 1).astype(np.float32),
+        angle=(augment.rotation * (2 * rest[:, 10] - 1)).astype(np.float32),
+        brightness=_factor(augment.brightness, rest[:, 3], jitter),
+        contrast=_factor(augment.contrast, rest[:, 4], jitter),
+        saturation=saturation.astype(np.float32),
+        hue=np.where(jitter, 360 * augment.hue * (2 * rest[:, 6] - 1), 0).astype(np.float32),
+        sigma=np.where(blur, sigma_low + (sigma_high - sigma_low) * rest[:, 9], 0).astype(np.float32),
+        flip=(rest[:, 11] < augment.flip_p).astype(np.int32),
+    )
+
+
+def centre_views(sizes: np.ndarray, size: int, resize: int) -> ViewParameters:
+    """The evaluation view: shorter side to ``resize``, centre crop of ``size``, as one region of the original.
+
+    Args:
+        sizes: int [n, 2] width and height of the upright originals.
+        size: side of the result, pixels.
+        resize: shorter side that the crop is taken from; at least ``size``.
+    """
+    side = sizes.min(1, keepdims=True).astype(np.float64) * size / resize
+    start = (sizes[:, ::-1] - side) / 2
+    n = len(sizes)
+    one, zero = np.ones(n, np.float32), np.zeros(n, np.float32)
+    return ViewParameters(
+        start.astype(np.float32),
+        (start + side).astype(np.float32),
+        zero,
+        one,
+        one,
+        one,
+        zero,
+        zero,
+        np.zeros(n, np.int32),
+    )
+
+
+def colour_matrix(brightness: float, contrast: float, saturation: float, hue: float) -> tuple[np.ndarray, float]:
+    """(matrix [3, 3], offset) of the colour jitter on RGB in [0, 255]: hue and saturation in YIQ, then contrast around
+    128 and brightness. The same map as DALI's ``color_twist``.
+    """
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+    to_rgb = np.array([[1.0, 0.956, 0.621], [1.0, -0.272, -0.647], [1.0, -1.107, 1.705]])
+    angle = math.radians(hue)
+    turn = np.array([[1, 0, 0], [0, math.cos(angle), math.sin(angle)], [0, -math.sin(angle), math.cos(angle)]])
+    stretch = np.diag([1, saturation, saturation])
+    matrix = to_rgb @ turn @ stretch @ to_yiq
+    return brightness * contrast * matrix, brightness * (128 - 128 * contrast)

@@ -1,0 +1,254 @@
+"""The training stream: exact coverage, and the same pixels for any ranks, threads, restarts and loaders."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastuft.config import AugmentConfig, DataConfig
+from fastuft.data import (
+    SMALL_IMAGES,
+    BadImageError,
+    EvalStream,
+    LabelledTrainStream,
+    Manifest,
+    TrainStream,
+    labelled_folder,
+    verify_files,
+)
+
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+COLOUR = dataclasses.replace(AugmentConfig(), size=32)
+LOADERS = ["dali", "torch"]
+
+
+def draw(generator, width, height):
+    """A smooth random picture: resampling differences between libraries stay small on it."""
+    coarse = generator.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for name, count in (("target", 41), ("source", 90)):
+        for index in range(count):
+            suffix = ("jpg", "png", "webp", "bmp")[index % 4]
+            place = root / name / f"class{index % 3}" / f"{index:03d}.{suffix}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            draw(generator, 40 + index % 7, 50 - index % 5).save(place)
+    return str(root / "target"), str(root / "source")
+
+
+def make(folders, loader="dali", augment=SMALL_IMAGES, seed=3, **changes):
+    ranks = {name: changes.pop(name) for name in ("rank", "world_size") if name in changes}
+    manifest = Manifest.build(*folders, fraction=0.3, seed=1)
+    data = DataConfig(**{"batch_size": 16, "loader": loader, "threads": 1, **changes})
+    return TrainStream(manifest, data, augment, seed=seed, **ranks, **PLAIN)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_epoch_covers_the_union_once(folders, loader):
+    stream = make(folders, loader, drop_last=False)
+    batches = list(stream.epoch(0))
+    index = torch.cat([batch.index for batch in batches])
+    assert len(stream.manifest) == 41 + 27 and stream.steps_per_epoch == len(batches) == 5
+    assert sorted(index.tolist()) == list(range(68))
+    assert torch.equal(torch.cat([batch.is_source for batch in batches]), index >= 41)
+    assert batches[-1].query.shape == (4, 3, 32, 32)
+    assert batches[0].query.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_remainder_differs_between_epochs(folders):
+    stream = make(folders, "torch")
+    left_out = []
+    for epoch in range(3):
+        seen = torch.cat([batch.index for batch in stream.epoch(epoch)])
+        assert len(set(seen.tolist())) == len(seen) == 64
+        left_out.append(frozenset(set(range(68)) - set(seen.tolist())))
+    assert len(set(left_out)) == 3
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("augment", [SMALL_IMAGES, COLOUR], ids=["small", "colour"])
+def test_pixels_do_not_depend_on_ranks_or_threads(folders, loader, augment):
+    whole = list(make(folders, loader, augment, threads=2).epoch(1))
+    ranks = [list(make(folders, loader, augment, rank=r, world_size=2).epoch(1)) for r in range(2)]
+    for step, batch in enumerate(whole):
+        for name in ("query", "key", "index"):
+            parts = [getattr(rank[step], name) for rank in ranks]
+            assert torch.equal(torch.cat(parts), getattr(batch, name))
+    assert not torch.equal(whole[0].query, whole[0].key)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_restart_goes_on_with_the_same_pixels(folders, loader):
+    whole = list(make(folders, loader).epoch(2))
+    stream = make(folders, loader)
+    next(stream.epoch(0))  # an epoch that is left early leaves nothing behind
+    rest = list(stream.epoch(2, start_step=2))
+    assert [batch.step for batch in rest] == [2, 3]
+    for ours, theirs in zip(rest, whole[2:], strict=True):
+        assert torch.equal(ours.query, theirs.query) and torch.equal(ours.key, theirs.key)
+
+
+def test_epochs_and_seeds_differ(folders):
+    first, second = (next(make(folders).epoch(e)) for e in (0, 1))
+    other = next(make(folders, seed=4).epoch(0))
+    assert not torch.equal(first.index, second.index) and not torch.equal(first.index, other.index)
+
+
+@pytest.mark.parametrize("augment", [dataclasses.replace(SMALL_IMAGES, rotation=0.0), COLOUR], ids=["small", "colour"])
+def test_both_loaders_give_nearly_the_same_pixels(folders, augment):
+    ours, theirs = (next(make(folders, loader, augment).epoch(0)) for loader in LOADERS)
+    assert torch.equal(ours.index, theirs.index)
+    for name in ("query", "key"):
+        difference = (getattr(ours, name) - getattr(theirs, name)).abs()
+        assert difference.mean() < 0.004 and difference.max() < 0.08
+
+
+def test_balanced_replay_fixes_the_share_of_each_batch(folders):
+    stream = make(folders, "torch", replay_mode="balanced", replay_share=0.25)
+    positions = []
+    for epoch in range(4):
+        for batch in stream.epoch(epoch):
+            assert int(batch.is_source.sum()) == 4
+            positions.append(tuple(batch.is_source.nonzero().flatten().tolist()))
+    assert len(set(positions)) > len(positions) // 2
+    targets = torch.cat([b.index[~b.is_source] for b in stream.epoch(0)])
+    assert len(set(targets.tolist())) == len(targets) == 36
+
+
+def test_prefill_gives_key_views_of_many_images(folders):
+    stream = make(folders, "torch")
+    views = list(stream.prefill(150))
+    assert sum(len(v) for v in views) == 150
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_evaluation_is_in_order_and_keeps_the_last_images(folders, loader):
+    paths, labels, names = labelled_folder(folders[0])
+    assert names == ["class0", "class1", "class2"]
+    stream = EvalStream(paths, labels, size=32, resize=36, batch_size=16, loader=loader, **PLAIN)
+    batches = list(stream)
+    assert [len(images) for images, _ in batches] == [16, 16, 9] and len(stream) == 3
+    assert torch.cat([label for _, label in batches]).tolist() == labels
+    again = list(stream)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, again, strict=True))
+
+
+def test_evaluation_view_is_resize_and_centre_crop(folders):
+    paths, _, _ = labelled_folder(folders[0])
+    stream = EvalStream(paths[:8], size=32, resize=40, loader="dali", **PLAIN)
+    for path, image in zip(paths, next(iter(stream))[0], strict=False):
+        original = Image.open(path).convert("RGB")
+        scale = 40 / min(original.size)
+        resized = original.resize([round(side * scale) for side in original.size], Image.Resampling.BILINEAR)
+        left, top = ((side - 32) // 2 for side in resized.size)
+        expected = np.asarray(resized.crop((left, top, left + 32, top + 32)), np.float32) / 255
+        assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 0.02
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_labelled_stream_shuffles_images_with_their_labels(folders, loader):
+    paths, labels, _ = labelled_folder(folders[0])
+    plain = AugmentConfig(
+        size=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), jitter_p=0, greyscale_p=0, blur_p=0, flip_p=0.5
+    )
+    stream = LabelledTrainStream(paths, labels, augment=plain, batch_size=16, seed=0, loader=loader, **PLAIN)
+    first, second = ([label for _, label in stream.epoch(e)] for e in (0, 1))
+    assert sorted(torch.cat(first).tolist()) == sorted(labels)
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+
+
+def damage(place, kind):
+    original = place.read_bytes()
+    if kind == "empty":
+        place.write_bytes(b"")
+    elif kind == "truncated":
+        place.write_bytes(original[: len(original) // 2])
+    elif kind == "html":
+        place.write_bytes(b"<html><body>404</body></html>" * 20)
+    elif kind == "vanished":
+        place.unlink()
+    elif kind == "inner":  # header and end are whole; the decoder fails
+        middle = len(original) // 3
+        place.write_bytes(original[:middle] + b"\x00" * (len(original) // 3) + original[middle + len(original) // 3 :])
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("kind", ["empty", "truncated", "html", "vanished", "inner"])
+def test_bad_files_are_named_or_replaced_and_counted(tmp_path, loader, kind):
+    generator = np.random.default_rng(0)
+    for index in range(12):
+        draw(generator, 64, 64).save(tmp_path / f"{index:02d}.png")
+    manifest = Manifest.build(str(tmp_path))
+    damage(tmp_path / "05.png", kind)
+    config = DataConfig(batch_size=4, loader=loader)
+    stream = TrainStream(manifest, config, SMALL_IMAGES, seed=0, **PLAIN)
+    with pytest.raises(BadImageError, match=r"05\.png.*on_bad_file=skip"):
+        for epoch in range(2):
+            list(stream.epoch(epoch))
+    skipping = TrainStream(manifest, dataclasses.replace(config, on_bad_file="skip"), SMALL_IMAGES, seed=0, **PLAIN)
+    batches = list(skipping.epoch(0)) + list(skipping.epoch(1))
+    assert [batch.step for batch in batches] == [0, 1, 2, 0, 1, 2]
+    assert [entry.path for entry in skipping.bad_files] == [str(tmp_path / "05.png")]
+    assert all(5 not in batch.index.tolist() for batch in batches)
+    assert all(batch.query.isfinite().all() for batch in batches)
+    bad = verify_files(manifest.paths, decode=True)
+    assert [entry.path for entry in bad] == [str(tmp_path / "05.png")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 128}, "needs 128 images for one step and there are 68"),
+        ({"batch_size": 16, "world_size": 3}, "does not divide over 3 processes"),
+        ({"batch_size": 64, "replay_mode": "balanced"}, "needs 32 images"),
+    ],
+)
+def test_impossible_batches_are_refused(folders, changes, message):
+    if "balanced" in changes.values():
+        changes = {**changes, "batch_size": 128, "replay_share": 0.2}
+        message = "needs 102 images for one step and there are 41"
+    with pytest.raises(ValueError, match=message):
+        make(folders, "torch", **changes)
+
+
+def test_manifest_is_fixed_by_its_seed_and_round_trips(folders, tmp_path):
+    first, again, other = (Manifest.build(*folders, fraction=0.3, seed=s) for s in (1, 1, 2))
+    assert first == again and first.paths != other.paths
+    assert (first.num_target, first.num_source, first.source_total) == (41, 27, 90)
+    assert first.is_source.sum() == 27 and not first.is_source[:41].any()
+    first.save(tmp_path / "manifest.json")
+    assert Manifest.load(tmp_path / "manifest.json") == first
+
+
+def test_replay_cache_copies_once_and_goes_on(folders, tmp_path):
+    place = tmp_path / "cache"
+    first = Manifest.build(*folders, fraction=0.3, replay_cache=str(place))
+    copies = [path for path in first.paths if path.startswith(str(place))]
+    assert len(copies) == 27
+    stamps = {path: (place / path).stat().st_mtime_ns for path in copies}
+    (place / copies[0]).write_bytes(b"cut")
+    again = Manifest.build(*folders, fraction=0.3, replay_cache=str(place))
+    assert again.paths == first.paths
+    changed = [path for path in copies if (place / path).stat().st_mtime_ns != stamps[path]]
+    assert changed == copies[:1]
+
+
+@pytest.mark.parametrize("make_path", [lambda p: p / "nowhere", lambda p: p])
+def test_missing_and_empty_folders_are_named(tmp_path, make_path):
+    with pytest.raises(ValueError, match=str(make_path(tmp_path))):
+        Manifest.build(str(make_path(tmp_path)))
+
+
+def test_list_files_name_paths_relative_to_themselves(folders, tmp_path):
+    paths = labelled_folder(folders[0])[0][:3]
+    (tmp_path / "list.txt").write_text("# a comment\n" + "\n".join(paths) + "\n\n")
+    assert list(Manifest.build(str(tmp_path / "list.txt")).paths) == paths
