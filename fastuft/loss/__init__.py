@@ -1,1 +1,26 @@
+"""The fused queue loss and the queue: torch alone, Triton where there is a GPU.
 
+``reference`` is the truth in textbook form, ``portable`` the one-pass algorithm in plain PyTorch, ``ops`` the registered
+operators, ``functional`` the public functions, ``lightly`` a drop-in for that library's loss.
+"""
+
+from fastuft.loss.functional import (
+    info_nce,
+    info_nce_with_terms,
+    mixed_info_nce,
+    mixed_info_nce_with_terms,
+    queue_lse,
+)
+from fastuft.loss.modules import InfoNCELoss, MixedInfoNCELoss
+from fastuft.loss.queue import KeyQueue
+
+__all__ = [
+    "InfoNCELoss",
+    "KeyQueue",
+    "MixedInfoNCELoss",
+    "info_nce",
+    "info_nce_with_terms",
+    "mixed_info_nce",
+    "mixed_info_nce_with_terms",
+    "queue_lse",
+]

@@ -1,0 +1,110 @@
+"""The one-pass loss in plain PyTorch: any device, no [B, K] tensor, gradient computed in the forward pass.
+
+Keys and queue are constants, so with s_a = sigmoid(lse - a), s_b = sigmoid(lse - b), w = lam s_a + (1 - lam) s_b:
+
+    (1)  dL/dz = (w mu - lam s_a k_a - (1 - lam) s_b k_b) / tau
+    (2)  dL/dh = (g - (g.z) z) / |h|        for z = h / |h|, g = dL/dz
+
+where lse and mu = sum_j softmax_j queue_j come from one attention-like sweep with V = K = queue. On a CPU that sweep is
+PyTorch's own flash attention, which returns lse; elsewhere, and for half-precision queues, it is chunked here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EPSILON = 1e-12  # shorter rows count as zero: their gradient is 0, as for torch's normalize with its default eps
+_ROWS = 1024
+_KEYS = 1024
+
+
+def normalize_rows(h: Tensor) -> tuple[Tensor, Tensor]:
+    """(h / |h| [B, D], 1 / |h| [B, 1], 0 for rows shorter than EPSILON); squares neither overflow nor underflow."""
+    largest = h.abs().amax(1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny)
+    scaled = h / largest
+    relative = scaled.norm(dim=1, keepdim=True)
+    norm = relative * largest
+    zero = norm < EPSILON
+    z = torch.where(zero, h / EPSILON, scaled / relative.clamp_min(EPSILON))
+    return z, torch.where(zero, 0, 1 / norm.clamp_min(EPSILON))
+
+
+def _sweep_chunked(z: Tensor, queue: Tensor, temperature: float, need_mu: bool) -> tuple[Tensor, Tensor]:
+    """Online softmax over tiles of rows and keys; keys are brought to z's dtype tile by tile."""
+    all_lse, all_mu = [], []
+    for rows in (z / temperature).split(_ROWS):
+        running_max = rows.new_full((len(rows), 1), -torch.inf)
+        total = rows.new_zeros(len(rows), 1)
+        weighted = rows.new_zeros(rows.shape)
+        for tile in queue.split(_KEYS):
+            keys = tile.to(rows.dtype)
+            scores = rows @ keys.T
+            new_max = torch.maximum(running_max, scores.amax(1, keepdim=True))
+            weights = scores.sub_(new_max).exp_()
+            correction = torch.exp(running_max - new_max)
+            total = total * correction + weights.sum(1, keepdim=True)
+            if need_mu:
+                weighted = torch.addmm(weighted * correction, weights, keys)
+            running_max = new_max
+        all_lse.append((running_max + total.log()).squeeze(1))
+        all_mu.append(weighted / total if need_mu else weighted[:, :0])
+    return torch.cat(all_lse), torch.cat(all_mu)
+
+
+def queue_lse(z: Tensor, queue: Tensor, temperature: float, need_mu: bool) -> tuple[Tensor, Tensor]:
+    """(lse [B], mu [B, D]) in z's dtype for z [B, D], queue [K, D]; mu is [B, 0] where it is not needed."""
+    if len(queue) == 0:
+        return z.new_full((len(z),), -torch.inf), torch.zeros_like(z) if need_mu else z[:, :0]
+    if need_mu and z.device.type == "cpu" and queue.dtype == z.dtype:
+        keys = queue[None, None]
+        mu, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            z[None, None], keys, keys, scale=1 / temperature
+        )
+        return lse.view(len(z)).to(z.dtype), mu.view(z.shape)
+    return _sweep_chunked(z, queue, temperature, need_mu)
+
+
+def mixed_info_nce(
+    q: Tensor,
+    k_a: Tensor,
+    k_b: Tensor | None,
+    lam: Tensor | None,
+    queue: Tensor,
+    temperature: float,
+    normalize: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [B], dloss/dq [B, D], a [B], b [B], lse [B]) of each sample; Eq. 4 where k_b is None.
+
+    Computed in fp32, or fp64 where an input is; the gradient is [B, 0] where it is not needed.
+    """
+    compute = torch.float64 if torch.float64 in (q.dtype, k_a.dtype, queue.dtype) else torch.float32
+    h = q.to(compute)
+    z, inverse_norm = normalize_rows(h) if normalize else (h, None)
+    a_key = k_a.to(compute)
+    a_key = normalize_rows(a_key)[0] if normalize else a_key
+    a = (z * a_key).sum(1) / temperature
+    lse, mu = queue_lse(z, queue, temperature, need_grad)
+    loss = F.softplus(lse - a, threshold=50)
+    b = a
+    if need_grad:
+        towards_a = torch.sigmoid(lse - a)
+        weight, pulled = towards_a, towards_a[:, None] * a_key
+    if k_b is not None and lam is not None:
+        b_key = k_b.to(compute)
+        b_key = normalize_rows(b_key)[0] if normalize else b_key
+        b = (z * b_key).sum(1) / temperature
+        lam = lam.to(compute)
+        loss = lam * loss + (1 - lam) * F.softplus(lse - b, threshold=50)
+        if need_grad:
+            towards_b = (1 - lam) * torch.sigmoid(lse - b)
+            weight = lam * towards_a + towards_b
+            pulled = (lam * towards_a)[:, None] * a_key + towards_b[:, None] * b_key
+    if not need_grad:
+        return loss, z[:, :0], a, b, lse
+    grad = (weight[:, None] * mu - pulled) / temperature  # (1)
+    if inverse_norm is not None:
+        grad = (grad - (grad * z).sum(1, keepdim=True) * z) * inverse_norm  # (2)
+    return loss, grad, a, b, lse
