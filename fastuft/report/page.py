@@ -148,6 +148,8 @@ def _remarks(groups: dict[str, list[RunFiles]]) -> list[str]:
         remarks.append(
             "The runs took different numbers of steps (see Timings): part of a difference may be training length."
         )
+    if any(lookup(run.evaluation, "fewshot") for runs in groups.values() for run in runs):
+        remarks.append("K-shot figures are mean class accuracies after finetuning on K labelled images a class.")
     if len(groups) > 1:
         remarks.append("Bold marks the highest mean of a column as printed; it is no test of significance.")
     return remarks

@@ -134,8 +134,8 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
     columns = [
         evaluated("retrieval %", "retrieval"),
         evaluated("clustering %", "clustering"),
-        *(evaluated(f"{k}-shot top-1 %", "fewshot", str(k), "top1") for k in shots),
-        *(evaluated(f"{k}-shot mean class %", "fewshot", str(k), "mean_class") for k in shots),
+        # Where test classes are equally large, mean class accuracy is top-1 accuracy; eval.json holds both.
+        *(evaluated(f"{k}-shot %", "fewshot", str(k), "mean_class") for k in shots),
         evaluated("source clustering %", "forgetting", "after"),
         evaluated("source before %", "forgetting", "before", up=None),
         evaluated("alignment", "label_free", "alignment", percent=False, digits=3, up=None),
@@ -146,14 +146,7 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
         evaluated("source cosine", "source_drift", "mean_cosine", percent=False, digits=3, up=None),
     ]
     grouped = arms(runs).values()
-    kept = [column for column in columns if any(column[1](group) for group in grouped)]
-    # Where test classes are equally large, both few-shot accuracies are one figure and one column says it.
-    for k in shots:
-        top1, mean = f"{k}-shot top-1 %", f"{k}-shot mean class %"
-        pair = [column for column in kept if column[0] in (top1, mean)]
-        if len(pair) == 2 and all(pair[0][1](group) == pair[1][1](group) for group in grouped):
-            kept.remove(pair[1])
-    return kept
+    return [column for column in columns if any(column[1](group) for group in grouped)]
 
 
 def figures_table(runs: Sequence[RunFiles]) -> tuple[Table, set[tuple[int, int]]]:
