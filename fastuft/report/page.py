@@ -100,21 +100,20 @@ def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
-def _facts_table(groups: dict[str, list[RunFiles]]) -> Table | None:
-    """Steps, images, seconds and bad files of each arm's first run, and seconds of each part of its evaluation."""
+def _facts(groups: dict[str, list[RunFiles]]) -> dict[str, Table]:
+    """How each arm's first run went: of its training, and seconds of each part of its evaluation."""
     keys = [(key, text) for key, text in FACTS if any(key in runs[0].summary for runs in groups.values())]
     parts = list(dict.fromkeys(p for runs in groups.values() for p in lookup(runs[0].evaluation, "timings") or ()))
-    if not keys and not parts:
-        return None
-    rows = [
-        [
-            name,
-            *(_count(runs[0].summary.get(key)) for key, _ in keys),
-            *(_count(lookup(runs[0].evaluation, "timings", part)) for part in parts),
-        ]
+    training = [[name, *(_count(runs[0].summary.get(key)) for key, _ in keys)] for name, runs in groups.items()]
+    evaluation = [
+        [name, *(_count(lookup(runs[0].evaluation, "timings", part)) for part in parts)]
         for name, runs in groups.items()
     ]
-    return Table(["run", *(text for _, text in keys), *(f"{part}, s" for part in parts)], rows)
+    tables = {
+        "Training": Table(["run", *(text for _, text in keys)], training),
+        "Evaluation, seconds": Table(["run", *parts], evaluation),
+    }
+    return {name: table for name, table in tables.items() if len(table.headers) > 1}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -190,7 +189,7 @@ def write_report(
         maps=maps(groups, classes),
         galleries=galleries,
         styles=_used_styles(galleries, styles),
-        facts=_facts_table(groups),
+        facts=_facts(groups),
         runs=[(name, group[0], _flat(group[0].summary)) for name, group in groups.items()],
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -158,11 +158,19 @@ def sections(cells: Sequence[Comparison]) -> list[Section]:
         names = dict.fromkeys(cell.key[4] for cell in mine if cell.key[4] != "average")
         datasets = [*names, *(["average"] if any(cell.key[4] == "average" for cell in mine) else [])]
         found = {(c.key[1], c.key[2], c.key[3], c.key[5], c.key[4]): c for c in mine}
+        networks = dict.fromkeys(key[:2] for key in found)
+        title = "Figures in the text" if table == "text" else f"Table {table}"
+        if len(networks) == 1:
+            title += f" · {', '.join(next(iter(networks)))}"
         rows = [
-            (f"{row[2]} ({row[0]}, {row[1]})", row[3], [found.get((*row, dataset)) for dataset in datasets])
+            (
+                row[2] if len(networks) == 1 else f"{row[2]} ({row[0]}, {row[1]})",
+                row[3],
+                [found.get((*row, dataset)) for dataset in datasets],
+            )
             for row in dict.fromkeys(key[:4] for key in found)
         ]
-        result.append(Section("Figures in the text" if table == "text" else f"Table {table}", datasets, rows))
+        result.append(Section(title, datasets, rows))
     return result
 
 

@@ -122,7 +122,7 @@ def test_report_shows_arms_side_by_side(tmp_path):
         "81.2 ± 1.2",
         "75.0 ± 1.2",
         "Training curves",
-        "fewshot, s",
+        "Evaluation, seconds",
     ):
         assert expected in words, expected
     assert words.index(" 1-shot %") < words.index("10-shot %") < words.index("source clustering %")
