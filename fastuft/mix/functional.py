@@ -1,0 +1,173 @@
+"""The public mixing functions: checks, then the registered operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastuft.mix import ops  # noqa: F401 (registers torch.ops.fastuft.cutmix and its kin)
+
+_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _is_dense(images: Tensor) -> bool:
+    """Whether the elements fill a block of memory, each once, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((images.stride(d), images.shape[d]) for d in range(4) if images.shape[d] != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _overlaps(images: Tensor) -> bool:
+    """Whether two elements may share memory."""
+    reach = 0
+    for stride, size in sorted((images.stride(d), images.shape[d]) for d in range(4) if images.shape[d] > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _check_images(images: Tensor, *, in_place: bool) -> None:
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images is {shape}; it must be a tensor [B, C, H, W]")
+    if images.dtype not in _DTYPES:
+        raise ValueError(f"images has dtype {images.dtype}; allowed: uint8, float16, bfloat16, float32, float64")
+    if in_place:
+        if images.requires_grad:
+            raise ValueError(
+                "images requires grad; mixing in place has no gradient: detach it, or use the form without _"
+            )
+        if _overlaps(images):
+            raise ValueError("images overlaps itself in memory (an expanded view?); call .contiguous() first")
+
+
+def _check_companion(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, images: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
+        found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} is {found}; it must be a tensor {list(shape)} of {dtype}")
+    if value.device != images.device:
+        raise ValueError(f"{name} is on {value.device} and images on {images.device}; move it there")
+
+
+def _values_are_visible(value: Tensor) -> bool:
+    """Values are checked on the CPU only: on CUDA the host would have to wait for them."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_boxes(boxes: Tensor, rows: int, images: Tensor) -> None:
+    _check_companion("boxes", boxes, (rows, 4), torch.int32, images)
+    if _values_are_visible(boxes) and rows:
+        top, left, bottom, right = boxes.unbind(1)
+        height, width = images.shape[2:]
+        good = (top >= 0) & (top <= bottom) & (bottom <= height) & (left >= 0) & (left <= right) & (right <= width)
+        if not bool(good.all()):
+            worst = int((~good).nonzero()[0])
+            raise ValueError(
+                f"boxes[{worst}]={boxes[worst].tolist()} does not fit images of {height} x {width}; "
+                "allowed: 0 <= top <= bottom <= height, 0 <= left <= right <= width"
+            )
+
+
+def _check_partner(partner: Tensor, images: Tensor) -> None:
+    count = images.shape[0]
+    _check_companion("partner", partner, (count,), torch.int64, images)
+    if _values_are_visible(partner) and count and not bool(((partner >= 0) & (partner < count)).all()):
+        raise ValueError(
+            f"partner has values from {int(partner.min())} to {int(partner.max())}; allowed: 0 to {count - 1}"
+        )
+
+
+def _check_lam(lam: Tensor, rows: int, images: Tensor) -> None:
+    _check_companion("lam", lam, (rows,), torch.float32, images)
+    if lam.requires_grad:
+        raise ValueError("lam requires grad; the mixing weight is a constant: pass lam.detach()")
+    if _values_are_visible(lam) and rows and not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"lam has values from {float(lam.min()):g} to {float(lam.max()):g}; allowed: 0 to 1")
+
+
+def _dense(images: Tensor) -> Tensor:
+    return images if _is_dense(images) else images.contiguous()
+
+
+def cutmix(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
+    """CutMix out of place (Eq. 5 of Li et al. 2021): each image with its box taken from its partner.
+
+    Args:
+        images: [B, C, H, W] in any layout; uint8, float16, bfloat16, float32 or float64.
+        boxes: int32 [B, 4]: top, left, bottom, right, the last two exclusive. On CUDA, clamped to the image.
+        partner: int64 [B]; on CUDA, one out of range gives NaN (0 for uint8).
+
+    Returns:
+        A tensor like ``images``; differentiable in it.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; on the CPU also values out of range.
+    """
+    _check_images(images, in_place=False)
+    _check_boxes(boxes, images.shape[0], images)
+    _check_partner(partner, images)
+    return torch.ops.fastuft.cutmix(_dense(images), boxes, partner)
+
+
+def cutmix_(images: Tensor, boxes: Tensor) -> Tensor:
+    """CutMix in place: sample i swaps its box with sample B - 1 - i; with B odd the middle one stays.
+
+    Both samples of a pair keep the same share, 1 - area / (H W), of themselves. Only the boxes are written.
+
+    Args:
+        images: [B, C, H, W] in any layout without overlap, not requiring grad.
+        boxes: int32 [B // 2, 4], as for :func:`cutmix`.
+
+    Returns:
+        ``images``.
+
+    Raises:
+        ValueError: as :func:`cutmix`, before anything is written.
+    """
+    _check_images(images, in_place=True)
+    _check_boxes(boxes, images.shape[0] // 2, images)
+    torch.ops.fastuft.cutmix_(images, boxes)
+    return images
+
+
+def mixup(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    """MixUp out of place: lam x_i + (1 - lam) x_partner(i), in fp32, rounded once (bytes: half to even).
+
+    Args:
+        images: as for :func:`cutmix`.
+        lam: float32 [B] in [0, 1]; on CUDA other values give NaN.
+        partner: as for :func:`cutmix`.
+
+    Returns:
+        A tensor like ``images``; differentiable in it.
+
+    Raises:
+        ValueError: as :func:`cutmix`.
+    """
+    _check_images(images, in_place=False)
+    _check_lam(lam, images.shape[0], images)
+    _check_partner(partner, images)
+    return torch.ops.fastuft.mixup(_dense(images), lam, partner)
+
+
+def mixup_(images: Tensor, lam: Tensor) -> Tensor:
+    """MixUp in place: samples i and B - 1 - i both become their mix, each weighing itself by lam[i].
+
+    Args:
+        images: as for :func:`cutmix_`.
+        lam: float32 [B // 2] in [0, 1]; on CUDA other values give NaN.
+
+    Returns:
+        ``images``.
+
+    Raises:
+        ValueError: as :func:`cutmix`, before anything is written.
+    """
+    _check_images(images, in_place=True)
+    _check_lam(lam, images.shape[0] // 2, images)
+    torch.ops.fastuft.mixup_(images, lam)
+    return images

@@ -1,0 +1,109 @@
+"""The mixing operators: the compiled extension where it is built, the plain PyTorch reference elsewhere.
+
+``_C`` holds the schemas and the CPU kernels, ``_C_cuda`` the CUDA kernels; both lie beside this file. Fake tensors and
+autograd are registered here for either.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastuft.mix import reference
+
+_SCHEMAS = {
+    "cutmix": "cutmix(Tensor images, Tensor boxes, Tensor partner) -> Tensor",
+    "cutmix_": "cutmix_(Tensor(a!) images, Tensor boxes) -> ()",
+    "mixup": "mixup(Tensor images, Tensor lam, Tensor partner) -> Tensor",
+    "mixup_": "mixup_(Tensor(a!) images, Tensor lam) -> ()",
+}
+_library = torch.library.Library("fastuft", "FRAGMENT")
+_warned = False
+
+
+def _find(name: str) -> Path | None:
+    return next(iter(sorted(Path(__file__).parent.glob(f"{name}.*so"))), None)
+
+
+def _load(name: str) -> bool:
+    path = _find(name)
+    if path is None:
+        return False
+    torch.ops.load_library(str(path))
+    return True
+
+
+HAS_CPU_EXTENSION = _load("_C")
+HAS_CUDA_EXTENSION = HAS_CPU_EXTENSION and torch.cuda.is_available() and _load("_C_cuda")
+
+
+def _with_warning(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        global _warned
+        if not _warned:
+            _warned = True
+            missing = "_C_cuda (CUDA)" if HAS_CPU_EXTENSION else "_C"
+            warnings.warn(
+                f"fastuft's compiled extension {missing} is not built; mixing runs in plain PyTorch, which is slower. "
+                "Build it with a C++ compiler (and nvcc for CUDA): pip install -e . --no-build-isolation",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return function(*arguments)
+
+    return run
+
+
+for _name, _schema in _SCHEMAS.items():
+    if not HAS_CPU_EXTENSION:
+        _library.define(_schema)
+        _library.impl(_name, _with_warning(getattr(reference, _name)), "CompositeExplicitAutograd")
+    elif not HAS_CUDA_EXTENSION:
+        _library.impl(_name, _with_warning(getattr(reference, _name)), "CUDA")
+
+
+@torch.library.register_fake("fastuft::cutmix", lib=_library)
+def _(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
+    return torch.empty_like(images)
+
+
+@torch.library.register_fake("fastuft::mixup", lib=_library)
+def _(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    return torch.empty_like(images)
+
+
+@torch.library.register_fake("fastuft::cutmix_", lib=_library)
+def _(images: Tensor, boxes: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("fastuft::mixup_", lib=_library)
+def _(images: Tensor, lam: Tensor) -> None:
+    return None
+
+
+def _save_boxes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _cutmix_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    boxes, partner = ctx.saved_tensors
+    mask = reference.box_mask(boxes, grad.shape[2], grad.shape[3])
+    own = torch.where(mask, 0, grad)
+    return own.index_add(0, partner, torch.where(mask, grad, 0)), None, None
+
+
+def _mixup_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    lam, partner = ctx.saved_tensors
+    weight = lam.to(torch.promote_types(grad.dtype, torch.float32)).view(-1, 1, 1, 1)
+    own = (weight * grad).to(grad.dtype)
+    return own.index_add(0, partner, ((1 - weight) * grad).to(grad.dtype)), None, None
+
+
+torch.library.register_autograd("fastuft::cutmix", _cutmix_backward, setup_context=_save_boxes, lib=_library)
+torch.library.register_autograd("fastuft::mixup", _mixup_backward, setup_context=_save_boxes, lib=_library)

@@ -1,0 +1,64 @@
+"""CutMix and MixUp in plain PyTorch: the truth for the extension, and what runs where it is not built."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """bool [B, 1, height, width], true inside each box (top, left, bottom, right)."""
+    top, left, bottom, right = (edge[:, None] for edge in boxes.to(torch.int64).unbind(1))
+    y = torch.arange(height, device=boxes.device)
+    x = torch.arange(width, device=boxes.device)
+    rows = (y >= top) & (y < bottom)
+    columns = (x >= left) & (x < right)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def gather_partners(images: Tensor, partner: Tensor) -> Tensor:
+    """images[partner]; where the host must not look at values (CUDA), a partner out of range gives NaN (0 for bytes)."""
+    if not images.is_cuda:
+        return images[partner]
+    count = images.shape[0]
+    valid = (partner >= 0) & (partner < count)
+    poison = torch.nan if images.is_floating_point() else 0
+    return torch.where(valid.view(-1, 1, 1, 1), images[partner.clamp(0, count - 1)], poison)
+
+
+def cutmix(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
+    """Eq. 5: each image with its box taken from its partner. Differentiable."""
+    mask = box_mask(boxes, images.shape[2], images.shape[3])
+    return torch.where(mask, gather_partners(images, partner), images)
+
+
+def cutmix_(images: Tensor, boxes: Tensor) -> None:
+    """In place: sample i swaps its box with sample B - 1 - i."""
+    half = images.shape[0] // 2
+    mask = box_mask(boxes, images.shape[2], images.shape[3])
+    first, last = images[:half], images[images.shape[0] - half :].flip(0)
+    swapped = torch.where(mask, first, last)
+    first.copy_(torch.where(mask, last, first))
+    images[images.shape[0] - half :].copy_(swapped.flip(0))
+
+
+def _blend(first: Tensor, last: Tensor, lam: Tensor) -> Tensor:
+    """lam first + (1 - lam) last in fp32 (fp64 for fp64), rounded once; bytes round half to even."""
+    compute = torch.float64 if first.dtype == torch.float64 else torch.float32
+    weight = lam.to(compute).view(-1, 1, 1, 1)
+    mixed = weight * first.to(compute) + (1 - weight) * last.to(compute)
+    return mixed.to(first.dtype) if first.is_floating_point() else mixed.round().to(first.dtype)
+
+
+def mixup(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    """lam x_i + (1 - lam) x_partner(i). Differentiable for floating images."""
+    return _blend(images, gather_partners(images, partner), lam)
+
+
+def mixup_(images: Tensor, lam: Tensor) -> None:
+    """In place: samples i and B - 1 - i are both replaced by their mix, each weighing itself by lam[i]."""
+    half = images.shape[0] // 2
+    first, last = images[:half], images[images.shape[0] - half :].flip(0)
+    mixed = _blend(first, last, lam), _blend(last, first, lam)
+    first.copy_(mixed[0])
+    images[images.shape[0] - half :].copy_(mixed[1].flip(0))
