@@ -15,14 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-
-def open_rgb(path: str) -> Image.Image:
-    """One image file as RGB, upright; ValueError names a file that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {path!r}: {error}; run `fastuft verify-data` on the folder") from error
+from fastuft.data.files import open_rgb
 
 
 def decode(paths: Sequence[str], shorter: int) -> list[Tensor]:

@@ -118,6 +118,17 @@ def test_neighbours_equal_sklearn(backend, monkeypatch):
     np.testing.assert_allclose(values.numpy(), 1 - distance, atol=1e-5)
 
 
+def test_retrieval_equals_torchmetrics():
+    retrieval = pytest.importorskip("torchmetrics.functional.retrieval")
+    generator = torch.Generator().manual_seed(9)
+    train, test = torch.randn(80, 12, generator=generator), torch.randn(25, 12, generator=generator)
+    train_y, test_y = torch.arange(80) % 4, torch.randint(0, 4, (25,), generator=generator)
+    similarity = torch.nn.functional.cosine_similarity(test[:, None], train[None], dim=2)
+    pairs = zip(similarity, test_y, strict=True)
+    expected = [float(retrieval.retrieval_precision(row, train_y == label, top_k=5)) for row, label in pairs]
+    assert fastuft.retrieval_accuracy(train, train_y, test, test_y) == pytest.approx(np.mean(expected))
+
+
 def test_neighbours_among_oneself_leave_the_item_out():
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     x[7] = x[3]  # a duplicate: equal similarity to itself and to its twin
