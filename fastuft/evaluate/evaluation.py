@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -368,9 +369,20 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
         if config.shots:
             shots = run.fewshot(backbone, train, test)
             metrics["fewshot"] = {
-                str(k): {"top1": _spread(shots.top1[k]), "mean_class": _spread(shots.mean_class[k])}
+                str(k): {
+                    "top1": _spread(shots.top1[k]),
+                    "mean_class": _spread(shots.mean_class[k]),
+                    "train_loss": _spread(shots.train_loss[k]),
+                }
                 for k in config.shots
             }
+            worst = max(max(losses) for losses in shots.train_loss.values())
+            if worst > 0.9 * math.log(len(train.classes)):
+                statements.append(
+                    f"Few-shot finetuning did not settle (training loss up to {worst:.2f}; a guess gives "
+                    f"{math.log(len(train.classes)):.2f}), so its accuracies say little about the features: "
+                    f"try another fewshot_lr than {config.fewshot_lr:g}."
+                )
             draws = {
                 str(trial): {
                     name: [os.path.relpath(train.paths[i], config.train) for i in row]

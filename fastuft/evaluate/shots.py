@@ -55,11 +55,14 @@ class FewShotResult:
     Args:
         top1: top-1 accuracy of each trial, by K.
         mean_class: mean class accuracy of each trial, by K.
+        train_loss: mean cross-entropy of each trial's last epoch, by K; near log(classes) or above, the learning
+            rates do not suit the backbone and the accuracies say little about it.
         draws: positions in the training set, [trials, classes, largest K] int64; K shots are ``draws[t, :, :K]``.
     """
 
     top1: dict[int, list[float]]
     mean_class: dict[int, list[float]]
+    train_loss: dict[int, list[float]]
     draws: np.ndarray
 
 
@@ -128,7 +131,7 @@ def finetune(
     settings: FewShotSettings,
     *,
     seed: int,
-) -> Classifier:
+) -> tuple[Classifier, float]:
     """A copy of ``backbone`` with a new classifier, finetuned on a few labelled images.
 
     SGD with momentum 0.9, no weight decay, cosine schedule to zero over all steps, random crop and flip,
@@ -141,6 +144,9 @@ def finetune(
         classes: outputs of the classifier.
         settings: the recipe.
         seed: seed of initialisation, order and crops.
+
+    Returns:
+        the classifier in eval mode and the mean loss of its last epoch.
 
     Raises:
         ValueError: the loss stops being finite.
@@ -156,8 +162,9 @@ def finetune(
     batch = min(settings.batch_size, len(images))
     steps = settings.epochs * math.ceil(len(images) / batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    loss = torch.zeros((), device=device)
+    total = torch.zeros((), device=device)
     for epoch in range(settings.epochs):
+        total.zero_()
         generator = keyed_generator(seed, "finetune", epoch)
         order = generator.permutation(len(images))
         for start in range(0, len(images), batch):
@@ -178,12 +185,14 @@ def finetune(
             loss.backward()
             optimizer.step()
             schedule.step()
-    if not bool(torch.isfinite(loss)):
+            total += loss.detach() * len(index)
+    last = float(total) / len(images)
+    if not math.isfinite(last):
         raise ValueError(
-            f"few-shot finetuning diverged (last loss {float(loss.detach())}) at fewshot_lr={settings.lr:g}, "
+            f"few-shot finetuning diverged (loss of the last epoch {last}) at fewshot_lr={settings.lr:g}, "
             f"fewshot_backbone_lr={settings.backbone_lr:g}; lower them"
         )
-    return model.eval()
+    return model.eval(), last
 
 
 @torch.no_grad()
@@ -240,17 +249,21 @@ def fewshot(
     device = module_device(backbone)
     models: list[nn.Module] = []
     runs: list[int] = []
+    losses: list[float] = []
     for trial in range(trials):
         pool = [image.to(device) for image in decode([train_paths[i] for i in draws[trial].ravel()], recipe.resize)]
         for k in shots:
             chosen = np.arange(draws[trial].size).reshape(len(values), most)[:, :k].ravel()
             labels = target.repeat_interleave(k).to(device)
             key = keyed_seed(seed, "fewshot", trial, k)
-            models.append(finetune(backbone, [pool[i] for i in chosen], labels, len(values), recipe, seed=key))
+            model, loss = finetune(backbone, [pool[i] for i in chosen], labels, len(values), recipe, seed=key)
+            models.append(model)
             runs.append(k)
+            losses.append(loss)
     predicted = values[predict(models, test, recipe.precision)]
-    result = FewShotResult({k: [] for k in shots}, {k: [] for k in shots}, draws)
-    for k, answers in zip(runs, predicted, strict=True):
+    result = FewShotResult({k: [] for k in shots}, {k: [] for k in shots}, {k: [] for k in shots}, draws)
+    for k, loss, answers in zip(runs, losses, predicted, strict=True):
+        result.train_loss[k].append(loss)
         result.top1[k].append(top1_accuracy(answers, truth))
         result.mean_class[k].append(mean_class_accuracy(answers, truth))
     return result

@@ -86,6 +86,7 @@ def test_labelled_folders_give_every_metric(full):
     assert metrics["counts"] == {"train": 24, "test": 15, "source": 12}
     assert 0 <= metrics["retrieval"] <= 1 and len(metrics["clustering"]["trials"]) == 2
     assert set(metrics["fewshot"]) == {"1", "2"}
+    assert set(metrics["fewshot"]["2"]) == {"top1", "mean_class", "train_loss"}
     assert set(metrics["fewshot"]["2"]["mean_class"]) == {"mean", "std", "trials"}
     assert set(metrics["before"]) == {"retrieval", "clustering"}
     assert set(metrics["forgetting"]) == {"after", "before"}
@@ -164,6 +165,11 @@ def test_unlabelled_test_and_source(folders):
     ).metrics
     assert not metrics["labelled"] and "forgetting" not in metrics and "source_drift" in metrics
     assert any("source has no class sub-folders" in s for s in metrics["statements"])
+
+
+def test_few_shot_runs_that_do_not_settle_are_said(folders):
+    metrics = evaluate_backbone(ColourNet(), config(folders, fewshot_lr=1e-6, trials=1)).metrics
+    assert any("did not settle (training loss up to 1.1" in s for s in metrics["statements"])
 
 
 def test_single_trial_has_no_spread_and_shots_may_be_left_out(folders):

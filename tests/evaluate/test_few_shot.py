@@ -116,7 +116,8 @@ def test_recipe_is_sgd_with_two_rates_and_a_cosine(folder, monkeypatch):
 
 def test_batchnorm_stays_in_eval_mode_but_learns(folder):
     paths, labels = paths_and_labels(folder, "train")
-    model = finetune(SmallNet(), decode(paths, 16), torch.tensor(labels), CLASSES, QUICK, seed=0)
+    model, loss = finetune(SmallNet(), decode(paths, 16), torch.tensor(labels), CLASSES, QUICK, seed=0)
+    assert 0 < loss < np.log(CLASSES)
     assert torch.equal(model.backbone.bn.running_mean, torch.zeros(8))
     assert not torch.equal(model.backbone.bn.weight, torch.ones(8))
     assert not Classifier(SmallNet(), 8, CLASSES, 0).train().backbone.bn.training
