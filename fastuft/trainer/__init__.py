@@ -1,1 +1,7 @@
+"""The MoCoV2 trainer with sparse source data replaying and data mixing."""
 
+from fastuft.trainer.run import NonFiniteLossError, RunResult, resolve_bn, train
+from fastuft.trainer.signals import EXIT_PREEMPTED
+from fastuft.trainer.state import CheckpointError
+
+__all__ = ["EXIT_PREEMPTED", "CheckpointError", "NonFiniteLossError", "RunResult", "resolve_bn", "train"]

@@ -1,0 +1,149 @@
+"""Processes of one run: ranks from torchrun's environment, the exchange of key views, agreement to stop."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastuft.randomness import keyed_generator
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others.
+
+    Args:
+        rank: of this process.
+        world_size: processes.
+        device: of this process.
+        control: CPU group for agreements, None for a single process.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; all ranks get the same answer."""
+        if self.control is None:
+            return flag
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(value.item())
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+
+def start_ranks(device: str) -> Ranks:
+    """Join the process group that torchrun describes, or run alone.
+
+    Args:
+        device: auto, cuda or cpu.
+
+    Raises:
+        ValueError: cuda asked for where there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("runtime.device='cuda' but torch sees no CUDA device; `fastuft doctor` tells why, or use cpu")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    where = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(where)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return Ranks(0, 1, where)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return Ranks(dist.get_rank(), world_size, where, control)
+
+
+def stop_ranks(ranks: Ranks) -> None:
+    """Leave the process group."""
+    if ranks.world_size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
+    """Rows of all ranks [W b, D] in rank order."""
+    if ranks.world_size == 1:
+        return rows
+    gathered = rows.new_empty((ranks.world_size * len(rows), *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
+
+
+class KeyShuffle:
+    """Hides from BatchNorm which keys belong to which queries (MoCo's ShuffleBN, for any number of processes).
+
+    One permutation of the global batch, drawn from (seed, epoch, step) on every rank alike, decides which rank and which
+    statistics group encodes which key view. Views travel once (all-to-all); the keys are gathered anyway, for the queue,
+    and are put back in order there.
+
+    Args:
+        ranks: the processes.
+        seed: the run's seed.
+    """
+
+    def __init__(self, ranks: Ranks, seed: int) -> None:
+        self.ranks = ranks
+        self.seed = seed
+
+    def permutation(self, epoch: int, step: int, images: int) -> np.ndarray:
+        """int64 [images]: place p of the shuffled global batch holds image permutation[p]."""
+        return keyed_generator(self.seed, "key shuffle", epoch, step).permutation(images)
+
+    def scatter(self, views: Tensor, permutation: np.ndarray) -> Tensor:
+        """This rank's share of the shuffled batch: [b, 3, H, W] in channels_last."""
+        rank, size, local = self.ranks.rank, self.ranks.world_size, len(views)
+        rows = views.permute(0, 2, 3, 1)  # dense rows, so that indexing keeps channels_last
+        wanted = permutation.reshape(size, local)
+        if size == 1:
+            return rows[self._index(permutation)].permute(0, 3, 1, 2)
+        outgoing = [places[places // local == rank] - rank * local for places in wanted]
+        incoming = [np.flatnonzero(wanted[rank] // local == source) for source in range(size)]
+        sent = rows[self._index(np.concatenate(outgoing))].contiguous()
+        received = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(
+            received, sent, [len(places) for places in incoming], [len(places) for places in outgoing]
+        )
+        back = np.empty(local, np.int64)
+        back[np.concatenate(incoming)] = np.arange(local)
+        return received[self._index(back)].permute(0, 3, 1, 2)
+
+    def restore(self, keys: Tensor, permutation: np.ndarray) -> Tensor:
+        """Gathered keys of the shuffled batch [B, D], in the images' order."""
+        inverse = np.empty_like(permutation)
+        inverse[permutation] = np.arange(len(permutation))
+        return keys[self._index(inverse)]
+
+    def _index(self, values: np.ndarray) -> Tensor:
+        index = torch.from_numpy(np.ascontiguousarray(values))
+        if self.ranks.device.type != "cuda":
+            return index
+        return index.pin_memory().to(self.ranks.device, non_blocking=True)

@@ -1,0 +1,161 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastuft.config import RuntimeConfig
+
+
+class Recorder:
+    """Writes on the main rank; silent elsewhere.
+
+    Args:
+        folder: the run folder.
+        runtime: which writers are wanted.
+        enabled: whether this is the main rank.
+        total_steps: of the run, for the bar.
+        resumed_step: rows of later steps are dropped from metrics.jsonl, because they come again.
+    """
+
+    def __init__(
+        self, folder: Path, runtime: RuntimeConfig, *, enabled: bool, total_steps: int, resumed_step: int
+    ) -> None:
+        self.enabled = enabled
+        self._board: Any = None
+        self._wandb: Any = None
+        self._bar: Any = None
+        self._last_line = 0.0
+        self._total = total_steps
+        if not enabled:
+            return
+        self._path = folder / "metrics.jsonl"
+        if resumed_step:
+            self._drop_after(resumed_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        if runtime.tensorboard:
+            if importlib.util.find_spec("tensorboard") is None:
+                self.say("TensorBoard is not installed: metrics go to metrics.jsonl alone.")
+            else:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step or None)
+        if runtime.wandb:
+            if importlib.util.find_spec("wandb") is None:
+                raise ValueError("runtime.wandb=True needs wandb; pip install wandb, or leave it off")
+            import wandb
+
+            self._wandb = wandb.init(project="fastuft", dir=str(folder), name=folder.name, resume="allow")
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True)
+
+    def _drop_after(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line)
+            except json.JSONDecodeError:
+                continue  # a line cut off by a kill
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(partial, self._path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row of metrics: ``kind``, ``step`` and figures."""
+        if not self.enabled:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        figures = {f"{row['kind']}/{name}": v for name, v in row.items() if isinstance(v, float)}
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(figures, step=row["step"])
+
+    def progress(self, row: dict[str, Any]) -> None:
+        """Show one row of training metrics: on the bar, or as a line now and then."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.n = row["step"]
+            self._bar.set_postfix_str(
+                f"epoch {row['epoch']}, loss {row['loss']:.3f}, {row['images_per_second']:.0f} img/s, "
+                f"data wait {row['data_wait_share']:.0%}"
+            )
+            return
+        now = time.monotonic()
+        if now - self._last_line > 10 or row["step"] >= self._total:
+            self._last_line = now
+            left = (self._total - row["step"]) * row["seconds_per_step"]
+            print(
+                f"epoch {row['epoch']}  step {row['step']}/{self._total}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
+                f"{row['images_per_second']:.0f} img/s  data wait {row['data_wait_share']:.0%}  left {left / 60:.1f} min",
+                flush=True,
+            )
+
+    def say(self, text: str) -> None:
+        """A line for the person, once, on the main rank."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if not self.enabled:
+            return
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._bar is not None:
+            self._bar.close()
+
+
+class PartTimes:
+    """Where the time of a step goes: device events on a GPU, the clock on a CPU; read only when metrics are written."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        """A step begins."""
+        self._marks.append(("", self._now()))
+
+    def mark(self, part: str) -> None:
+        """What was issued since the last mark belongs to ``part``."""
+        self._marks.append((part, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part since the last read. On a GPU call it where the host has waited for the step already."""
+        seconds: dict[str, float] = {}
+        for (_, before), (part, after) in zip(self._marks, self._marks[1:], strict=False):
+            if part:
+                passed = before.elapsed_time(after) / 1000 if self._cuda else after - before
+                seconds[part] = seconds.get(part, 0.0) + passed
+        self._marks.clear()
+        return seconds

@@ -1,0 +1,54 @@
+"""Evaluation while training: retrieval where labels are given, clustering of the source (forgetting)."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastuft.config import TrainConfig, WatchConfig
+from fastuft.data import EvalStream, labelled_folder
+from fastuft.evaluate import clustering_accuracy, extract_features, retrieval_accuracy
+
+
+def wanted(watch: WatchConfig) -> bool:
+    """Whether anything is watched."""
+    return watch.every_epochs > 0
+
+
+def due(watch: WatchConfig, epochs_done: int) -> bool:
+    """Whether this epoch's end is one to look at."""
+    return wanted(watch) and epochs_done % watch.every_epochs == 0
+
+
+def evaluate(backbone: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, float]:
+    """Figures of the query encoder's backbone as fractions: ``retrieval``, ``source_clustering``."""
+
+    def features(folder: str) -> tuple[torch.Tensor, list[int]]:
+        paths, labels, _ = labelled_folder(folder)
+        module: Any = backbone
+        stream = EvalStream(
+            paths,
+            labels,
+            size=config.augment.size,
+            batch_size=config.data.batch_size,
+            device=device,
+            mean=module.mean,
+            std=module.std,
+            loader=config.data.loader,
+        )
+        with closing(stream):
+            return extract_features(backbone, stream, device)[0], labels
+
+    figures = {}
+    watch = config.watch
+    if watch.train and watch.test:
+        gallery, gallery_labels = features(watch.train)
+        queries, query_labels = features(watch.test)
+        figures["retrieval"] = retrieval_accuracy(gallery, gallery_labels, queries, query_labels)
+    if watch.source:
+        source, source_labels = features(watch.source)
+        figures["source_clustering"] = clustering_accuracy(source, source_labels, seed=config.seed)
+    return figures
