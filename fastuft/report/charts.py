@@ -17,6 +17,7 @@ from fastuft.report.files import RunFiles
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F5F5F")
 STYLES = ("-", "--", ":", "-.")
 CURVES = (("loss", "loss"), ("alignment", "alignment"), ("distribution", "distribution"), ("lr", "learning rate"))
+WATCHED = (("retrieval", "retrieval %"), ("source_clustering", "source clustering %"))
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -79,6 +80,28 @@ def curves(arms: dict[str, list[RunFiles]]) -> str | None:
             axes.set_xlabel("step")
         handles, labels = panels[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        return _uri(canvas, "svg")
+
+
+def watched(arms: dict[str, list[RunFiles]]) -> str | None:
+    """Figures evaluated while training, per cent, against steps; None when nothing was watched."""
+    panels = [
+        (key, title) for key, title in WATCHED if any(len(runs[0].series(key, "watch")[0]) for runs in arms.values())
+    ]
+    if not panels:
+        return None
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(4.6 * len(panels), 2.8), layout="constrained")
+        grid = np.atleast_1d(canvas.subplots(1, len(panels)))
+        for axes, (key, title) in zip(grid, panels, strict=True):
+            for number, (name, runs) in enumerate(arms.items()):
+                steps, values = runs[0].series(key, "watch")
+                if len(steps):
+                    colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+                    axes.plot(steps, 100 * values, style, marker="o", markersize=3, color=colour, label=name)
+            axes.set_title(title)
+            axes.set_xlabel("step")
+            axes.legend(fontsize=8)
         return _uri(canvas, "svg")
 
 

@@ -35,9 +35,9 @@ class RunFiles:
     evaluation: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+    def series(self, key: str, kind: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of one logged quantity, without rows that lack it or are not finite."""
-        rows = [row for row in self.metrics if row.get("kind") == "train" and isinstance(row.get(key), int | float)]
+        rows = [row for row in self.metrics if row.get("kind") == kind and isinstance(row.get(key), int | float)]
         steps = np.array([row["step"] for row in rows], dtype=float)
         values = np.array([row[key] for row in rows], dtype=float)
         finite = np.isfinite(values)

@@ -10,19 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastuft.report.charts import curves, maps
+import numpy as np
+
+from fastuft.report.charts import curves, maps, watched
 from fastuft.report.files import RunFiles
 from fastuft.report.render import render
 from fastuft.report.tables import NONE, Runs, Table, arms, as_runs, figure, figures_table, lookup
 
-# Figures of summary.json that say how a run went, with the words to show.
-FACTS = (
-    ("steps", "steps"),
-    ("images", "images seen"),
-    ("seconds", "seconds of training"),
-    ("images_per_second", "images a second"),
-    ("bad_files", "bad files"),
-)
 GALLERY_ROWS = 12
 
 
@@ -100,20 +94,38 @@ def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
+def _training_facts(run: RunFiles) -> dict[str, str]:
+    """How a training went, in words and figures; empty for what was not logged."""
+    rate, wait = (run.series(key)[1] for key in ("images_per_second", "data_wait_share"))
+    facts = {
+        "target images": _count(lookup(run.summary, "manifest", "num_target")),
+        "replayed images": _count(lookup(run.summary, "manifest", "num_source")),
+        "steps": _count(run.summary.get("steps")),
+        "images seen": _count(run.summary.get("images")),
+        "seconds": _count(run.summary.get("seconds")),
+        "images/s (median)": f"{np.median(rate):,.0f}" if len(rate) else NONE,
+        "waiting for data %": f"{100 * wait.mean():.1f}" if len(wait) else NONE,
+        "bad files": _count(run.summary.get("bad_files")),
+    }
+    return {} if set(facts.values()) == {NONE} else facts
+
+
 def _facts(groups: dict[str, list[RunFiles]]) -> dict[str, Table]:
     """How each arm's first run went: of its training, and seconds of each part of its evaluation."""
-    keys = [(key, text) for key, text in FACTS if any(key in runs[0].summary for runs in groups.values())]
-    parts = list(dict.fromkeys(p for runs in groups.values() for p in lookup(runs[0].evaluation, "timings") or ()))
-    training = [[name, *(_count(runs[0].summary.get(key)) for key, _ in keys)] for name, runs in groups.items()]
-    evaluation = [
-        [name, *(_count(lookup(runs[0].evaluation, "timings", part)) for part in parts)]
+    training = {name: facts for name, runs in groups.items() if (facts := _training_facts(runs[0]))}
+    evaluation = {
+        name: {part: _count(seconds) for part, seconds in timings.items()}
         for name, runs in groups.items()
-    ]
-    tables = {
-        "Training": Table(["run", *(text for _, text in keys)], training),
-        "Evaluation, seconds": Table(["run", *parts], evaluation),
+        if (timings := lookup(runs[0].evaluation, "timings"))
     }
-    return {name: table for name, table in tables.items() if len(table.headers) > 1}
+    tables = {}
+    for title, arms_facts in (("Training", training), ("Evaluation, seconds", evaluation)):
+        keys = list(dict.fromkeys(key for row in arms_facts.values() for key in row))
+        keys = [key for key in keys if any(row.get(key, NONE) != NONE for row in arms_facts.values())]
+        rows = [[name, *(row.get(key, NONE) for key in keys)] for name, row in arms_facts.items()]
+        if rows:
+            tables[title] = Table(["run", *keys], rows)
+    return tables
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -186,6 +198,7 @@ def write_report(
         remarks=_remarks(groups),
         statements=list(statements),
         curves=curves(groups),
+        watched=watched(groups),
         maps=maps(groups, classes),
         galleries=galleries,
         styles=_used_styles(galleries, styles),

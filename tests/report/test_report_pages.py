@@ -78,10 +78,11 @@ def write_run(folder, *, retrieval=0.9, labelled=True, steps=40, parts=("train",
             }
             for s in range(0, steps, 2)
         ]
-        rows.insert(3, {"kind": "eval", "step": 6, "retrieval": 0.5})
+        rows.insert(3, {"kind": "watch", "step": 6, "retrieval": 0.5, "source_clustering": 0.4})
         rows[5]["loss"] = float("nan")
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        summary = {"steps": steps, "images": 10240, "seconds": 12.5, "bad_files": [f"{EVIL}.jpg"], "seed": 0}
+        summary = {"steps": steps, "images": 10240, "seconds": 12.5, "bad_files": 1, "seed": 0}
+        summary["bad_file_list"] = [{"path": f"{EVIL}.jpg", "reason": "cut off"}]
         (folder / "summary.json").write_text(json.dumps(summary | {"versions": {"fastuft": "0.1.0"}}))
         (folder / "config.yaml").write_text(f"target: {EVIL}\n")
     if "eval" in parts:
@@ -140,7 +141,7 @@ def test_report_is_self_contained(tmp_path):
     assert all(uri.startswith("data:") for uri in re.findall(r'url\("([^"]*)"\)', text))
     assert "@import" not in text and "http-equiv" in text
     images = [link for link in page.links if link.startswith("data:image")]
-    assert len(images) == 2  # curves and map
+    assert len(images) == 3  # curves, watched figures and map
     svg = next(link for link in images if "svg" in link)
     assert b"<svg" in base64.b64decode(svg.split(",")[1])
 
