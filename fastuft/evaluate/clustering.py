@@ -90,8 +90,11 @@ def _assign(x: Tensor, norms: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centre of each row and the squared distance to it, [N] each, in blocks of rows."""
     rows = max(1, BLOCK_VALUES // len(centres))
     blocks = zip(x.split(rows), norms.split(rows), strict=True)
-    best = [_squared_distances(block, norm, centres).min(dim=1) for block, norm in blocks]
-    return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
+    sizes, found = _squared_norms(centres), []
+    for block, norm in blocks:  # |x|^2 does not change which centre is nearest, so it joins after the minimum
+        values, labels = torch.addmm(sizes, block, centres.T, alpha=-2).min(dim=1)
+        found.append((labels, (values + norm).clamp_(min=0)))
+    return torch.cat([labels for labels, _ in found]), torch.cat([distances for _, distances in found])
 
 
 def _means(x: Tensor, labels: Tensor, distances: Tensor, clusters: int) -> Tensor:
@@ -161,7 +164,7 @@ def kmeans(
     # Distances lose fewer digits when the data is centred.
     offset = items.mean(0)
     items = items - offset
-    scaled = tolerance * float(items.var(0, correction=0).mean())
+    scaled = tolerance * float(_squared_norms(items).double().mean()) / items.shape[1]  # mean variance of the features
     if init is not None:
         start = as_features("init", init).to(items.device, items.dtype)
         if start.shape != (clusters, items.shape[1]):

@@ -21,8 +21,8 @@ def as_features(name: str, value: ArrayLike) -> Tensor:
         raise ValueError(f"{name} is complex; features are real numbers")
     if tensor.dtype not in (torch.float32, torch.float64):
         tensor = tensor.float()
-    finite = torch.isfinite(tensor).all(dim=1)
-    if not bool(finite.all()):
+    # The sum of finite values is finite unless it overflows: only then, or with bad values, is each one looked at.
+    if not bool(torch.isfinite(tensor.sum())) and not bool((finite := torch.isfinite(tensor).all(dim=1)).all()):
         bad = (~finite).nonzero().flatten()
         raise ValueError(
             f"{name} holds NaN or infinity in {len(bad)} of {len(tensor)} rows (first: row {int(bad[0])}); "
