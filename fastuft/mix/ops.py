@@ -26,12 +26,13 @@ _library = torch.library.Library("fastuft", "FRAGMENT")
 _warned = False
 
 
-def _find(name: str) -> Path | None:
+def find_library(name: str) -> Path | None:
+    """The built library of this name beside this file, or None."""
     return next(iter(sorted(Path(__file__).parent.glob(f"{name}.*so"))), None)
 
 
 def _load(name: str) -> bool:
-    path = _find(name)
+    path = find_library(name)
     if path is None:
         return False
     torch.ops.load_library(str(path))

@@ -124,7 +124,7 @@ class _Run:
         self._prepare_device()
         self._open_folder()
         torch.manual_seed(keyed_seed(config.seed, "init"))
-        backbone = build_backbone(config.model.arch, config.model.stem)
+        backbone: Any = build_backbone(config.model.arch, config.model.stem)
         self.mean, self.std = backbone.mean, backbone.std
         self.bn = resolve_bn(config, ranks.world_size, backbone)
         self.manifest = Manifest.build(

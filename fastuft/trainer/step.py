@@ -83,7 +83,7 @@ class Learner:
         lams = []
         for number, group in enumerate(groups):
             # One draw a batch, or one a pair; in either case the same for any number of processes.
-            key = ("mix", epoch, step)
+            key: tuple[int | str, ...] = ("mix", epoch, step)
             if self.method.mix_per == "pair":
                 key = (*key, self.ranks.rank * len(groups) + number)
             generator = torch.Generator().manual_seed(keyed_seed(self.seed, *key))

@@ -1,0 +1,135 @@
+"""Options of the sub-commands that are no training or evaluation configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastuft.config import check_choice, check_range
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a checkpoint's backbone for other libraries.
+
+    Args:
+        checkpoint: run folder, exported backbone, or any checkpoint that finetuning starts from.
+        out: file to write (.safetensors or .pth).
+        layout: fastuft (with metadata), torchvision or timm.
+        arch: network of a checkpoint that does not say it.
+        stem: stem of a checkpoint that does not say it.
+        num_classes: add a zero classifier of this size, so that the full network loads strictly.
+    """
+
+    checkpoint: str
+    out: str
+    layout: Literal["fastuft", "torchvision", "timm"] = "fastuft"
+    arch: str | None = None
+    stem: Literal["imagenet", "small"] | None = None
+    num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("num_classes", self.num_classes, 0)
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Check image files before a long run.
+
+    Args:
+        paths: folders, list files or images.
+        decode: also decode every image (slower; finds damage inside).
+        bad_list: file to write bad files and reasons to.
+        workers: threads; 0 takes four a processor.
+        max_megapixels: larger images count as bad.
+    """
+
+    paths: list[str]
+    decode: bool = False
+    bad_list: str = "bad_files.txt"
+    workers: int = 0
+    max_megapixels: float = 180.0
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("paths is empty; name at least one folder, list file or image")
+        check_range("workers", self.workers, 0)
+        check_range("max_megapixels", self.max_megapixels, 0.0, low_open=True)
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Put runs side by side on one page.
+
+    Args:
+        runs: run or evaluation folders, as FOLDER or NAME=FOLDER; equal names are trials of one arm.
+        out: HTML file to write.
+        title: of the page.
+        format: of the table that is printed.
+    """
+
+    runs: list[str]
+    out: str = "report.html"
+    title: str = "Unsupervised finetuning"
+    format: Literal["text", "markdown", "csv"] = "text"
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs is empty; name at least one run folder")
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Tell what this machine has, what is missing, and how to get it.
+
+    Args:
+        json: print JSON instead of a table.
+    """
+
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Run the benchmarks of a source checkout, or the training step on this machine.
+
+    Args:
+        what: all, or the name of one benchmark file: loss, mix, streams, step, momentum, enqueue, evaluate.
+        smoke: smallest sizes, once each.
+        impl: another implementation of the loss to put into the table, as MODULE:FUNCTION.
+        json: file for pytest-benchmark's figures.
+    """
+
+    what: str = "all"
+    smoke: bool = False
+    impl: str | None = None
+    json: str | None = None
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """The whole job on data that ships with the installed libraries.
+
+    Args:
+        out: folder for images, runs and the report.
+        seeds: repetitions, for mean and spread.
+        first_seed: seed of the first.
+        pretrain_epochs: epochs on the glyphs.
+        finetune_epochs: epochs of each arm over its union.
+        shots: labelled images a class of the few-shot runs.
+        trials: draws a few-shot figure.
+    """
+
+    out: str = "runs/demo"
+    seeds: int = 1
+    first_seed: int = 0
+    pretrain_epochs: int = 20
+    finetune_epochs: int = 40
+    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    trials: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "pretrain_epochs", "finetune_epochs", "trials"):
+            check_range(name, getattr(self, name), 1)
+        for shot in self.shots:
+            check_choice("shots", shot, (1, 2, 4, 8, 16))
