@@ -32,6 +32,8 @@ from fastuft.randomness import keyed_generator, keyed_seed
 NEIGHBOURS = 5
 # Label-free measures look at no more images than this: their sampling error is then far below what matters.
 SAMPLE = 2048
+# Area range of the crops between which alignment is measured, whatever few-shot finetuning crops.
+VIEW_SCALE = (0.4, 1.0)
 
 NO_LABELS = (
     "No labels were given (train has no class sub-folders), so no accuracy is known: not retrieval, not clustering, "
@@ -226,7 +228,7 @@ class _Evaluator:
                         images,
                         self.config.size,
                         generator,
-                        scale=self.config.fewshot_crop_scale,
+                        scale=VIEW_SCALE,
                         flip_p=self.config.fewshot_flip_p,
                         mean=backbone.mean,
                         std=backbone.std,

@@ -138,5 +138,7 @@ def maps(arms: dict[str, list[RunFiles]], classes: Sequence[str]) -> str | None:
                 matplotlib.lines.Line2D([], [], marker="o", linestyle="", markersize=5, color=colour, label=name)
                 for name, colour in zip(classes, colours, strict=False)
             ]
-            canvas.legend(handles=marks, loc="outside lower center", ncols=min(10, len(marks)), handletextpad=0.1)
+            canvas.legend(
+                handles=marks, loc="outside lower center", ncols=min(4 * columns, len(marks)), handletextpad=0.1
+            )
         return _uri(canvas, "png")
