@@ -76,9 +76,9 @@ def kmeans_plus_plus(x: Tensor, clusters: int, generator: np.random.Generator) -
     chosen = [int(generator.integers(len(x)))]
     closest = _squared_distances(x, norms, x[chosen])[:, 0]
     for _ in range(1, clusters):
-        cumulative = closest.double().cumsum(0)
-        points = torch.as_tensor(generator.random(candidates), device=x.device) * cumulative[-1]
-        index = torch.searchsorted(cumulative, points).clamp_(max=len(x) - 1)
+        cumulative = closest.double().cpu().cumsum(0)  # on the host: CUDA's floating cumsum is not deterministic
+        points = torch.from_numpy(generator.random(candidates)) * cumulative[-1]
+        index = torch.searchsorted(cumulative, points).clamp_(max=len(x) - 1).to(x.device)
         reach = torch.minimum(_squared_distances(x, norms, x[index]), closest[:, None])
         best = reach.sum(0).argmin()
         closest = reach[:, best]

@@ -273,3 +273,21 @@ Y = [0, 0, 0, 1, 1, 1]
 def test_bad_inputs_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_cpu_results_and_is_deterministic():
+    generator = torch.Generator().manual_seed(6)
+    means = torch.randn(12, 64, generator=generator)
+    labels = torch.randint(12, (900,), generator=generator)
+    x = means[labels] * 2 + torch.randn(900, 64, generator=generator)
+    torch.use_deterministic_algorithms(True)
+    try:
+        on_cpu, on_gpu, again = (evaluate.kmeans(x, 12, device=device) for device in ("cpu", "cuda", "cuda"))
+        assert torch.equal(on_gpu.labels, again.labels) and on_gpu.inertia == again.inertia
+        assert on_gpu.inertia == pytest.approx(on_cpu.inertia, rel=1e-4)
+        halves = x[100:], labels[100:], x[:100], labels[:100]
+        cpu, gpu = (fastuft.retrieval_accuracy(*halves, device=device) for device in ("cpu", "cuda"))
+        assert gpu == pytest.approx(cpu, abs=1e-3)
+    finally:
+        torch.use_deterministic_algorithms(False)
