@@ -25,7 +25,7 @@ from fastuft.evaluate.features import autocast, cached_features, module_device, 
 from fastuft.evaluate.images import decode, random_views, thumbnail_png
 from fastuft.evaluate.inputs import quoted
 from fastuft.evaluate.retrieval import nearest_neighbours, retrieval_accuracy
-from fastuft.evaluate.shots import FewShotResult, FewShotSettings, fewshot
+from fastuft.evaluate.shots import FewShotResult, FewShotSettings, draw_shots, fewshot
 from fastuft.evaluate.unlabelled import alignment_uniformity, drift, neighbour_overlap
 from fastuft.randomness import keyed_generator, keyed_seed
 
@@ -343,6 +343,8 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
     if judged:
         assert test is not None
         _check_classes(train, test)
+        if config.shots:  # refused now, not after the features are extracted
+            draw_shots(train.labels, max(config.shots), seed=config.seed, classes=train.classes)
     backbones = [backbone] if before is None else [backbone, before]
     arms = ("after", "before")
     train_features = [run.features(b, train) for b in backbones]
