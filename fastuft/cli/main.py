@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import subprocess
@@ -10,12 +11,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from fastuft.cli import options
 from fastuft.config import EvalConfig, TrainConfig
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+
+# Read when torch loads its threading runtime: threads that spin while they wait make a CPU run many times slower as soon
+# as decoding threads or other processes want the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 class UsageError(Exception):
@@ -53,9 +59,13 @@ def _finetune(config: TrainConfig) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    from fastuft.trainer import EXIT_PREEMPTED, train
+    from fastuft.trainer import EXIT_PREEMPTED, NonFiniteLossError, train
 
-    result = train(config)
+    try:
+        result = train(config)
+    except NonFiniteLossError as error:
+        print(f"fastuft: {error}", file=sys.stderr)
+        return EXIT_FAILED
     if result.interrupted:
         print(f"stopped by {result.interrupted} at step {result.steps}; go on with --resume auto", file=sys.stderr)
         return EXIT_PREEMPTED
@@ -67,14 +77,16 @@ def _train(config: TrainConfig) -> int:
 def _evaluate(config: EvalConfig) -> int:
     from fastuft.evaluate import evaluate_backbone, write_evaluation
     from fastuft.model import load_backbone
-    from fastuft.report import table, write_report
+    from fastuft.report import load_run, table, write_report
 
     backbone = load_backbone(config.checkpoint, config.arch, config.stem)
     known = {"arch": str(backbone.arch), "stem": backbone.stem}
     before = None if config.before is None else load_backbone(config.before, **known)  # type: ignore[arg-type]
     result = evaluate_backbone(backbone, config, before)
     write_evaluation(config.out, result)
-    runs = [(Path(config.checkpoint).name or "checkpoint", config.out)]
+    trained = Path(config.checkpoint)
+    # The curves of a run join its evaluation.
+    runs = [load_run(trained.name or "checkpoint", [config.out, trained] if trained.is_dir() else config.out)]
     print(table(runs))
     for statement in result.metrics["statements"]:
         print(statement)
@@ -279,52 +291,138 @@ def _add_positional(parser: Any, command: Command) -> None:
         parser.add_argument(option.name, nargs="?", default=option.default, help=text)
 
 
-def _one_line(error: Exception, command: Command | None) -> str:
-    """A parser's complaint as one line; an unknown option comes with the closest known ones."""
-    text = " ".join(str(error).split())
-    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text) or re.search(
-        r"[Kk]ey ['\"]?([\w.]+)['\"]? is not", text
-    )
-    if unknown is None or command is None:
-        return text
-    known = _option_names(command.config)
-    close = difflib.get_close_matches(unknown[1], known, 3, 0.4)
-    allowed = f"closest: {', '.join(close)}" if close else f"allowed: {', '.join(known)}"
-    return f"unknown option {unknown[1]!r}; {allowed}"
-
-
-def _option_names(config: type, prefix: str = "") -> list[str]:
-    names = []
+def _option_types(config: type, prefix: str = "") -> dict[str, Any]:
+    """Type of every option by its full name; groups come before their members."""
+    types: dict[str, Any] = {}
     for name, kind in get_type_hints(config).items():
-        names += _option_names(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]  # type: ignore[arg-type]
-    return names
+        types[prefix + name] = kind
+        if is_dataclass(kind):
+            types |= _option_types(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return types
 
 
-def _underscored(argument: str) -> str:
-    """``--max-steps`` for ``--max_steps``: both are understood."""
-    match = re.match(r"^--[A-Za-z][\w.+-]*", argument)
-    return argument if match is None else "--" + match[0][2:].replace("-", "_") + argument[match.end() :]
+def _allowed(kind: Any) -> str:
+    """What an option of this type takes, in words."""
+    plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    if kind in plain:
+        return plain[kind]
+    if is_dataclass(kind):
+        return f"a group of {', '.join(field.name for field in fields(kind))}"
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if get_origin(kind) is tuple:
+        return f"[{', '.join(map(_allowed, parts))}]"
+    if get_origin(kind) is list:
+        return f"a list, each item {_allowed(parts[0])}"
+    return " or ".join(map(_allowed, parts))
+
+
+def _one_line(error: Exception, command: Command | None) -> str:
+    """A parser's complaint as one line that names the key and what is allowed."""
+    text = " ".join(str(error).split())
+    if command is None:
+        wrong = re.search(r"invalid choice: '([^']*)'", text)
+        return f"unknown command {wrong[1]!r}; choose one of {', '.join(COMMANDS)}" if wrong else text
+    types = _option_types(command.config)
+    required = re.search(r"arguments are required: (.+)$", text) or re.search(r'Key "([\w.]+)" is required', text)
+    if required:
+        names = [name.strip().split(".", 1)[-1].lstrip("-") for name in required[1].split(",")]
+        missing = "; ".join(f"{name} takes {_allowed(types.get(name, str))}" for name in names)
+        return f"missing {', '.join(names)}: {missing}. Example: {command.example}"
+    stray = re.search(r"[Uu]nrecognized arguments: (?!--)(\S+)", text)
+    if stray:
+        return f"unexpected argument {stray[1]!r}; options are given as --NAME VALUE. Example: {command.example}"
+    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text) or re.search(
+        r"(?:does not accept option|[Kk]ey) ['\"]?([\w.]+)['\"]?(?: is not|$)", text
+    )
+    if unknown:
+        known = [name for name, kind in types.items() if not is_dataclass(kind)]
+        close = difflib.get_close_matches(unknown[1], known, 3, 0.4)
+        allowed = f"closest: {', '.join(close)}" if close else f"allowed: {', '.join(known)}"
+        return f"unknown option {unknown[1]!r}; {allowed}"
+    key = re.search(r'[Kk]ey "([\w.]+)"', text)
+    value = re.search(r"(?:Got value|value|given): (.*)$", text)
+    if key and value and key[1] in types:
+        return f"{key[1]}={value[1]} is not allowed; it takes {_allowed(types[key[1]])}"
+    if text.startswith(("Problems parsing config", "Unexpected config")):
+        return f"config is no YAML mapping of options: {text}"
+    return text
+
+
+def _normalised(arguments: Sequence[str], command: Command | None) -> list[str]:
+    """Arguments as the parser takes them.
+
+    ``--max-steps`` is ``--max_steps``; a bare ``--runtime.compile`` is true; one item for a list, or several with commas
+    between, need no brackets.
+    """
+    types = {} if command is None else _option_types(command.config)
+    given = list(arguments)
+    result: list[str] = []
+    while given:
+        argument = given.pop(0)
+        if not argument.startswith("--"):
+            result.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        name = name.replace("-", "_")
+        kind = types.get(name)
+        if kind is bool and not equals:
+            positional = command is not None and command.positional is not None
+            bare = not given or given[0].startswith("--") or (positional and given[0] not in ("true", "false"))
+            equals, value = "=", "true" if bare else given.pop(0)
+        elif get_origin(kind) is list:
+            if not equals and given:
+                equals, value = "=", given.pop(0)
+            if equals and not value.startswith("["):
+                items = value.split(",")
+                value = json.dumps(items) if get_args(kind)[0] is str else f"[{','.join(items)}]"
+        result.append(f"--{name}{equals}{value}")
+    return result
+
+
+def _without_parser(arguments: Sequence[str]) -> int:
+    """What works without the extra packages: the doctor, which tells how to get them."""
+    if arguments and arguments[0] == "doctor":
+        return _doctor(options.DoctorOptions(json="--json" in arguments))
+    print(
+        "fastuft: error: the command line needs jsonargparse and the other packages of an extra: "
+        "pip install 'fastuft[train-cu13]' (or -cu12, -cpu); `fastuft doctor` tells what is missing",
+        file=sys.stderr,
+    )
+    return EXIT_BAD_INPUT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status. Errors that a user can cause are one line on stderr, status 2."""
-    arguments = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    named = next((argument for argument in arguments if argument in COMMANDS), None)
-    parser = build_parser([named] if named else tuple(COMMANDS))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    command = COMMANDS.get(named or "")
+    try:
+        from jsonargparse import Namespace
+
+        parser = build_parser([named] if named is not None and command is not None else tuple(COMMANDS))
+    except ModuleNotFoundError as error:
+        if error.name != "jsonargparse":
+            raise
+        return _without_parser(arguments)
     if not arguments:
         parser.print_help(sys.stderr)
         return EXIT_BAD_INPUT
-    command = COMMANDS[named] if named else None
+    label = "fastuft" if command is None else f"fastuft {named}"
     try:
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args(_normalised(arguments, command))
     except UsageError as error:
-        print(f"fastuft {named or ''}: error: {_one_line(error, command)}", file=sys.stderr)
+        print(f"{label}: error: {_one_line(error, command)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     assert command is not None  # without a command only help and version parse, and they exit
     try:
+        for name, kind in get_type_hints(command.config).items():
+            if is_dataclass(kind) and not isinstance(parsed[named][name], Namespace):
+                raise ValueError(f"{name}={parsed[named][name]!r} is not allowed; it takes {_allowed(kind)}")
         config = parser.instantiate_classes(parsed)[named]
         values = {field.name: config[field.name] for field in fields(command.config)}
         return command.run(command.config(**values))
     except ValueError as error:
-        print(f"fastuft {named}: error: {error}", file=sys.stderr)
+        print(f"{label}: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
