@@ -2,141 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+import fastuft
 
 State = Literal["ok", "missing", "problem"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor.
-
-    Args:
-        part: what was looked at.
-        state: ok, missing (works without it, slower or less), or problem (something asked for cannot work).
-        found: what is there.
-        remedy: what to do, empty when nothing.
-    """
-
-    part: str
-    state: State
-    found: str
-    remedy: str = ""
-
-
-def version(*names: str) -> str | None:
-    """Installed version of the first distribution of these names that is installed."""
-    for name in names:
-        try:
-            return f"{name} {importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def run(*command: str) -> str | None:
-    """Output of a program, or None where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (subprocess.SubprocessError, OSError):
-        return None
-    return done.stdout.strip()
-
-
-def check_torch() -> Iterator[Finding]:
-    """torch, its CUDA, the driver's CUDA and the GPU."""
-    import torch
-
-    built = torch.version.cuda
-    yield Finding("torch", "ok", f"{torch.__version__} ({'CUDA ' + built if built else 'CPU build'})")
-    driver = run("nvidia-smi")
-    supports = re.search(r"CUDA Version:\s*([\d.]+)", driver or "")
-    if driver is None:
-        yield Finding("driver", "missing", "no nvidia-smi", "fine on a CPU; on a GPU machine install NVIDIA's driver")
-    else:
-        newest = supports[1] if supports else "?"
-        too_new = bool(built and supports and int(built.split(".")[0]) > int(newest.split(".")[0]))
-        remedy = f"install a torch built for CUDA {newest.split('.')[0]}, or a newer driver" if too_new else ""
-        yield Finding("driver", "problem" if too_new else "ok", f"supports CUDA {newest}", remedy)
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        remedy = "" if major >= 8 else "the fused kernels need sm_80 or newer; the portable path runs"
-        yield Finding(
-            "GPU", "ok" if major >= 8 else "missing", f"{torch.cuda.get_device_name()}, sm_{major}{minor}", remedy
-        )
-    elif driver is not None and built is None:
-        yield Finding("GPU", "problem", "a driver, but torch is a CPU build", "install torch's CUDA build")
-    else:
-        yield Finding("GPU", "missing", "none visible to torch", "training runs on the CPU, slowly")
-
-
-def check_kernels() -> Iterator[Finding]:
-    """Triton and the compiled extension."""
-    found = version("triton")
-    remedy = "" if found else "pip install triton (Linux); without it the losses take the portable path"
-    yield Finding("triton", "ok" if found else "missing", found or "not installed", remedy)
-    from fastuft.mix import ops
-
-    built = [name for name in ("_C", "_C_cuda") if ops.find_library(name) is not None]
-    state: State = "ok" if "_C" in built else "missing"
-    remedy = "" if "_C" in built else "install a C++ compiler, then pip install -e . --no-build-isolation"
-    if "_C" in built and "_C_cuda" not in built:
-        remedy = "for GPU mixing install nvcc, then pip install -e . --no-build-isolation"
-    yield Finding("extension", state, " ".join(built) or "not built (plain PyTorch mixing)", remedy)
-    nvcc = run("nvcc", "--version")
-    release = re.search(r"release ([\d.]+)", nvcc or "")
-    remedy = "" if nvcc else "needed only to build the CUDA part of the extension"
-    yield Finding("nvcc", "ok" if nvcc else "missing", release[1] if release else "not found", remedy)
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    remedy = "" if compiler else "needed only to build the extension: install g++ or clang"
-    yield Finding("C++ compiler", "ok" if compiler else "missing", compiler or "not found", remedy)
-
-
-def check_dali() -> Iterator[Finding]:
-    """DALI, its CUDA against torch's, and the decoy of that name."""
-    import torch
-
-    found = version("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-    decoy = version("nvidia-dali")
-    if decoy and not found:
-        remedy = "that package is a placeholder: pip uninstall nvidia-dali; pip install nvidia-dali-cuda130"
-        yield Finding("DALI", "problem", decoy, remedy)
-        return
-    if found is None:
-        remedy = "pip install 'fastuft[train-cu13]' (or -cu12, -cpu); without it the slower PyTorch loader runs"
-        yield Finding("DALI", "missing", "not installed", remedy)
-        return
-    dali_cuda = "12" if "cuda120" in found else "13"
-    torch_cuda = (torch.version.cuda or "").split(".")[0]
-    if torch.cuda.is_available() and torch_cuda and torch_cuda != dali_cuda:
-        remedy = f"pip uninstall {found.split()[0]}; pip install nvidia-dali-cuda{torch_cuda}0"
-        yield Finding("DALI", "problem", f"{found} beside torch for CUDA {torch_cuda}", remedy)
-        return
-    yield Finding("DALI", "ok", found)
-
-
-def check_apex() -> Iterator[Finding]:
-    """NVIDIA's apex (opt-in) and the unrelated package of that name."""
-    found = version("apex")
-    if found is None:
-        yield Finding("apex", "missing", "not installed", "only for optim.optimizer=apex_fused_sgd; sgd is fused too")
-    elif importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
-        yield Finding("apex", "ok", found)
-    else:
-        remedy = "this is an unrelated web toolkit: pip uninstall apex; build NVIDIA's apex from its repository"
-        yield Finding("apex", "problem", found, remedy)
-
 
 OPTIONAL = {
     "timm": "for model.arch=timm:NAME: pip install timm",
@@ -157,14 +40,211 @@ NEEDED = (
     "matplotlib",
     "jinja2",
 )
+EXTRA = "pip install 'fastuft[train-cu13]' (or -cu12, -cpu)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor.
+
+    Args:
+        part: what was looked at.
+        state: ok, missing (works without it, slower or less), or problem (required, or there and cannot work).
+        found: what is there.
+        remedy: what to do, empty when nothing.
+    """
+
+    part: str
+    state: State
+    found: str
+    remedy: str = ""
+
+
+def version(*names: str) -> str | None:
+    """Name and version of the first distribution of these names that is installed."""
+    for name in names:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def run(*command: str) -> str | None:
+    """Output of a program, or None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return done.stdout.strip()
+
+
+def load_torch() -> Any | None:
+    """torch, or None where it is not installed."""
+    try:
+        return importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return None
+
+
+def driver_cuda() -> str | None:
+    """Newest CUDA version that the driver supports ("?" when it does not say), or None without a driver."""
+    text = run("nvidia-smi")
+    if text is None:
+        return None
+    found = re.search(r"CUDA (?:UMD )?Version:\s*(\d+\.\d+)", text)
+    return found[1] if found else "?"
+
+
+def _major(cuda: str | None) -> int | None:
+    return int(cuda.split(".")[0]) if cuda and cuda[0].isdigit() else None
+
+
+def check_torch(torch: Any | None) -> Iterator[Finding]:
+    """torch and its CUDA, the driver's CUDA, the GPU."""
+    if torch is None:
+        yield Finding("torch", "problem", "not installed", "install torch >= 2.11 from pytorch.org for your CUDA")
+        return
+    release = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    built = torch.version.cuda
+    build = f"{torch.__version__} ({'CUDA ' + built if built else 'CPU build'})"
+    if release < (2, 11):
+        yield Finding("torch", "problem", build, "fastuft needs torch >= 2.11: pip install --upgrade torch")
+    else:
+        yield Finding("torch", "ok", build)
+
+    driver = driver_cuda()
+    too_old = (_major(built) or 0) > (_major(driver) or 99)
+    if driver is None:
+        yield Finding("driver", "missing", "no nvidia-smi", "fine on a CPU; on a GPU machine install NVIDIA's driver")
+    elif too_old:
+        remedy = f"install a newer driver, or a torch built for CUDA {_major(driver)}"
+        yield Finding("driver", "problem", f"supports CUDA {driver}, torch is built for {built}", remedy)
+    else:
+        yield Finding("driver", "ok", f"supports CUDA {driver}")
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            name = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+            if major >= 8:
+                yield Finding("GPU", "ok", name)
+            else:
+                yield Finding("GPU", "missing", name, "the fused kernels need sm_80 or newer; the portable path runs")
+    elif driver is not None and built is None:
+        yield Finding("GPU", "problem", "a driver, but torch is a CPU build", "install torch's CUDA build")
+    elif driver is not None:
+        remedy = "see `nvidia-smi` and CUDA_VISIBLE_DEVICES" + ("; the driver is too old" if too_old else "")
+        yield Finding("GPU", "problem", "a driver, but torch sees no device", remedy)
+    else:
+        yield Finding("GPU", "missing", "none", "training runs on the CPU, slowly")
+
+
+def check_triton(torch: Any | None) -> Iterator[Finding]:
+    """Triton, and the compiler and headers that it needs at run time on a GPU."""
+    found = version("triton")
+    on_gpu = torch is not None and torch.cuda.is_available()
+    if found is None:
+        remedy = "pip install triton (Linux); without it the losses take the portable path"
+        yield Finding("triton", "missing", "not installed", remedy)
+        return
+    lacking = []
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")):
+        lacking.append("a C compiler (install gcc)")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        lacking.append("Python's headers (install python3-dev)")
+    if lacking and on_gpu:
+        yield Finding("triton", "problem", found, f"at run time it needs {' and '.join(lacking)}")
+    else:
+        yield Finding("triton", "ok", found)
+
+
+def check_extension(torch: Any | None) -> Iterator[Finding]:
+    """The compiled extension, CPU and CUDA part, and what builds it."""
+    folder = Path(fastuft.__file__).parent / "mix"
+    build = "pip install -e . --no-build-isolation"
+    on_gpu = torch is not None and torch.cuda.is_available()
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    nvcc = run("nvcc", "--version")
+    for name, place, tool in (("_C", "CPU", compiler), ("_C_cuda", "CUDA", nvcc)):
+        part = f"extension {name}"
+        library = next(iter(sorted(folder.glob(f"{name}.*so"))), None)
+        wanted = name == "_C" or on_gpu
+        if library is None:
+            tools = "a C++ compiler" if name == "_C" else "nvcc"
+            how = build if tool else f"install {tools}, then {build}"
+            remedy = f"{how}; without it {place} mixing runs in plain PyTorch" if wanted else "not needed without a GPU"
+            yield Finding(part, "missing", "not built", remedy)
+        elif torch is None or not wanted:
+            yield Finding(part, "ok", f"{library.name} (not loaded here)")
+        else:
+            try:
+                torch.ops.load_library(str(library))
+            except OSError as error:
+                reason = " ".join(str(error).split())[:120]
+                yield Finding(part, "problem", f"{library.name} does not load: {reason}", f"rebuild it: {build}")
+            else:
+                yield Finding(part, "ok", library.name)
+    release = re.search(r"release ([\d.]+)", nvcc or "")
+    remedy = "" if nvcc else "needed only to build the CUDA part of the extension"
+    yield Finding("nvcc", "ok" if nvcc else "missing", release[1] if release else "not found", remedy)
+    remedy = "" if compiler else "needed only to build the extension: install g++ or clang"
+    yield Finding("C++ compiler", "ok" if compiler else "missing", compiler or "not found", remedy)
+
+
+def check_dali(torch: Any | None) -> Iterator[Finding]:
+    """DALI, its CUDA against torch's and the driver's, and the decoy of that name."""
+    wheels = [wheel for wheel in ("nvidia-dali-cuda120", "nvidia-dali-cuda130") if version(wheel)]
+    decoy = version("nvidia-dali")
+    if decoy and not wheels:
+        remedy = f"that package is a placeholder: pip uninstall nvidia-dali; {EXTRA}"
+        yield Finding("DALI", "problem", decoy, remedy)
+        return
+    if not wheels:
+        yield Finding("DALI", "missing", "not installed", f"{EXTRA}; without it the slower PyTorch loader runs")
+        return
+    if len(wheels) > 1:
+        remedy = "they overwrite each other's files: uninstall both, then install the one for your CUDA"
+        yield Finding("DALI", "problem", " and ".join(wheels), remedy)
+        return
+    found = version(*wheels) or wheels[0]
+    dali_cuda = 12 if wheels[0].endswith("cuda120") else 13
+    torch_cuda = _major(torch.version.cuda) if torch is not None else None
+    driver = _major(driver_cuda())
+    if torch_cuda and torch_cuda != dali_cuda:
+        remedy = f"pip uninstall {wheels[0]}; pip install nvidia-dali-cuda{torch_cuda}0"
+        yield Finding("DALI", "problem", f"{found} beside torch for CUDA {torch_cuda}", remedy)
+    elif driver is not None and driver < dali_cuda:
+        remedy = f"install a newer driver, or nvidia-dali-cuda{driver}0"
+        yield Finding("DALI", "problem", f"{found}, but the driver supports CUDA {driver}", remedy)
+    else:
+        remedy = "" if decoy is None else "the placeholder nvidia-dali is installed too: pip uninstall nvidia-dali"
+        yield Finding("DALI", "ok", found, remedy)
+
+
+def check_apex() -> Iterator[Finding]:
+    """NVIDIA's apex (opt-in) and the unrelated package of that name."""
+    found = version("apex")
+    if found is None:
+        yield Finding("apex", "missing", "not installed", "only for optim.optimizer=apex_fused_sgd; sgd is fused too")
+    elif importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
+        yield Finding("apex", "ok", found)
+    else:
+        remedy = "this is an unrelated web toolkit: pip uninstall apex; build NVIDIA's apex from its repository"
+        yield Finding("apex", "problem", found, remedy)
 
 
 def check_packages() -> Iterator[Finding]:
     """What the command line needs, and optional companions."""
     lacking = [name for name in NEEDED if version(name) is None]
-    remedy = "pip install 'fastuft[train-cu13]' (or -cu12, -cpu)" if lacking else ""
-    found = f"lacking {', '.join(lacking)}" if lacking else "all installed"
-    yield Finding("packages", "problem" if lacking else "ok", found, remedy)
+    if lacking:
+        yield Finding("packages", "problem", f"lacking {', '.join(lacking)}", EXTRA)
+    else:
+        yield Finding("packages", "ok", "all installed")
     for name, remedy in OPTIONAL.items():
         there = version(name, "faiss-gpu") if name == "faiss-cpu" else version(name)
         yield Finding(name, "ok" if there else "missing", there or "not installed", "" if there else remedy)
@@ -172,12 +252,21 @@ def check_packages() -> Iterator[Finding]:
 
 def examine() -> list[Finding]:
     """All findings, in order."""
-    checks = (check_torch, check_kernels, check_dali, check_apex, check_packages)
-    return [finding for check in checks for finding in check()]
+    torch = load_torch()
+    ours = Finding("fastuft", "ok", f"{fastuft.__version__}, Python {platform.python_version()}")
+    return [
+        ours,
+        *check_torch(torch),
+        *check_triton(torch),
+        *check_extension(torch),
+        *check_dali(torch),
+        *check_apex(),
+        *check_packages(),
+    ]
 
 
 def run_doctor(*, as_json: bool = False) -> int:
-    """Print the findings; status 1 when something that is there cannot work."""
+    """Print the findings; status 1 when a required part is missing or one that is there cannot work."""
     findings = examine()
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))

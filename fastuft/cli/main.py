@@ -176,11 +176,13 @@ def _bench(config: options.BenchOptions) -> int:
     if config.what != "all" and config.what not in known:
         raise ValueError(f"what={config.what!r} is not allowed; choose one of all, {', '.join(known)}")
     target = folder if config.what == "all" else folder / f"bench_{config.what}.py"
-    command = [sys.executable, "-m", "pytest", str(target), "--benchmark-only"]
+    settings = folder.parent / "pyproject.toml"
+    command = [sys.executable, "-m", "pytest", str(target), "-c", str(settings), "--benchmark-only"]
+    command += [f"--device={config.device}", f"--threads={config.threads}", f"--seconds={config.seconds}"]
     command += ["--smoke"] if config.smoke else []
-    command += [f"--impl={config.impl}"] if config.impl else []
-    command += [f"--benchmark-json={config.json}"] if config.json else []
-    return subprocess.run(command, cwd=folder.parent, check=False).returncode
+    command += [f"--impl={impl}" for impl in config.impl]
+    command += [f"--benchmark-json={Path(config.json).resolve()}"] if config.json else []
+    return subprocess.run(command, check=False).returncode
 
 
 # The recipe of MoCoV2 pretraining: 800 epochs, batch 2048, lr 0.24; the queue starts from random rows.
@@ -420,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, kind in get_type_hints(command.config).items():
             if is_dataclass(kind) and not isinstance(parsed[named][name], Namespace):
                 raise ValueError(f"{name}={parsed[named][name]!r} is not allowed; it takes {_allowed(kind)}")
-        config = parser.instantiate_classes(parsed)[named]
+        config = parser.instantiate(parsed)[named]
         values = {field.name: config[field.name] for field in fields(command.config)}
         return command.run(command.config(**values))
     except ValueError as error:

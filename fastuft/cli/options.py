@@ -91,19 +91,29 @@ class DoctorOptions:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Run the benchmarks of a source checkout, or the training step on this machine.
+    """Run the benchmarks of a source checkout on this machine.
 
     Args:
         what: all, or the name of one benchmark file: loss, mix, streams, step, momentum, enqueue, evaluate.
         smoke: smallest sizes, once each.
-        impl: another implementation of the loss to put into the table, as MODULE:FUNCTION.
+        impl: other implementations of the loss to put into the table, each as MODULE:FUNCTION.
         json: file for pytest-benchmark's figures.
+        device: auto is cuda when present.
+        threads: CPU threads of PyTorch.
+        seconds: time for the rounds of one benchmark.
     """
 
     what: str = "all"
     smoke: bool = False
-    impl: str | None = None
+    impl: list[str] = field(default_factory=list)
     json: str | None = None
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    threads: int = 1
+    seconds: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_range("threads", self.threads, 1)
+        check_range("seconds", self.seconds, 0.0, low_open=True)
 
 
 @dataclass(frozen=True)

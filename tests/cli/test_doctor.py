@@ -1,0 +1,173 @@
+"""The doctor on faked machines."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from fastuft.cli import doctor, main
+
+
+class Machine:
+    """A faked environment: installed distributions, programs' output, and a stand-in for torch."""
+
+    def __init__(self, monkeypatch):
+        self.installed = dict.fromkeys(doctor.NEEDED, "1.0")
+        self.programs = {}
+        self.torch = self.make_torch("2.13.0+cpu", cuda=None, gpus=())
+        self.tools = {"c++": "/usr/bin/c++", "gcc": "/usr/bin/gcc"}
+        self.specs = set()
+        monkeypatch.setattr(doctor, "version", self.version)
+        monkeypatch.setattr(doctor, "run", lambda *command: self.programs.get(command[0]))
+        monkeypatch.setattr(doctor, "load_torch", lambda: self.torch)
+        monkeypatch.setattr(doctor.shutil, "which", self.tools.get)
+        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name if name in self.specs else None)
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.delenv("CXX", raising=False)
+
+    def version(self, *names):
+        return next((f"{name} {self.installed[name]}" for name in names if name in self.installed), None)
+
+    @staticmethod
+    def make_torch(version, *, cuda, gpus, load_error=None):
+        def load_library(path):
+            if load_error:
+                raise OSError(load_error)
+
+        devices = SimpleNamespace(
+            is_available=lambda: bool(gpus),
+            device_count=lambda: len(gpus),
+            get_device_capability=lambda index: gpus[index],
+            get_device_name=lambda index: "Some GPU",
+        )
+        return SimpleNamespace(
+            __version__=version,
+            version=SimpleNamespace(cuda=cuda),
+            cuda=devices,
+            ops=SimpleNamespace(load_library=load_library),
+        )
+
+    def driver(self, cuda):
+        self.programs["nvidia-smi"] = f"| NVIDIA-SMI 580.1   Driver Version: 580.1   CUDA Version: {cuda} |"
+
+    def findings(self):
+        return {finding.part: finding for finding in doctor.examine()}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    return Machine(monkeypatch)
+
+
+def test_a_cpu_machine_has_no_problem(machine, capsys):
+    assert main(["doctor"]) == 0
+    found = machine.findings()
+    assert found["torch"].state == "ok" and "CPU build" in found["torch"].found
+    assert found["driver"].state == found["GPU"].state == found["DALI"].state == "missing"
+    text = capsys.readouterr().out
+    assert all(part in text for part in found)
+
+
+def test_a_complete_gpu_machine(machine):
+    machine.torch = machine.make_torch("2.13.0+cu130", cuda="13.0", gpus=((9, 0), (9, 0)))
+    machine.driver("13.0")
+    machine.installed |= {"triton": "3.7", "nvidia-dali-cuda130": "2.4.0", "apex": "0.1"}
+    machine.programs["nvcc"] = "Cuda compilation tools, release 13.0, V13.0.88"
+    machine.specs |= {"apex", "apex.optimizers"}
+    found = machine.findings()
+    assert {found[part].state for part in ("torch", "driver", "GPU", "triton", "DALI", "apex", "nvcc")} == {"ok"}
+    assert found["nvcc"].found == "13.0"
+
+
+def test_every_missing_part_and_problem_has_a_remedy(machine):
+    for finding in machine.findings().values():
+        assert finding.state == "ok" or finding.remedy, finding
+
+
+@pytest.mark.parametrize(
+    ("prepare", "part", "words"),
+    [
+        (lambda m: setattr(m, "torch", None), "torch", "not installed"),
+        (lambda m: setattr(m, "torch", m.make_torch("2.9.1", cuda=None, gpus=())), "torch", ">= 2.11"),
+        (lambda m: m.installed.pop("safetensors"), "packages", "lacking safetensors"),
+        (lambda m: m.installed.update({"nvidia-dali": "0.0.1"}), "DALI", "placeholder"),
+        (
+            lambda m: m.installed.update({"nvidia-dali-cuda120": "2.4.0", "nvidia-dali-cuda130": "2.4.0"}),
+            "DALI",
+            "overwrite",
+        ),
+        (lambda m: m.installed.update({"apex": "0.9.10dev"}), "apex", "unrelated web toolkit"),
+        (lambda m: m.driver("13.0"), "GPU", "CPU build"),
+    ],
+)
+def test_problems(machine, prepare, part, words, capsys):
+    prepare(machine)
+    assert main(["doctor"]) == 1
+    found = machine.findings()[part]
+    assert found.state == "problem" and words in found.found + found.remedy
+    assert words in capsys.readouterr().out
+
+
+def test_driver_older_than_torchs_cuda(machine):
+    machine.torch = machine.make_torch("2.13.0+cu130", cuda="13.0", gpus=())
+    machine.driver("12.4")
+    found = machine.findings()
+    assert found["driver"].state == "problem" and "CUDA 12" in found["driver"].remedy
+    assert found["GPU"].state == "problem"
+
+
+def test_dali_of_another_cuda_than_torch(machine):
+    machine.torch = machine.make_torch("2.13.0+cu126", cuda="12.6", gpus=((9, 0),))
+    machine.driver("13.0")
+    machine.installed |= {"nvidia-dali-cuda130": "2.4.0"}
+    found = machine.findings()["DALI"]
+    assert found.state == "problem" and "nvidia-dali-cuda120" in found.remedy
+
+
+def test_dali_newer_than_the_driver(machine):
+    machine.driver("12.4")
+    machine.installed |= {"nvidia-dali-cuda130": "2.4.0"}
+    assert "newer driver" in machine.findings()["DALI"].remedy
+
+
+def test_dali_beside_its_decoy(machine):
+    machine.installed |= {"nvidia-dali": "0.0.1", "nvidia-dali-cuda130": "2.4.0"}
+    found = machine.findings()["DALI"]
+    assert found.state == "ok" and "pip uninstall nvidia-dali" in found.remedy
+
+
+def test_an_old_gpu_takes_the_portable_path(machine):
+    machine.torch = machine.make_torch("2.13.0+cu130", cuda="13.0", gpus=((7, 5),))
+    machine.driver("13.0")
+    assert "portable path" in machine.findings()["GPU"].remedy
+
+
+def test_triton_on_a_gpu_needs_a_compiler(machine):
+    machine.installed |= {"triton": "3.7"}
+    machine.tools.clear()
+    assert machine.findings()["triton"].state == "ok"  # nothing runs on it here
+    machine.torch = machine.make_torch("2.13.0+cu130", cuda="13.0", gpus=((9, 0),))
+    machine.driver("13.0")
+    assert "C compiler" in machine.findings()["triton"].remedy
+
+
+def test_extension_not_built_and_not_loading(machine, tmp_path, monkeypatch):
+    (tmp_path / "mix").mkdir()
+    monkeypatch.setattr(doctor.fastuft, "__file__", str(tmp_path / "__init__.py"))
+    machine.tools.clear()
+    found = machine.findings()
+    assert "install a C++ compiler" in found["extension _C"].remedy
+    assert "not needed without a GPU" in found["extension _C_cuda"].remedy
+    (tmp_path / "mix" / "_C.abi3.so").touch()
+    machine.torch = machine.make_torch("2.13.0", cuda=None, gpus=(), load_error="undefined symbol: x")
+    found = machine.findings()["extension _C"]
+    assert found.state == "problem" and "undefined symbol" in found.found
+
+
+def test_json(machine, capsys):
+    assert main(["doctor", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {"part", "state", "found", "remedy"} == set(rows[0])
+    assert {row["part"] for row in rows} >= {"torch", "GPU", "DALI", "apex", "timm"}
