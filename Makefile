@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 PYTEST := $(BIN)/python -m pytest --durations=5
 
+# Waiting threads sleep instead of spinning: tests run several processes on few cores.
+export OMP_WAIT_POLICY ?= passive
+
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: setup demo test test-slow lint bench clean unit interpreter compile e2e packaging bench-smoke

@@ -1,0 +1,356 @@
+"""One sweep over a queue of keys gives the loss and its gradient; no logits are stored.
+
+For a query h [D], z = h / |h|, queue rows x_j, c = log2(e) / tau, scores in log2 units s_j = c z.x_j:
+
+    (1)  m = max_j s_j            (lazily: a reference within 8 of it, so that 2^(s - m) <= 256)
+    (2)  l = sum_j 2^(s_j - m),   acc = sum_j 2^(s_j - m) x_j
+    (3)  lse = ln(2) (m + log2 l),   mu = acc / l
+
+Splits of the queue yield partial (m, l, acc), which combine in a fixed order:
+
+    (4)  M = max_p m_p,   l = sum_p l_p 2^(m_p - M),   acc = sum_p acc_p 2^(m_p - M)
+
+With a = z.k_a / tau, b = z.k_b / tau, s_a = sigmoid(lse - a), s_b = sigmoid(lse - b), w = lam s_a + (1 - lam) s_b:
+
+    (5)  L = lam softplus(lse - a) + (1 - lam) softplus(lse - b)          Eq. 4 is lam = 1
+    (6)  g = dL/dz = (w mu - lam s_a k_a - (1 - lam) s_b k_b) / tau
+    (7)  dL/dh = (g - (g.z) z) / |h|                                      0 for rows shorter than 1e-12
+
+Equals, for unit rows z and one positive::
+
+    F.cross_entropy(torch.cat([(z * k).sum(1, keepdim=True), z @ queue.T], 1) / tau, torch.zeros(len(z)).long())
+
+Arithmetic: tiles are multiplied in the promoted dtype of query and queue (fp32 exactly, never tf32; small problems always
+in fp32) and accumulated in fp32. Two launches: sweep, then combine. Deterministic: no atomics.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastuft.kernels.launch_table import Launch, launch
+
+LOG2_E = math.log2(math.e)
+MAX_WIDTH = 512
+_SMALL = 1 << 17  # pairs of query and key
+_INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def unit_rows(h):
+    """(h / |h|, 1 / |h| or 0) for rows h [R, D] fp32; squares of scaled rows neither overflow nor underflow."""
+    largest = tl.maximum(tl.max(tl.abs(h), 1), 1.1754944e-38)
+    scaled = h / largest[:, None]
+    relative = tl.sqrt(tl.sum(scaled * scaled, 1))
+    short = relative * largest < 1e-12
+    safe = tl.where(short, 1.0, relative)
+    z = tl.where(short[:, None], h * 1e12, scaled / safe[:, None])
+    return z, tl.where(short, 0.0, 1.0 / (safe * largest))
+
+
+@triton.jit
+def load_rows(ptr, stride, rows, columns, num_rows, width):
+    """Rows [R, D] as fp32; rows and columns outside are 0."""
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def sweep_kernel(
+    q_ptr,  # [B, D]
+    queue_ptr,  # [K, D]
+    m_ptr,  # [S, B] fp32
+    l_ptr,  # [S, B] fp32
+    acc_ptr,  # [S, B, D] fp32
+    q_stride,
+    queue_stride,
+    num_rows,
+    num_keys,
+    keys_per_split,
+    width,
+    scale,  # c
+    NORMALIZE: tl.constexpr,
+    NEED_MU: tl.constexpr,
+    TILE_DTYPE: tl.constexpr,
+    BRANCH: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(1), (2) of BLOCK_B rows over one split of the queue."""
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    split = tl.program_id(1)
+    columns = tl.arange(0, BLOCK_D)
+    h = load_rows(q_ptr, q_stride, rows, columns, num_rows, width)
+    if NORMALIZE:
+        h, _ = unit_rows(h)
+    b_z = h.to(TILE_DTYPE)
+    m = tl.full([BLOCK_B], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_B], tl.float32)  # noqa: E741 (the formula's name)
+    acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+    first = split.to(tl.int64) * keys_per_split
+    last = tl.minimum(first + keys_per_split, num_keys)
+    for start in range(first, last, BLOCK_K):
+        keys = start + tl.arange(0, BLOCK_K)
+        m_keys = keys < last
+        p_x = queue_ptr + keys.to(tl.int64)[:, None] * queue_stride + columns[None, :]
+        b_x = tl.load(p_x, m_keys[:, None] & (columns[None, :] < width), 0.0).to(TILE_DTYPE)
+        s = tl.dot(b_z, tl.trans(b_x), input_precision="ieee") * scale
+        s = tl.where(m_keys[None, :], s, -float("inf"))
+        m_tile = tl.max(s, 1)
+        if BRANCH:
+            if tl.max(m_tile - m, 0) > 8.0:  # (1): rescale only when some row outgrows its reference
+                m_new = tl.maximum(m, m_tile)
+                correction = tl.exp2(m - m_new)
+                m = m_new
+                l *= correction  # noqa: E741
+                if NEED_MU:
+                    acc *= correction[:, None]
+        else:
+            m_new = tl.where(m_tile - m > 8.0, m_tile, m)  # the same references, row by row
+            correction = tl.exp2(m - m_new)
+            m = m_new
+            l *= correction  # noqa: E741
+            if NEED_MU:
+                acc *= correction[:, None]
+        p = tl.exp2(s - m[:, None])
+        l += tl.sum(p, 1)  # noqa: E741
+        if NEED_MU:
+            acc = tl.dot(p.to(TILE_DTYPE), b_x, acc, input_precision="ieee")
+    inside = rows < num_rows
+    out = split.to(tl.int64) * num_rows + rows
+    tl.store(m_ptr + out, m, inside)
+    tl.store(l_ptr + out, l, inside)
+    if NEED_MU:
+        m_out = inside[:, None] & (columns[None, :] < width)
+        tl.store(acc_ptr + out[:, None] * width + columns[None, :], acc, m_out)
+
+
+@triton.jit
+def combine_kernel(
+    m_ptr,  # [S, B] fp32
+    l_ptr,  # [S, B] fp32
+    acc_ptr,  # [S, B, D] fp32
+    q_ptr,  # [B, D]
+    k_a_ptr,  # [B, D]
+    k_b_ptr,  # [B, D]
+    lam_ptr,  # [B] or [1] fp32
+    loss_ptr,  # [B] fp32
+    grad_ptr,  # [B, D] fp32: the gradient, or mu without HAS_LOSS
+    a_ptr,  # [B] fp32
+    b_ptr,  # [B] fp32
+    lse_ptr,  # [B] fp32
+    q_stride,
+    k_a_stride,
+    k_b_stride,
+    lam_stride,
+    num_rows,
+    num_splits,
+    width,
+    inverse_tau,
+    HAS_LOSS: tl.constexpr,
+    TWO_KEYS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NEED_MU: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(3) to (7) of one row, over its splits in order."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < width
+    top = -float("inf")
+    for start in range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        m = tl.load(m_ptr + splits.to(tl.int64) * num_rows + row, splits < num_splits, -float("inf"))
+        top = tl.maximum(top, tl.max(m, 0))
+    empty = top == -float("inf")
+    reference = tl.where(empty, 0.0, top)
+    total = 0.0
+    mu = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        m_splits = splits < num_splits
+        place = splits.to(tl.int64) * num_rows + row
+        weight = tl.exp2(tl.load(m_ptr + place, m_splits, -float("inf")) - reference)  # (4)
+        total += tl.sum(weight * tl.load(l_ptr + place, m_splits, 0.0), 0)
+        if NEED_MU:
+            m_acc = m_splits[:, None] & inside[None, :]
+            part = tl.load(acc_ptr + place[:, None] * width + columns[None, :], m_acc, 0.0)
+            mu += tl.sum(weight[:, None] * part, 0)
+    lse = tl.where(empty, -float("inf"), (reference + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)  # (3)
+    mu = mu / tl.where(empty, 1.0, total)
+    tl.store(lse_ptr + row, lse)
+    if HAS_LOSS:
+        one = row + tl.arange(0, 1)
+        h = load_rows(q_ptr, q_stride, one, columns, num_rows, width)
+        key = load_rows(k_a_ptr, k_a_stride, one, columns, num_rows, width)
+        inverse_norm = tl.full([1], 1.0, tl.float32)
+        z = h
+        if NORMALIZE:
+            z, inverse_norm = unit_rows(h)
+            key, _ = unit_rows(key)
+        a = tl.sum(z * key, 1) * inverse_tau
+        lam = tl.full([1], 1.0, tl.float32)
+        if TWO_KEYS:
+            lam = tl.load(lam_ptr + one * lam_stride)
+        over_a = lse - a
+        # softplus(x) = max(x, 0) + log(1 + e^-|x|)
+        loss = lam * (tl.maximum(over_a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(over_a))))  # (5)
+        pull_a = lam * tl.sigmoid(over_a)
+        weight_mu = pull_a
+        pulled = pull_a[:, None] * key
+        b = a
+        if TWO_KEYS:
+            other = load_rows(k_b_ptr, k_b_stride, one, columns, num_rows, width)
+            if NORMALIZE:
+                other, _ = unit_rows(other)
+            b = tl.sum(z * other, 1) * inverse_tau
+            over_b = lse - b
+            loss += (1.0 - lam) * (tl.maximum(over_b, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(over_b))))
+            pull_b = (1.0 - lam) * tl.sigmoid(over_b)
+            weight_mu += pull_b
+            pulled += pull_b[:, None] * other
+        tl.store(loss_ptr + one, loss)
+        tl.store(a_ptr + one, a)
+        tl.store(b_ptr + one, b)
+        if NEED_MU:
+            g = (weight_mu[:, None] * mu[None, :] - pulled) * inverse_tau  # (6)
+            if NORMALIZE:
+                g = (g - tl.sum(g * z, 1)[:, None] * z) * inverse_norm[:, None]  # (7)
+            tl.store(grad_ptr + one[:, None] * width + columns[None, :], g, inside[None, :])
+    elif NEED_MU:
+        tl.store(grad_ptr + row * width + columns, mu, inside)
+
+
+def unsupported(q: Tensor, queue: Tensor) -> str | None:
+    """Why these tensors cannot go through the kernels; None when they can."""
+    if not (q.is_cuda or _INTERPRETED):
+        return f"the query is on {q.device}, and the fused kernels need a CUDA device"
+    if torch.float64 in (q.dtype, queue.dtype):
+        return "float64 has no fused kernel"
+    if q.shape[1] > MAX_WIDTH:
+        return f"D={q.shape[1]} is above {MAX_WIDTH}"
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] < 8:
+        return "the fused kernels need compute capability 8.0 or newer"
+    return None
+
+
+def tile_dtype(q: Tensor, queue: Tensor) -> torch.dtype:
+    """Dtype of the multiplied tiles: the promoted one; fp32 for small problems, where its exactness costs nothing."""
+    small = q.shape[0] * queue.shape[0] <= _SMALL
+    return torch.float32 if small else torch.promote_types(q.dtype, queue.dtype)
+
+
+def _rows(value: Tensor) -> Tensor:
+    """The tensor with consecutive elements within a row."""
+    return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
+
+
+def _chip(device: torch.device) -> tuple[int, int]:
+    """(arch, multiprocessors)."""
+    if device.type != "cuda":
+        return 90, 4  # the interpreter runs anywhere; few splits keep it quick
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10, properties.multi_processor_count
+
+
+def plan_splits(num_rows: int, num_keys: int, config: Launch, multiprocessors: int) -> tuple[int, int]:
+    """(splits, keys a split): as many programs as one wave holds, each a whole number of tiles."""
+    row_tiles = triton.cdiv(num_rows, config.block_b)
+    key_tiles = max(1, triton.cdiv(num_keys, config.block_k))
+    splits = max(1, min(key_tiles, multiprocessors // row_tiles))
+    tiles_per_split = triton.cdiv(key_tiles, splits)
+    return triton.cdiv(key_tiles, tiles_per_split), tiles_per_split * config.block_k
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    # The interpreter multiplies bf16 tiles wrongly; there they are widened first.
+    if _INTERPRETED and dtype == torch.bfloat16:
+        return tl.float32
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def _run(
+    q: Tensor,
+    queue: Tensor,
+    temperature: float,
+    *,
+    normalize: bool,
+    need_mu: bool,
+    keys: tuple[Tensor, Tensor | None, Tensor | None] | None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, gradient or mu, a, b, lse); the first, third and fourth are empty without keys."""
+    q, queue = _rows(q), _rows(queue)
+    (num_rows, width), num_keys = q.shape, queue.shape[0]
+    block_d = max(16, triton.next_power_of_2(width))
+    dtype = tile_dtype(q, queue)
+    arch, multiprocessors = _chip(q.device)
+    config = launch(arch, dtype.itemsize, block_d, num_rows)
+    num_splits, keys_per_split = plan_splits(num_rows, num_keys, config, multiprocessors)
+    if splits is not None:
+        keys_per_split = max(1, triton.cdiv(num_keys, splits))
+        num_splits = max(1, triton.cdiv(num_keys, keys_per_split))
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    m, total = new(num_splits, num_rows), new(num_splits, num_rows)
+    acc = new(num_splits, num_rows, width) if need_mu else m
+    lse = new(num_rows)
+    grad = new(num_rows, width if need_mu else 0)
+    loss, a, b = (new(num_rows if keys is not None else 0) for _ in range(3))
+    k_a, k_b, lam = keys if keys is not None else (q, None, None)
+    k_a = _rows(k_a)
+    k_b = k_a if k_b is None else _rows(k_b)
+    two_keys = lam is not None
+    weights = lse if lam is None else lam
+    sweep_kernel[(triton.cdiv(num_rows, config.block_b), num_splits)](
+        q, queue, m, total, acc, q.stride(0), queue.stride(0), num_rows, num_keys, keys_per_split, width,
+        LOG2_E / temperature, normalize, need_mu, _triton_dtype(dtype), config.branch, config.block_b, config.block_k, block_d,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    combine_kernel[(num_rows,)](
+        m, total, acc, q, k_a, k_b, weights, loss, grad, a, b, lse, q.stride(0), k_a.stride(0), k_b.stride(0),
+        int(weights.numel() > 1), num_rows, num_splits, width, 1 / temperature, keys is not None, two_keys, normalize,
+        need_mu, 32, block_d, num_warps=4,
+    )  # fmt: skip
+    return loss, grad, a, b, lse
+
+
+def queue_lse_forward(
+    z: Tensor, queue: Tensor, temperature: float, need_mu: bool, *, splits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(lse [B], mu [B, D] or [B, 0]) in fp32 for z [B, D] as it is, queue [K, D]; ``splits`` overrides the plan."""
+    with torch.cuda.device_of(z):
+        _, mu, _, _, lse = _run(z, queue, temperature, normalize=False, need_mu=need_mu, keys=None, splits=splits)
+    return lse, mu
+
+
+def mixed_info_nce_forward(
+    q: Tensor,
+    k_a: Tensor,
+    k_b: Tensor | None,
+    lam: Tensor | None,
+    queue: Tensor,
+    temperature: float,
+    normalize: bool,
+    need_grad: bool,
+    *,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [B], dloss/dq [B, D] or [B, 0], a [B], b [B], lse [B]) in fp32 of each sample; Eq. 4 where k_b is None.
+
+    Args:
+        q, k_a, k_b: [B, D]. lam: [B] or [1] fp32 on the device. queue: [K, D].
+        temperature: tau. normalize: L2-normalise q and keys inside. need_grad: else the second product is skipped.
+        splits: splits of the queue; None plans them for the chip.
+    """
+    with torch.cuda.device_of(q):
+        return _run(q, queue, temperature, normalize=normalize, need_mu=need_grad, keys=(k_a, k_b, lam), splits=splits)

@@ -1,0 +1,30 @@
+"""One measure for all numerics: our error against float64 beside that of PyTorch's own expression in the same dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+VALUE, GRADIENT = 2.0, 3.0  # how many times PyTorch's error ours may be
+FLOOR = 1e-5
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Largest deviation over the largest exact magnitude; infinite when anything is not finite where it should be."""
+    found, exact = found.detach().double().cpu(), exact.detach().double().cpu()
+    if found.shape != exact.shape:
+        return float("inf")
+    same = (found == exact) | (found.isnan() & exact.isnan())
+    deviation = torch.where(same, 0, (found - exact).abs())
+    if not deviation.isfinite().all():
+        return float("inf")
+    if deviation.numel() == 0:
+        return 0.0
+    scale = exact[exact.isfinite()].abs().max() if exact.isfinite().any() else torch.tensor(1.0)
+    return float(deviation.max() / scale.clamp_min(1e-30))
+
+
+def assert_as_good(found: Tensor, exact: Tensor, pytorch: Tensor, times: float) -> None:
+    """Our error is at most ``times`` PyTorch's, plus the floor."""
+    ours, theirs = relative_error(found, exact), relative_error(pytorch, exact)
+    assert ours <= times * theirs + FLOOR, f"error {ours:.3g}, PyTorch's {theirs:.3g}, allowed {times} times that"

@@ -1,0 +1,212 @@
+"""Numerics of the fused kernels in Triton's interpreter, against float64."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+from error_bound import GRADIENT, VALUE, assert_as_good, relative_error
+from torch.nn import functional as F
+
+import fastuft
+from fastuft.loss import reference
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [(1, 1, 16), (3, 5, 64), (252, 507, 128), (5, 130, 48), (70, 2000, 32)]
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Every allocation starts as NaN: an element that no program wrote shows."""
+    empty = torch.empty
+
+    def poisoned_empty(*arguments, **options):
+        result = empty(*arguments, **options)
+        return result.fill_(torch.nan) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+def sweep():
+    from fastuft.kernels import queue_sweep
+
+    return queue_sweep
+
+
+def make(batch, keys, width, dtype, *, queue_dtype=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k_a, k_b = (torch.randn(batch, width, generator=generator).to(dtype) for _ in range(3))
+    queue = F.normalize(torch.randn(keys, width, generator=generator), dim=1).to(queue_dtype or dtype)
+    return q, k_a, k_b, torch.rand(batch, generator=generator), queue
+
+
+def run_reference(q, k_a, k_b, lam, queue, temperature, dtype, normalize=True):
+    q, k_a, k_b, queue = (t.to(dtype) for t in (q, k_a, k_b, queue))
+    q = q.clone().requires_grad_()
+    loss = reference.mixed_info_nce(q, k_a, k_b, lam.to(dtype), queue, temperature, normalize=normalize)
+    (grad,) = torch.autograd.grad(loss.sum(), q)
+    return loss.detach(), grad
+
+
+def check(q, k_a, k_b, lam, queue, temperature=0.2, normalize=True, **options):
+    originals = [t.clone() for t in (q, k_a, k_b, lam, queue)]
+    loss, grad, *_ = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, temperature, normalize, True, **options)
+    exact = run_reference(q, k_a, k_b, lam, queue, temperature, torch.float64, normalize)
+    same = run_reference(q, k_a, k_b, lam, queue, temperature, torch.promote_types(q.dtype, queue.dtype), normalize)
+    assert_as_good(loss, exact[0], same[0], VALUE)
+    assert_as_good(grad, exact[1], same[1], GRADIENT)
+    for before, after in zip(originals, (q, k_a, k_b, lam, queue), strict=True):
+        assert torch.equal(before, after), "an input was changed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_loss_and_gradient_against_float64(size, dtype):
+    check(*make(*size, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("size", [(64, 4096, 128), (17, 300, 512), (130, 700, 256)], ids=str)
+def test_larger_sizes_against_float64(size, dtype):
+    check(*make(*size, dtype))
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.07, 1.0])
+def test_temperatures(temperature):
+    check(*make(20, 150, 32, torch.float32), temperature=temperature)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
+def test_one_weight_for_all(lam):
+    q, k_a, k_b, _, queue = make(9, 70, 32, torch.float32)
+    check(q, k_a, k_b, torch.tensor([lam]), queue)
+
+
+def test_one_key_is_equation_4():
+    q, k, _, _, queue = make(9, 70, 32, torch.float32)
+    one = sweep().mixed_info_nce_forward(q, k, None, None, queue, 0.2, True, True)
+    exact = reference.info_nce(q.double(), k.double(), queue.double())
+    assert relative_error(one[0], exact) < 1e-5
+    both = sweep().mixed_info_nce_forward(q, k, k, torch.rand(9), queue, 0.2, True, True)
+    assert relative_error(both[0], exact) < 1e-5 and relative_error(both[1], one[1]) < 1e-5
+
+
+def test_docstring_expression():
+    """The PyTorch line in the kernel's docstring is what the kernel computes."""
+    line = re.search(r"Equals.*?::\n\n\s+(.*?)\n\n", sweep().__doc__, re.DOTALL)[1]
+    z, k, _, _, queue = make(6, 40, 32, torch.float32)
+    z, k = F.normalize(z, dim=1), F.normalize(k, dim=1)
+    expected = eval(line, {"F": F, "torch": torch, "z": z, "k": k, "queue": queue, "tau": 0.2})
+    loss, *_ = sweep().mixed_info_nce_forward(z, k, None, None, queue, 0.2, False, True)
+    torch.testing.assert_close(loss.mean(), expected)
+
+
+def test_queries_in_the_queue_and_unnormalised_rows():
+    q, k_a, k_b, lam, queue = make(12, 90, 32, torch.float32)
+    queue[:12] = F.normalize(q, dim=1)
+    check(q, k_a, k_b, lam, queue, temperature=0.02)
+    check(q, k_a, k_b, lam, 30 * queue)
+    check(q, k_a, k_b, lam, queue, normalize=False)
+
+
+def test_growing_maxima_are_rescaled():
+    """Later keys dominate by far more than the lazy bound, tile after tile."""
+    q, k_a, k_b, lam, queue = make(8, 256, 32, torch.float32)
+    check(q, k_a, k_b, lam, queue * torch.linspace(0.1, 60, 256)[:, None])
+
+
+def test_zero_and_extreme_vectors():
+    q, k_a, k_b, lam, queue = make(6, 50, 32, torch.float32)
+    q[0], q[1], q[2], q[3] = 0, q[1] * 1e30, q[2] * 1e-9, q[3] * 1e-30
+    loss, grad, *_ = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, 0.2, True, True)
+    assert loss.isfinite().all() and grad.isfinite().all()
+    assert (grad[0] == 0).all() and (grad[3] == 0).all()
+    exact = run_reference(q[1:3], k_a[1:3], k_b[1:3], lam[1:3], queue, 0.2, torch.float64)
+    assert relative_error(loss[1:3], exact[0]) < 1e-5
+    assert all(relative_error(grad[1 + i], exact[1][i]) < 1e-4 for i in range(2))
+
+
+def test_empty_queue():
+    q, k_a, k_b, lam, _ = make(5, 1, 32, torch.float32)
+    nothing = torch.zeros(0, 32)
+    loss, grad, *_, lse = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, nothing, 0.2, True, True)
+    assert (loss == 0).all() and (grad == 0).all() and (lse == -torch.inf).all()
+    lse, mu = sweep().queue_lse_forward(q, nothing, 0.2, True)
+    assert (lse == -torch.inf).all() and (mu == 0).all()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)], ids=str)
+def test_mixed_dtypes(dtypes):
+    check(*make(7, 60, 32, dtypes[0], queue_dtype=dtypes[1]))
+
+
+def test_strided_inputs():
+    q, k_a, k_b, lam, queue = make(10, 60, 32, torch.float32)
+    wide = torch.randn(10, 64)
+    wide[:, ::2] = q
+    check(wide[:, ::2], k_a.T.contiguous().T, k_b, lam, torch.cat([queue, queue], 1)[:, :32])
+
+
+def test_splits_agree_and_reruns_are_bitwise_equal():
+    q, k_a, k_b, lam, queue = make(20, 640, 32, torch.float32)
+    exact = run_reference(q, k_a, k_b, lam, queue, 0.2, torch.float64)
+    for splits in (1, 2, 3, 7, 64):
+        first, second = (
+            sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, 0.2, True, True, splits=splits) for _ in range(2)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert relative_error(first[0], exact[0]) < 1e-6 and relative_error(first[1], exact[1]) < 1e-5
+
+
+def test_loss_alone_skips_the_gradient():
+    q, k_a, k_b, lam, queue = make(20, 100, 32, torch.float32)
+    full = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, 0.2, True, True)
+    alone = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, 0.2, True, False)
+    assert alone[1].shape == (20, 0)
+    torch.testing.assert_close(alone[0], full[0])
+
+
+def test_bad_weight_poisons_its_row_only():
+    q, k_a, k_b, lam, queue = make(4, 30, 32, torch.float32)
+    lam[2] = torch.nan
+    loss, grad, *_ = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, 0.2, True, True)
+    assert loss.isnan().tolist() == [False, False, True, False] and grad[2].isnan().all() and grad[:2].isfinite().all()
+
+
+def test_public_functions_run_the_kernels():
+    q, k_a, k_b, lam, queue = make(6, 50, 32, torch.float32)
+    q.requires_grad_()
+    ours = fastuft.mixed_info_nce(q, k_a, k_b, lam, queue, impl="triton")
+    portable = fastuft.mixed_info_nce(q, k_a, k_b, lam, queue, impl="torch")
+    torch.testing.assert_close(ours, portable)
+    first, second = (torch.autograd.grad(loss, q)[0] for loss in (ours, portable))
+    torch.testing.assert_close(first, second)
+    for found, expected in zip(
+        fastuft.queue_lse(q, queue, impl="triton"), fastuft.queue_lse(q, queue, impl="torch"), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(3, 8), (8, 8), (13, 8), (5, 7), (1, 1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_enqueue_wraps_and_normalises(batch, size, dtype):
+    from fastuft.kernels import enqueue
+
+    expected = fastuft.KeyQueue(size, 24, dtype=dtype)
+    expected.pointer.fill_(size - 1)
+    keys, pointer = expected.keys.clone(), expected.pointer.clone()
+    for _ in range(2):
+        new = torch.randn(batch, 24)
+        expected.enqueue_(new)
+        enqueue.enqueue_(keys, pointer, new)
+    torch.testing.assert_close(keys, expected.keys)
+    assert pointer == expected.pointer
