@@ -1,5 +1,6 @@
 """Images from files to normalised views: manifest, order, random numbers, decoding backends, streams."""
 
+from fastuft.data.feed import resolve_loader
 from fastuft.data.files import (
     BadFile,
     BadImageError,
@@ -10,7 +11,7 @@ from fastuft.data.files import (
     write_bad_list,
 )
 from fastuft.data.manifest import Manifest
-from fastuft.data.streams import Batch, EvalStream, LabelledTrainStream, TrainStream, resolve_loader
+from fastuft.data.streams import Batch, EvalStream, LabelledTrainStream, TrainStream
 from fastuft.data.views import SMALL_IMAGES
 
 __all__ = [

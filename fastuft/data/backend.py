@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,17 +16,17 @@ from fastuft.data.views import ViewParameters
 
 @dataclass(frozen=True)
 class Request:
-    """One batch to make: files, the parameters of each view of them, and what the caller wants to know again.
+    """One batch to make.
 
     Args:
         paths: [n] files.
-        views: parameters of each view, in order.
-        tag: handed back with the result.
+        views: parameters of each view of them, in order.
+        index: int64 [n] which files of the stream they are; handed back with the result.
     """
 
     paths: list[str]
     views: tuple[ViewParameters, ...]
-    tag: Any = None
+    index: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class ViewSpec:
         threads: decoding threads; 0 takes the processors of this process.
         prefetch: batches made ahead.
         hw_decoder_load: share of JPEGs for a GPU's hardware decoder.
+        largest: (width, height) to reserve memory for in a GPU's hardware decoder; larger images still work.
     """
 
     size: int
@@ -61,19 +63,28 @@ class ViewSpec:
     threads: int = 0
     prefetch: int = 2
     hw_decoder_load: float = 0.9
+    largest: tuple[int, int] = (0, 0)
 
     @property
     def num_threads(self) -> int:
-        """Threads to use; one process a GPU shares the machine with its neighbours."""
+        """Threads to use; the processes of one machine, one a GPU, share its processors."""
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+        return self.threads or max(1, processors() // local_ranks)
+
+
+def processors() -> int:
+    """Processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class DecodeError(RuntimeError):
-    """Some file of the requests under way could not be decoded."""
+    """Making the requests under way failed, most often because one file cannot be decoded."""
 
     def __init__(self, paths: list[str], cause: BaseException) -> None:
-        super().__init__(str(cause))
+        named = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
+        super().__init__(f"{cause}\nThe images under way were: {named}")
         self.paths = paths
 
 
@@ -86,6 +97,10 @@ class Backend(Protocol):
         Raises:
             DecodeError: with the files among which the undecodable one is.
         """
+        ...
+
+    def undecodable(self, paths: list[str]) -> list[str]:
+        """Those files that this backend cannot decode, each tried alone."""
         ...
 
     def close(self) -> None:

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 from PIL import Image, ImageOps
 
@@ -17,6 +19,14 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _SCAN_CACHE_FROM = 20_000  # smaller folders are scanned anew each time
 _ORIENTATION = 0x0112  # EXIF tag
 _MAX_ASPECT = 100.0
+_WORKERS = min(32, 4 * (os.cpu_count() or 1))  # threads that wait for the file system
+_TAIL = 65536  # bytes at the end in which an end marker is looked for
+
+# ``max_megapixels`` says how large images may be; Pillow's own warning would only be in the way.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -28,19 +38,40 @@ class BadFile:
 
 
 class BadImageError(ValueError):
-    """An image file that cannot be used; the message names it, the reason and the remedy."""
+    """An image file that cannot be used; the message names it, the reason and the remedy.
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(
-            f"{path}: {reason}. Remove or replace the file (`fastuft verify-data` lists all bad ones), "
-            "or set data.on_bad_file=skip"
-        )
+    Args:
+        path: the file.
+        reason: what is wrong with it.
+        skippable: whether the stream at hand can leave bad files out.
+    """
+
+    def __init__(self, path: str, reason: str, *, skippable: bool = False) -> None:
+        remedy = "Remove or replace the file (`fastuft verify-data` lists all bad ones)"
+        super().__init__(f"{path}: {reason}. {remedy}{', or set data.on_bad_file=skip' if skippable else ''}")
         self.path = path
         self.reason = reason
 
 
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, *, chunk: int = 256
+) -> Iterator[Result]:
+    """``map(function, items)`` by several threads, in order; a chunk is one task, so that millions of items fit."""
+    source = iter(items)
+
+    def on_chunk(some: list[Item]) -> list[Result]:
+        return [function(item) for item in some]
+
+    with ThreadPoolExecutor(workers) as pool:
+        for results in pool.map(on_chunk, iter(lambda: list(islice(source, chunk)), [])):
+            yield from results
+
+
 def _scan_folder(root: str) -> tuple[list[str], dict[str, int]]:
-    """Image files below ``root`` and the modification time of each folder; folders are read by several threads."""
+    """Image files below ``root`` and the modification time of each folder; folders are read by several threads.
+
+    Hidden entries are left out. Links are followed, a folder that is reached by several links is read once.
+    """
     files: list[str] = []
     folders: dict[str, int] = {}
 
@@ -50,22 +81,25 @@ def _scan_folder(root: str) -> tuple[list[str], dict[str, int]]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    found.append(entry.path)
-                elif entry.is_dir():
+                if entry.is_dir():
                     inner.append(entry.path)
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    found.append(entry.path)
         return inner, found, os.stat(folder).st_mtime_ns
 
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        level = [root]
-        while level:
-            following: list[str] = []
-            for folder, (inner, found, modified) in zip(level, pool.map(read, level), strict=True):
-                files += found
-                folders[folder] = modified
-                # A link to a folder above would be walked forever.
-                following += [f for f in inner if not (os.path.islink(f) and root.startswith(os.path.realpath(f)))]
-            level = following
+    seen = {os.path.realpath(root)}
+    level = [root]
+    while level:
+        following: list[str] = []
+        for folder, (inner, found, modified) in zip(level, in_threads(read, level, _WORKERS, chunk=8), strict=True):
+            files += found
+            folders[folder] = modified
+            for candidate in sorted(inner):
+                real = os.path.realpath(candidate) if os.path.islink(candidate) else candidate
+                if real not in seen:
+                    seen.add(real)
+                    following.append(candidate)
+        level = following
     return sorted(files), folders
 
 
@@ -147,12 +181,6 @@ def labelled_folder(path: str) -> tuple[list[str], list[int], list[str]]:
     return paths, labels, names
 
 
-def _tail(path: str, size: int, length: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(max(0, size - length))
-        return file.read()
-
-
 def image_size(path: str, max_megapixels: float = 180.0) -> tuple[int, int]:
     """(width, height) of an upright image, read from its header, after cheap checks of the file.
 
@@ -161,60 +189,80 @@ def image_size(path: str, max_megapixels: float = 180.0) -> tuple[int, int]:
             of an extreme aspect.
     """
     try:
-        bytes_on_disk = os.path.getsize(path)
-    except OSError as error:
-        raise BadImageError(path, f"cannot be read ({error.strerror})") from error
-    if bytes_on_disk == 0:
-        raise BadImageError(path, "is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                width, height = image.size
-                kind = image.format
-                exif = image.info.get("exif")
-    except Image.DecompressionBombError as error:
-        raise BadImageError(path, "is larger than the image library opens at all") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = "holds no image" if isinstance(error, OSError) else f"has a damaged header ({error})"
-        raise BadImageError(path, reason) from error
-    if kind not in ("JPEG", "MPO", "PNG", "BMP", "DIB", "WEBP"):
-        raise BadImageError(path, f"is a {kind} file, which is not among JPEG, PNG, WebP and BMP")
-    if width * height > max_megapixels * 1e6:
-        raise BadImageError(path, f"has {width} x {height} pixels, above data.max_megapixels={max_megapixels:g}")
-    if max(width, height) > _MAX_ASPECT * min(width, height):
-        raise BadImageError(path, f"has {width} x {height} pixels, more than {_MAX_ASPECT:g} to 1")
-    # Writers may append bytes behind the end marker, so look for it near the end, not at it.
-    if kind in ("JPEG", "MPO") and b"\xff\xd9" not in _tail(path, bytes_on_disk, 65536):
-        raise BadImageError(path, "is cut off (no JPEG end marker)")
-    if kind == "PNG" and b"IEND" not in _tail(path, bytes_on_disk, 65536):
-        raise BadImageError(path, "is cut off (no PNG end chunk)")
-    if kind == "WEBP":
         with open(path, "rb") as file:
-            declared = int.from_bytes(file.read(8)[4:8], "little") + 8
-        if declared > bytes_on_disk + 1:
-            raise BadImageError(path, f"is cut off ({bytes_on_disk} of {declared} bytes)")
-    if exif:
-        tags = Image.Exif()
+            bytes_on_disk = os.fstat(file.fileno()).st_size
+            if bytes_on_disk == 0:
+                raise BadImageError(path, "is empty")
+            head = file.read(12)
+            # Some writers leave out the last padding byte.
+            if head[8:] == b"WEBP" and int.from_bytes(head[4:8], "little") + 8 > bytes_on_disk + 1:
+                raise BadImageError(path, f"is cut off ({bytes_on_disk} bytes, fewer than it declares)")
+            file.seek(0)
+            try:
+                with Image.open(file) as image:
+                    width, height = image.size
+                    kind = image.format
+                    exif = image.info.get("exif", b"")
+            except Image.DecompressionBombError as error:
+                raise BadImageError(path, "is larger than the image library opens at all") from error
+            except (OSError, SyntaxError, ValueError) as error:
+                reason = "holds no image" if isinstance(error, OSError) else f"has a damaged header ({error})"
+                raise BadImageError(path, reason) from error
+            if kind not in ("JPEG", "MPO", "PNG", "BMP", "DIB", "WEBP"):
+                raise BadImageError(path, f"is a {kind} file, which is not among JPEG, PNG, WebP and BMP")
+            if width * height > max_megapixels * 1e6:
+                raise BadImageError(
+                    path, f"has {width} x {height} pixels, above data.max_megapixels={max_megapixels:g}"
+                )
+            if max(width, height) > _MAX_ASPECT * min(width, height):
+                raise BadImageError(path, f"has {width} x {height} pixels, more than {_MAX_ASPECT:g} to 1")
+            whole = _has_end(file, bytes_on_disk, kind, len(exif))
+    except OSError as error:
+        raise BadImageError(path, f"cannot be read ({error.strerror or error})") from error
+    if not whole:
+        # Telephones append films of any length behind the end marker, so only decoding tells.
         try:
-            tags.load(exif)
-            if tags.get(_ORIENTATION) in (5, 6, 7, 8):
-                width, height = height, width
-        except (OSError, SyntaxError, ValueError, KeyError):
-            pass  # damaged metadata does not make the pixels unusable
-    return width, height
+            open_rgb(path)
+        except BadImageError as error:
+            raise BadImageError(path, f"is cut off ({bytes_on_disk} bytes, no end marker)") from error
+    return (height, width) if _is_turned(exif) else (width, height)
+
+
+def _has_end(file: BinaryIO, size: int, kind: str, exif_bytes: int) -> bool:
+    """Whether the end marker of a JPEG or PNG is there; writers may append bytes behind it."""
+    if kind not in ("JPEG", "MPO", "PNG"):
+        return True  # the others have none
+    start = max(0, size - _TAIL)
+    file.seek(start)
+    position = start + file.read().rfind(b"IEND" if kind == "PNG" else b"\xff\xd9")
+    # Metadata may hold a whole thumbnail, end marker and all; tables of a few hundred bytes follow them.
+    return position > max(start - 1, exif_bytes + 100 if exif_bytes else 0)
+
+
+def _is_turned(exif: bytes) -> bool:
+    """Whether metadata say that width and height are swapped."""
+    if not exif:
+        return False
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+    except (OSError, SyntaxError, ValueError, KeyError):
+        return False  # damaged metadata does not make the pixels unusable
+    return tags.get(_ORIENTATION) in (5, 6, 7, 8)
 
 
 def open_rgb(path: str) -> Image.Image:
-    """One image as upright RGB; BadImageError names a file that cannot be decoded."""
+    """One image as upright RGB: the first frame, transparency dropped, 16 bits cut to 8.
+
+    Raises:
+        BadImageError: it cannot be decoded.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                pixels: Image.Image = image
-                if image.mode.startswith("I"):  # 16-bit greyscale: keep the high byte, as decoders do
-                    pixels = image.point(lambda value: value / 256).convert("L")
-                return ImageOps.exif_transpose(pixels).convert("RGB")
+        with Image.open(path) as image:
+            pixels: Image.Image = image
+            if image.mode.startswith("I"):  # 16-bit greyscale: keep the high byte, as decoders do
+                pixels = image.point(lambda value: value / 256).convert("L")
+            return ImageOps.exif_transpose(pixels).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImageError(path, f"cannot be decoded ({error})") from error
 
@@ -232,7 +280,7 @@ def verify_files(
     Args:
         paths: files to check.
         decode: also decode each image (slower, finds damage inside).
-        workers: threads; 0 takes four a processor.
+        workers: threads; 0 derives it from the machine.
         max_megapixels: larger images count as bad.
         progress: called with 1 for each file that is done.
 
@@ -241,22 +289,20 @@ def verify_files(
     """
 
     def check(path: str) -> BadFile | None:
-        bad = None
         try:
             image_size(path, max_megapixels)
             if decode:
                 open_rgb(path)
         except BadImageError as error:
-            bad = BadFile(path, error.reason)
-        return bad
+            return BadFile(path, error.reason)
+        return None
 
     bad = []
-    with ThreadPoolExecutor(workers or 4 * (os.cpu_count() or 1)) as pool:
-        for result in pool.map(check, paths, chunksize=64):
-            if result is not None:
-                bad.append(result)
-            if progress is not None:
-                progress(1)
+    for result in in_threads(check, paths, workers or _WORKERS, chunk=16):
+        if result is not None:
+            bad.append(result)
+        if progress is not None:
+            progress(1)
     return bad
 
 

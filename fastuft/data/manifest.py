@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastuft.data.files import list_images
+from fastuft.data.files import in_threads, list_images
 from fastuft.randomness import keyed_generator
+
+_READERS = 16  # threads that copy or look up files
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ class Manifest:
 
         Args:
             target: folder, list file or several.
-            source: the same; None trains on the target alone.
+            source: the same; None trains on the target alone. Files that are target images too are left out of it.
             fraction: share of the source that joins, at least one image.
             seed: seed of the draw.
             replay_cache: folder to copy the drawn images to; training then reads the copies.
 
         Raises:
-            ValueError: an empty or missing folder, or a fraction out of [0, 1].
+            ValueError: an empty or missing folder, a source that holds target images only, or a fraction out of [0, 1].
         """
         if not 0 <= fraction <= 1:
             raise ValueError(f"data.replay_fraction={fraction!r} is out of range; allowed: [0, 1]")
@@ -66,7 +67,10 @@ class Manifest:
         drawn: list[str] = []
         total = 0
         if source:
-            everything = list_images(source)
+            known = set(targets)
+            everything = [path for path in list_images(source) if path not in known]
+            if not everything:
+                raise ValueError(f"source={source!r} holds target images only; name the images of pretraining, or none")
             total = len(everything)
             count = max(1, round(fraction * total)) if fraction else 0
             chosen = keyed_generator(seed, "replay").permutation(total)[:count]
@@ -104,15 +108,22 @@ class Manifest:
         """Write as JSON."""
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({**self.summary(), "paths": self.paths}))
+        partial.write_text(json.dumps({**self.summary(), "paths": self.paths}), encoding="utf-8")
         partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
-        """Read what ``save`` wrote."""
-        content = json.loads(Path(path).read_text())
-        content.pop("num_source")
-        return cls(**{**content, "paths": tuple(content["paths"])})
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: another kind of file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content.pop("num_source")
+            return cls(**{**content, "paths": tuple(content["paths"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no manifest of fastuft ({error}); build it anew from the folders") from error
 
 
 def _digest(paths: Sequence[str]) -> str:
@@ -123,35 +134,68 @@ def _digest(paths: Sequence[str]) -> str:
             return -1  # a vanished file is the streams' affair, under data.on_bad_file
 
     digest = hashlib.blake2b(digest_size=16)
-    with ThreadPoolExecutor(16) as pool:
-        for path, length in zip(paths, pool.map(size, paths, chunksize=256), strict=True):
-            digest.update(f"{path}\t{length}\n".encode())
+    for path, length in zip(paths, in_threads(size, paths, _READERS), strict=True):
+        digest.update(f"{path}\t{length}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
-    """Copy files to a local folder once; complete copies of the same size are kept, so a broken-off copy goes on.
+    """Copy files to a local folder once; a copy that was broken off goes on where it stopped.
+
+    Each copy is read back and compared with what was read from the original, and only then noted in ``index.jsonl``
+    with the original's size and time. A later call keeps noted copies whose originals have not changed.
 
     Returns:
         The copies' paths, in the order given.
 
     Raises:
-        ValueError: a copy that does not have its original's size afterwards.
+        ValueError: a file that cannot be copied, or a copy that differs from its original.
     """
-    place = Path(folder)
+    place = Path(folder).expanduser().resolve()
     place.mkdir(parents=True, exist_ok=True)
+    index_path = place / "index.jsonl"
+    noted = _read_index(index_path)
+    lock = threading.Lock()
 
-    def copy(path: str) -> str:
-        name = hashlib.blake2b(path.encode(), digest_size=12).hexdigest() + os.path.splitext(path)[1].lower()
-        target = place / name
-        size = os.path.getsize(path)
-        if not (target.exists() and target.stat().st_size == size):
-            partial = target.with_suffix(f"{target.suffix}.{os.getpid()}")
-            shutil.copyfile(path, partial)
-            if partial.stat().st_size != size:
-                raise ValueError(f"data.replay_cache={folder!r}: the copy of {path} is incomplete; is the disk full?")
-            partial.replace(target)
-        return str(target.resolve())
+    with open(index_path, "a", encoding="utf-8") as index:
 
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(copy, paths))
+        def copy(path: str) -> str:
+            name = hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=12).hexdigest()
+            target = place / (name + os.path.splitext(path)[1].lower())
+            try:
+                found = os.stat(path)
+                if noted.get(target.name) == [found.st_size, found.st_mtime_ns] and (
+                    target.exists() and target.stat().st_size == found.st_size
+                ):
+                    return str(target)
+                content = Path(path).read_bytes()
+                partial = target.with_suffix(f"{target.suffix}.{os.getpid()}.partial")
+                partial.write_bytes(content)
+                if partial.read_bytes() != content:
+                    raise ValueError(
+                        f"data.replay_cache={folder!r}: the copy of {path} differs from it; check the disk"
+                    )
+                partial.replace(target)
+            except OSError as error:
+                raise ValueError(
+                    f"data.replay_cache={folder!r}: {path} cannot be copied ({error.strerror or error}); free space or "
+                    "mend the file, and start again: what is copied stays"
+                ) from error
+            with lock:
+                index.write(json.dumps([target.name, found.st_size, found.st_mtime_ns]) + "\n")
+            return str(target)
+
+        return list(in_threads(copy, paths, _READERS, chunk=8))
+
+
+def _read_index(path: Path) -> dict[str, list[int]]:
+    """Name -> [size, modification time] of finished copies; a last line that was cut off is passed over."""
+    noted: dict[str, list[int]] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                name, size, modified = json.loads(line)
+                noted[name] = [size, modified]
+            except (ValueError, TypeError):
+                continue
+    return noted

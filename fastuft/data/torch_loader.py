@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastuft.data.backend import DecodeError, Request, ViewSpec
-from fastuft.data.files import BadImageError, open_rgb
+from fastuft.data.files import BadImageError, open_rgb, verify_files
 from fastuft.data.views import ViewParameters, colour_matrix
 
 
@@ -39,9 +39,10 @@ def make_view(image: Image.Image, view: ViewParameters, row: int, spec: ViewSpec
     if spec.rotation and view.angle[row]:
         cropped = cropped.rotate(float(view.angle[row]), Image.Resampling.BILINEAR)
     x = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float()
-    twist = tuple(float(a[row]) for a in (view.brightness, view.contrast, view.saturation, view.hue))
-    if spec.colour and twist != (1.0, 1.0, 1.0, 0.0):
-        matrix, offset = colour_matrix(*twist)
+    if spec.colour and view.twisted[row]:
+        matrix, offset = colour_matrix(
+            *(float(a[row]) for a in (view.brightness, view.contrast, view.saturation, view.hue))
+        )
         x = torch.einsum("ij,jhw->ihw", torch.from_numpy(matrix).float(), x) + offset
         x = x.clamp_(0, 255).round_()
     if spec.blur and view.sigma[row] > 0:
@@ -85,20 +86,15 @@ class TorchBackend:
             yield request, [self._collate([sample[view] for sample in samples]) for view in range(len(request.views))]
 
     def _collate(self, views: list[Tensor]) -> Tensor:
-        batch = torch.stack(views).contiguous(memory_format=torch.channels_last)
-        return batch.to(self.spec.device, self.spec.dtype, non_blocking=True)
+        batch = torch.stack(views).to(self.spec.dtype, memory_format=torch.channels_last)
+        if self.spec.device.type == "cuda":
+            batch = batch.pin_memory()  # a copy from pageable memory would make the host wait
+        return batch.to(self.spec.device, non_blocking=True)
+
+    def undecodable(self, paths: list[str]) -> list[str]:
+        """See :class:`fastuft.data.backend.Backend`."""
+        return [entry.path for entry in verify_files(paths, decode=True, workers=self.spec.num_threads)]
 
     def close(self) -> None:
         """See :class:`fastuft.data.backend.Backend`."""
         self._pool.shutdown(cancel_futures=True)
-
-
-def undecodable(paths: list[str]) -> list[tuple[str, str]]:
-    """(path, reason) of the files that Pillow cannot decode."""
-    bad = []
-    for path in dict.fromkeys(paths):
-        try:
-            open_rgb(path)
-        except BadImageError as error:
-            bad.append((path, error.reason))
-    return bad

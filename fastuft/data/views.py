@@ -63,6 +63,11 @@ class ViewParameters:
     sigma: Floats
     flip: np.ndarray[Any, np.dtype[np.int32]]
 
+    @property
+    def twisted(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """[n] whether brightness, contrast, saturation or hue change anything."""
+        return (self.brightness != 1) | (self.contrast != 1) | (self.saturation != 1) | (self.hue != 0)
+
 
 @lru_cache(maxsize=64)
 def _block(seed: int, epoch: int, view: int, block: int) -> np.ndarray:

@@ -1,0 +1,200 @@
+"""From files to batches of views: looks at each file before a decoder does, and deals with the bad ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from fastuft.data.backend import Backend, DecodeError, Request, ViewSpec
+from fastuft.data.files import BadFile, BadImageError, image_size, open_rgb
+from fastuft.randomness import keyed_generator
+
+Loader = Literal["auto", "dali", "torch"]
+
+_MANY_BAD = 0.5  # share of bad files at which skipping stops making sense
+_said_missing = False
+
+
+def resolve_loader(loader: Loader) -> Literal["dali", "torch"]:
+    """dali or torch; ``auto`` takes DALI where it is installed and says so, once, where it is not.
+
+    Raises:
+        ValueError: dali asked for where it is missing.
+    """
+    global _said_missing
+    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if loader == "torch" or (loader == "auto" and not installed):
+        if loader == "auto" and not _said_missing:
+            print("DALI is not installed: images go through the slower PyTorch loader.", file=sys.stderr)
+            _said_missing = True
+        return "torch"
+    if not installed:
+        raise ValueError(
+            "data.loader='dali' needs DALI; pip install nvidia-dali-cuda130 (or -cuda120), or set data.loader=torch"
+        )
+    return "dali"
+
+
+def make_backend(loader: Loader, spec: ViewSpec) -> Backend:
+    """The backend that ``loader`` names."""
+    if resolve_loader(loader) == "dali":
+        from fastuft.data.dali import DaliBackend
+
+        return DaliBackend(spec)
+    from fastuft.data.torch_loader import TorchBackend
+
+    return TorchBackend(spec)
+
+
+@dataclass(frozen=True)
+class BadFileRule:
+    """What happens to files that cannot be used.
+
+    Args:
+        skip: replace them by good ones and count them; otherwise an error names the first.
+        seed: of the draw of replacements.
+        pools: ranges of positions; a file is replaced by one of its own range.
+    """
+
+    skip: bool = False
+    seed: int = 0
+    pools: tuple[range, ...] = ()
+
+
+class Feed:
+    """Batches of views of a list of files.
+
+    Every file is looked at once before a decoder sees it (see :func:`fastuft.data.files.image_size`). Where decoding
+    fails all the same, the culprit is found by decoding the images under way one by one, and the batches that were
+    not handed out yet are made again. A file that the loader's decoder refuses and Pillow reads (DALI: some WebP files
+    with metadata) is no bad file: a lossless copy in a temporary folder takes its place, with a warning.
+
+    Args:
+        paths: files.
+        spec: how views are made.
+        loader: auto, dali or torch.
+        rule: for bad files.
+        max_megapixels: largest image that is decoded.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        spec: ViewSpec,
+        loader: Loader,
+        rule: BadFileRule | None = None,
+        max_megapixels: float = 180.0,
+    ) -> None:
+        self.paths = paths
+        self.sizes = np.zeros((len(paths), 2), np.int32)  # width, height of upright images; 0: not looked at yet
+        self._rule = rule or BadFileRule()
+        self._max_megapixels = max_megapixels
+        self._bad: dict[int, str] = {}
+        self._copies: dict[int, str] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._backend = make_backend(loader, spec)
+
+    @property
+    def bad_files(self) -> list[BadFile]:
+        """Files found bad so far, in their order."""
+        return [BadFile(self.paths[index], reason) for index, reason in sorted(self._bad.items())]
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        """Files to read for positions."""
+        return [self._copies.get(index, self.paths[index]) for index in indices.tolist()]
+
+    def usable(self, indices: np.ndarray, epoch: int = 0, positions: np.ndarray | None = None) -> np.ndarray:
+        """The indices with bad files replaced by good ones, drawn by (seed, epoch, position): the first good one of a
+        fixed sequence, so that all ranks and restarts take the same.
+
+        Raises:
+            BadImageError: a bad file, unless the rule is to skip.
+            ValueError: most of the files are bad.
+        """
+        chosen = indices.copy()
+        for row, index in enumerate(indices.tolist()):
+            if not self._good(index):
+                assert positions is not None, "only streams that know positions skip files"
+                pool = self._pool(index)
+                generator = keyed_generator(self._rule.seed, "replacement", epoch, int(positions[row]))
+                while not self._good(index):
+                    index = pool[int(generator.integers(len(pool)))]
+                chosen[row] = index
+        return chosen
+
+    def _good(self, index: int) -> bool:
+        """Whether a file passes the cheap checks; its size is known afterwards."""
+        if index in self._bad:
+            return False
+        if not self.sizes[index, 0]:
+            try:
+                self.sizes[index] = image_size(self.paths[index], self._max_megapixels)
+            except BadImageError as error:
+                self._mark(index, error.reason)
+                return False
+        return True
+
+    def _pool(self, index: int) -> range:
+        return next((pool for pool in self._rule.pools if index in pool), range(len(self.paths)))
+
+    def _mark(self, index: int, reason: str) -> None:
+        path = self.paths[index]
+        if not self._rule.skip:
+            raise BadImageError(path, reason, skippable=bool(self._rule.pools))
+        self._bad[index] = reason
+        pool = self._pool(index)
+        count = sum(other in pool for other in self._bad)
+        if count > _MANY_BAD * len(pool):
+            raise ValueError(
+                f"{count} of {len(pool)} files are bad, too many to skip (last: {path}: {reason}); "
+                "run `fastuft verify-data` on the folders"
+            )
+
+    def batches(self, request: Callable[[int], Request], steps: range) -> Iterator[tuple[int, Request, list[Tensor]]]:
+        """(step, request, views) of each step.
+
+        Raises:
+            BadImageError: a bad file, unless the rule is to skip.
+        """
+        step = steps.start
+        while step < steps.stop:
+            try:
+                for made, views in self._backend.run(request(s) for s in range(step, steps.stop)):
+                    yield step, made, views
+                    step += 1
+            except DecodeError as error:
+                self._settle(error)
+
+    def _settle(self, error: DecodeError) -> None:
+        """Find the files behind a decoder's failure; the next request leaves them out or reads their copies."""
+        culprits = self._backend.undecodable(error.paths)
+        if not culprits:
+            raise error  # no file's fault
+        for path in culprits:
+            index = self.paths.index(path)
+            try:
+                image = open_rgb(path)
+            except BadImageError as reason:
+                self._mark(index, reason.reason)
+                continue
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="fastuft-")
+            copy = Path(self._folder.name) / f"{index}.png"
+            image.save(copy, compress_level=1)
+            self._copies[index] = str(copy)
+            warnings.warn(f"{path}: DALI does not decode it, Pillow does; a temporary PNG copy is read", stacklevel=2)
+
+    def close(self) -> None:
+        """Give back threads, memory and temporary files."""
+        self._backend.close()
+        if self._folder is not None:
+            self._folder.cleanup()

@@ -1,0 +1,247 @@
+"""Every kind of file that people have: what is read, how, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastuft.data import BadImageError, EvalStream, image_size, list_images, verify_files, write_bad_list
+from fastuft.data.files import open_rgb
+
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+LOADERS = ["dali", "torch"]
+WIDTH, HEIGHT = 64, 48
+
+
+def picture(width=WIDTH, height=HEIGHT):
+    coarse = np.random.default_rng(0).integers(0, 256, (3, 4, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def png_16_bit_rgb(image):
+    """A 16-bit RGB PNG, which Pillow does not write."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    pixels = (np.asarray(image).astype(np.uint16) * 257).astype(">u2")
+    header = struct.pack(">IIBBBBB", *image.size, 16, 2, 0, 0, 0)
+    lines = zlib.compress(b"".join(b"\0" + line.tobytes() for line in pixels))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
+def half_transparent(image):
+    pixels = np.dstack([np.asarray(image), np.full(image.size[::-1], 255, np.uint8)])
+    pixels[:, : WIDTH // 2, 3] = 0
+    return Image.fromarray(pixels)
+
+
+def turned(image, orientation, place, **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(place, exif=exif, **options)
+
+
+def write(kind, place):
+    """Write one kind of image; returns the upright RGB pixels that are to be read."""
+    image = picture()
+    grey = image.convert("L")
+    pixels = np.asarray(image)
+    if kind == "grey.jpg":
+        grey.save(place, quality=100)
+        return np.asarray(grey.convert("RGB"))
+    if kind == "cmyk.jpg":
+        image.convert("CMYK").save(place, quality=100, subsampling=0)
+    elif kind == "progressive.jpg":
+        image.save(place, quality=100, subsampling=0, progressive=True)
+    elif kind == "mpo.jpg":
+        image.save(place, format="MPO", save_all=True, append_images=[grey.convert("RGB")], quality=100, subsampling=0)
+    elif kind == "16-bit-grey.png":
+        Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(place)
+        return np.asarray(grey.convert("RGB"))
+    elif kind == "16-bit-rgb.png":
+        place.write_bytes(png_16_bit_rgb(image))
+    elif kind in ("palette.png", "palette.bmp"):
+        palette = image.convert("P", palette=Image.Palette.ADAPTIVE)
+        palette.save(place)
+        return np.asarray(palette.convert("RGB"))
+    elif kind == "one-bit.png":
+        image.convert("1").save(place)
+        return np.asarray(image.convert("1").convert("RGB"))
+    elif kind in ("transparent.png", "transparent.webp"):
+        half_transparent(image).save(place, **({"lossless": True, "exact": True} if kind.endswith("webp") else {}))
+    elif kind in ("animated.png", "animated.webp"):
+        options = {"lossless": True} if kind.endswith("webp") else {}
+        image.save(place, save_all=True, append_images=[Image.new("RGB", image.size)], duration=50, **options)
+    elif kind.startswith("exif"):
+        orientation = int(kind[4])
+        options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(
+            kind.rpartition(".")[2], {}
+        )
+        turned(image, orientation, place, **options)
+        turns = {3: 2, 6: 3, 8: 1}  # quarter turns counter-clockwise that make it upright
+        return np.rot90(pixels, turns[orientation]) if orientation in turns else np.rot90(pixels, 3)[:, ::-1]
+    elif kind.startswith("one-pixel"):
+        image.resize((1, 1)).save(place)
+        return np.asarray(image.resize((1, 1)))
+    elif kind == "film-behind.jpg":  # telephones append a film of any length
+        image.save(place, quality=100, subsampling=0)
+        with open(place, "ab") as file:
+            file.write(b"\0" * 200_000)
+    return pixels
+
+
+KINDS = [
+    "grey.jpg",
+    "cmyk.jpg",
+    "progressive.jpg",
+    "mpo.jpg",
+    "16-bit-grey.png",
+    "16-bit-rgb.png",
+    "palette.png",
+    "palette.bmp",
+    "one-bit.png",
+    "transparent.png",
+    "transparent.webp",
+    "animated.png",
+    "animated.webp",
+    *(f"exif{orientation}.{suffix}" for orientation in (3, 5, 6, 8) for suffix in ("jpg", "png", "webp")),
+    "one-pixel.jpg",
+    "one-pixel.png",
+    "film-behind.jpg",
+]
+
+
+def test_each_kind_is_read_upright_as_rgb(tmp_path):
+    """Greyscale, palette, CMYK, 16 bits, transparency (dropped), first frame, orientation: the same in both loaders."""
+    places = [tmp_path / kind for kind in KINDS]
+    truth = [np.ascontiguousarray(write(kind, place)) for kind, place in zip(KINDS, places, strict=True)]
+    assert verify_files(map(str, places), decode=True) == []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*temporary PNG copy")
+        read = {
+            loader: next(iter(EvalStream(list(map(str, places)), size=32, resize=32, loader=loader, **PLAIN)))[0]
+            for loader in LOADERS
+        }
+    for row, (kind, place, expected) in enumerate(zip(KINDS, places, truth, strict=True)):
+        assert image_size(str(place)) == expected.shape[1::-1], kind
+        assert np.abs(np.asarray(open_rgb(str(place))).astype(int) - expected).mean() < 3, kind
+        side = min(expected.shape[:2])
+        top, left = ((length - side) / 2 for length in expected.shape[:2])
+        box = (left, top, left + side, top + side)
+        small = Image.fromarray(expected).resize((32, 32), Image.Resampling.BILINEAR, box=box)
+        for loader in LOADERS:
+            difference = np.abs(read[loader][row].permute(1, 2, 0).numpy() * 255 - np.asarray(small))
+            assert difference.mean() < 3, (kind, loader)
+
+
+def test_an_image_that_only_pillow_decodes_is_copied_with_a_warning(tmp_path):
+    """DALI's parser stumbles over metadata behind a chunk of odd length in WebP files."""
+    generator = np.random.default_rng(0)
+    for index in range(32):
+        noise = Image.fromarray(generator.integers(0, 256, (20, 20 + index, 3), dtype=np.uint8))
+        turned(noise, 1, tmp_path / f"{index:02d}.webp", lossless=True)
+    paths = list_images(str(tmp_path))
+    stream = EvalStream(paths, size=20, resize=20, loader="dali", **PLAIN)
+    with pytest.warns(UserWarning, match=r"webp: DALI does not decode it.*copy is read"):
+        images, _ = next(iter(stream))
+    theirs, _ = next(iter(EvalStream(paths, size=20, resize=20, loader="torch", **PLAIN)))
+    assert (images - theirs).abs().max() < 0.01
+    stream.close()
+
+
+def test_a_very_wide_image_is_read(tmp_path):
+    picture(30_000, 400).save(tmp_path / "wide.jpg")
+    images = [
+        next(iter(EvalStream([str(tmp_path / "wide.jpg")], size=32, loader=each, **PLAIN)))[0] for each in LOADERS
+    ]
+    assert (images[0] - images[1]).abs().max() < 0.02
+
+
+def bomb(width, height):
+    """A tiny PNG whose header promises a giant image."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    crc = struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header + crc + b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def thumbnail_then_cut(place):
+    """A JPEG that is cut off, although the thumbnail in its metadata is whole."""
+    picture().save(place.with_suffix(".thumb"), format="JPEG")
+    thumbnail = place.with_suffix(".thumb").read_bytes()
+    picture(640, 480).save(place, quality=95)
+    content = place.read_bytes()
+    exif = b"Exif\0\0" + b"II*\0\x08\0\0\0\0\0\0\0\0\0" + thumbnail
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    return content[:2] + segment + content[2 : len(content) // 2]
+
+
+BAD = {
+    "empty.jpg": (lambda place: b"", "is empty"),
+    "html.jpg": (lambda place: b"<!DOCTYPE html><html>Not found</html>" * 9, "holds no image"),
+    "gif.jpg": (lambda place: (picture().convert("P").save(place, format="GIF"), place.read_bytes())[1], "a GIF file"),
+    "cut.jpg": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is cut off"),
+    "cut.png": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is cut off"),
+    "cut.webp": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is cut off"),
+    "thumbnail.jpg": (thumbnail_then_cut, "is cut off"),
+    "header-only.png": (lambda place: b"\x89PNG\r\n\x1a\n", "holds no image"),
+    "large.png": (lambda place: bomb(13_000, 13_500), "above data.max_megapixels=170"),
+    "bomb.png": (lambda place: bomb(200_000, 200_000), "larger than the image library opens"),
+    "strip.png": (lambda place: bomb(30_000, 20), "more than 100 to 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_before_decoding(tmp_path, name):
+    make, reason = BAD[name]
+    place = tmp_path / name
+    content = make(place)
+    place.write_bytes(content)
+    with pytest.raises(BadImageError, match=reason):
+        image_size(str(place), max_megapixels=170)
+
+
+@pytest.mark.parametrize("make_place", [lambda p: p / "gone.jpg", lambda p: p], ids=["vanished", "folder"])
+def test_files_that_cannot_be_read_are_named(tmp_path, make_place):
+    with pytest.raises(BadImageError, match=rf"{make_place(tmp_path)}: cannot be read .*verify-data"):
+        image_size(str(make_place(tmp_path)))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads everything")
+def test_files_without_permission_are_named(tmp_path):
+    place = tmp_path / "secret.png"
+    picture().save(place)
+    place.chmod(0)
+    with pytest.raises(BadImageError, match="cannot be read"):
+        image_size(str(place))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_evaluation_stops_at_a_bad_file_and_names_it(tmp_path, loader):
+    for index in range(4):
+        picture().save(tmp_path / f"{index}.bmp")
+    (tmp_path / "2.bmp").write_bytes((tmp_path / "2.bmp").read_bytes()[:-500])  # header whole, pixels missing
+    paths = list_images(str(tmp_path))
+    with pytest.raises(BadImageError, match=r"2\.bmp: cannot be decoded .*verify-data") as caught:
+        list(EvalStream(paths, size=32, batch_size=2, loader=loader, **PLAIN))
+    assert "on_bad_file" not in str(caught.value)
+    assert verify_files(paths) == []
+    assert [entry.path for entry in verify_files(paths, decode=True)] == [paths[2]]
+
+
+def test_verification_lists_bad_files_in_order_and_reports_progress(tmp_path):
+    for index in range(40):
+        picture().save(tmp_path / f"{index:02d}.jpg")
+    for index in (31, 7):
+        (tmp_path / f"{index:02d}.jpg").write_bytes(b"")
+    done = []
+    bad = verify_files(list_images(str(tmp_path)), progress=done.append)
+    assert [os.path.basename(entry.path) for entry in bad] == ["07.jpg", "31.jpg"] and sum(done) == 40
+    write_bad_list(tmp_path / "bad.txt", bad)
+    assert (tmp_path / "bad.txt").read_text().splitlines()[0] == f"{bad[0].path}\tis empty"
