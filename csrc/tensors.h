@@ -1,0 +1,39 @@
+// From stable-ABI tensors to plain layouts.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+
+#include "geometry.h"
+
+namespace fastuft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Layout layout_of(const Tensor& images) {
+  STD_TORCH_CHECK(images.dim() == 4, "images must be [B, C, H, W]");
+  Layout layout{images.size(0), images.stride(0), images.size(2), images.size(3), {}};
+  for (int d = 0; d < 3; ++d) {
+    // The stride of a dimension of size 1 means nothing; 1 lets it join any run.
+    const int64_t size = images.size(d + 1);
+    layout.dimensions[d] = Dimension{size, size == 1 ? 1 : images.stride(d + 1), d};
+  }
+  std::stable_sort(layout.dimensions, layout.dimensions + 3, [](const Dimension& a, const Dimension& b) {
+    return a.stride != b.stride ? a.stride < b.stride : a.size < b.size;
+  });
+  return layout;
+}
+
+// Boxes, partners and weights are small: the Python side hands them over contiguous.
+inline void check_companion(const Tensor& value, ScalarType type, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(value.scalar_type() == type && value.numel() == numel && value.is_contiguous(),
+                  name, " has another dtype, size or layout than expected");
+}
+
+}  // namespace fastuft
