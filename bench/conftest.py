@@ -7,6 +7,7 @@ import sys
 
 import harness
 import pytest
+import report
 import torch
 
 
@@ -91,8 +92,16 @@ def cpu_ceilings() -> harness.Ceilings:
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _same_conditions(request):
+    """The same seed for every benchmark, and for NumPy's and scikit-learn's thread pools PyTorch's number of threads."""
     torch.manual_seed(0)
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:  # comes with scikit-learn; without it there is no pool of theirs to limit
+        yield
+        return
+    with threadpool_limits(limits=request.config.getoption("--threads")):
+        yield
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -106,58 +115,13 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["smoke"] = config.getoption("--smoke")
 
 
-def readable_time(seconds: float) -> str:
-    """Seconds with a fitting unit, three significant digits."""
-    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if seconds >= factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
-def summary_rows(benchmarks) -> list[tuple[str, ...]]:
-    """Rows of the table, group after group: (group, name, median, ratio, ceiling, memory, rate)."""
-    groups: dict[str, list] = {}
-    for bench in benchmarks:
-        if bench.stats.data:
-            groups.setdefault(bench.group or "", []).append(bench)
-    rows = []
-    for group, members in groups.items():
-        reference = next((b.stats.median for b in members if b.extra_info.get("baseline")), None)
-        for bench in sorted(members, key=lambda b: b.stats.median):
-            info, median = bench.extra_info, bench.stats.median
-            percent, peak, rate = (info.get(k) for k in ("percent_of_ceiling", "peak_extra_bytes", "items_per_second"))
-            rows.append(
-                (
-                    group,
-                    bench.name.removeprefix("test_") + (" (baseline)" if info.get("baseline") else ""),
-                    readable_time(median),
-                    "" if reference is None else f"{reference / median:.2f}x",
-                    "" if percent is None else f"{percent:.0f}% {info['ceiling']}",
-                    "" if peak is None else f"{peak / 1e6:.1f}",
-                    "" if rate is None else f"{rate:,.0f}/s",
-                )
-            )
-    return rows
-
-
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
-    rows = summary_rows(session.benchmarks) if session is not None else []
-    write = terminalreporter.write_line
-    if rows:
+    measured = [] if session is None else [bench for bench in session.benchmarks if bench.stats.data]
+    entries = [{"group": b.group, "name": b.name, "median": b.stats.median, **b.extra_info} for b in measured]
+    if entries:
         terminalreporter.section(f"fastuft benchmarks: {harness.device_name(chosen_device(config))}")
-        head = ("", "", "median", "speed", "ceiling", "extra MB", "rate")
-        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(1, len(head))]
-        write("  " + "  ".join([" " * widths[0], *(h.rjust(w) for h, w in zip(head[2:], widths[1:], strict=True))]))
-        previous = None
-        for group, *cells in rows:
-            if group != previous:
-                write(group or "(no group)")
-                previous = group
-            numbers = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-            write(("  " + "  ".join([cells[0].ljust(widths[0]), *numbers])).rstrip())
-        write(
-            "speed: the baseline's median over this one's; ceiling: of the copy bandwidth or matrix rate measured here"
-        )
+    for line in report.table_lines(entries):
+        terminalreporter.write_line(line)
     for name, reason in harness.LEFT_OUT.items():
-        write(f"left out: {name} {reason}")
+        terminalreporter.write_line(f"left out: {name} {reason}")

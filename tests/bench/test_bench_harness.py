@@ -1,0 +1,219 @@
+"""Shared benchmark timing and the result page, on small benchmarks written here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import harness  # noqa: E402
+import report  # noqa: E402
+
+BENCH = """
+import pytest, torch
+from harness import measure, peer
+
+def inputs():
+    return torch.randn(64, 64), torch.randn(64, 64)
+
+def test_product(benchmark, ceilings, device, scale, smoke):
+    assert scale == ("smoke" if smoke else "cpu") and device.type == "cpu"
+    seconds = measure(benchmark, torch.mm, inputs, group="product", ceilings=ceilings, flops=2 * 64**3, items=64,
+                      info={"B": 64})
+    assert seconds > 0
+
+def test_twice(benchmark, ceilings):
+    measure(benchmark, lambda a, b: (a @ b) @ b, inputs, group="product", baseline=True, ceilings=ceilings,
+            bytes_moved=4 * 64 * 64 * 3)
+
+def test_absent(benchmark):
+    peer("no_such_peer", "no-such-package")
+
+def test_user(benchmark, user_impl):
+    measure(benchmark, user_impl, inputs, group="product")
+"""
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """Run the small benchmarks with options; (exit status, output, file of figures)."""
+    file = tmp_path / "bench_small.py"
+    file.write_text(BENCH)
+    (tmp_path / "conftest.py").write_text((ROOT / "bench" / "conftest.py").read_text())
+
+    def run(*options):
+        raw = tmp_path / "raw.json"
+        command = [sys.executable, "-m", "pytest", str(file), "-c", str(ROOT / "pyproject.toml")]
+        command += ["--rootdir", str(tmp_path), "--device=cpu", f"--benchmark-json={raw}", *options]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "bench")}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+        return done.returncode, done.stdout + done.stderr, raw
+
+    return run
+
+
+def test_figures_table_and_page(bench, tmp_path):
+    status, output, raw = bench("--seconds=0.05", "--benchmark-only", "--impl=torch:matmul")
+    assert status == 0, output
+    assert "twice (baseline)" in output and "1.00x" in output and "user[torch:matmul]" in output
+    assert "left out: no_such_peer not installed (pip install no-such-package)" in output
+    content = json.loads(raw.read_text())
+    info = {entry["name"]: entry["extra_info"] for entry in content["benchmarks"]}
+    product = info["test_product"]
+    assert product["peak_extra_bytes"] == 64 * 64 * 4 and product["input_sets"] == 2 and product["B"] == 64
+    assert product["ceiling"] == "matrix" and product["percent_of_ceiling"] > 0
+    assert info["test_twice"]["ceiling"] == "bandwidth" and info["test_twice"]["peak_extra_bytes"] == 2 * 64 * 64 * 4
+    quantiles = [product["quantiles_seconds"][q] for q in ("0.2", "0.5", "0.8")]
+    assert quantiles == sorted(quantiles)
+    assert content["machine_info"]["versions"]["torch"] == torch.__version__
+
+    results, page = tmp_path / "results", tmp_path / "docs" / "benchmarks.md"
+    assert report.main(["collect", str(raw), "--results", str(results)]) == 0
+    (saved,) = (results / "cpu").glob("*.json")
+    assert report.main(["page", "--results", str(results), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "| twice (baseline) |" in text and "NVIDIA GPU | not measured yet" in text
+    assert (page.parent / "benchmarks" / "cpu-ceilings.svg").exists()
+    assert json.loads(saved.read_text())["left_out"] == {"no_such_peer": "not installed (pip install no-such-package)"}
+
+
+def test_smoke_runs_each_once(bench, tmp_path, capsys):
+    status, output, raw = bench("--smoke")
+    assert status == 0, output
+    assert {entry["stats"]["rounds"] for entry in json.loads(raw.read_text())["benchmarks"]} == {1}
+    assert report.main(["collect", str(raw), "--results", str(tmp_path)]) == 2
+    assert "--smoke" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec", ["torch", "torch:", "no_such_module:f", "torch:no_such_function", "torch:float32"])
+def test_wrong_implementations_are_refused(bench, spec):
+    with pytest.raises(ValueError, match="impl="):
+        harness.load_function(spec)
+
+
+def test_wrong_implementation_on_the_command_line(bench):
+    status, output, _ = bench("--impl=nothing")
+    assert status != 0 and "MODULE:FUNCTION" in output
+
+
+def test_peak_extra_bytes_counts_what_lives_at_once():
+    x = torch.randn(1000)
+
+    def chain():
+        for _ in range(5):
+            y = x + 1
+            del y
+
+    scalars = 64  # the numbers 1 and 2 become small tensors
+    assert 4000 <= harness.peak_extra_bytes(chain) < 4000 + scalars
+    assert 12000 <= harness.peak_extra_bytes(lambda: (x + 1) + (x + 2)) < 12000 + scalars
+    assert harness.peak_extra_bytes(lambda: None) == 0
+
+
+def test_interleaved_ratio():
+    matrix = torch.randn(200, 200)
+    ratio = harness.interleaved_ratio(lambda m: m @ m, lambda m: [m @ m for _ in range(20)], lambda: (matrix,))
+    assert ratio > 5
+
+
+def test_quantiles():
+    assert harness.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert harness.quantile([0.0, 1.0], 0.2) == pytest.approx(0.2)
+    assert harness.quantile([7.0], 0.8) == 7.0
+
+
+def test_cuda_clock_divides_device_time_by_calls():
+    class Event:
+        def __init__(self, milliseconds):
+            self.milliseconds = milliseconds
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.milliseconds - self.milliseconds
+
+    start, end = (harness.CudaClock.Reading(Event(ms), calls=4) for ms in (10.0, 18.0))
+    assert end - start == pytest.approx(2e-3)
+
+
+def test_ceilings_bind_by_the_slower_of_both(monkeypatch):
+    ceilings = harness.Ceilings(torch.device("cpu"))
+    ceilings.__dict__["copy_bytes_per_second"] = 100.0
+    ceilings._rates[torch.float32] = 10.0
+    assert ceilings.bound(50, 1, torch.float32) == (0.5, "bandwidth")
+    assert ceilings.bound(50, 20, torch.float32) == (2.0, "matrix")
+    assert ceilings.bound(None, None, torch.float32) is None
+
+
+def test_clocks_are_read_and_never_set(monkeypatch):
+    commands = []
+
+    class Query:
+        def __init__(self, command, **_):
+            commands.append(command)
+            self.stdout = SimpleNamespace(read=lambda: " 1980, 3201, 512.5\n")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def poll(self):
+            return 0
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(harness.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(harness.subprocess, "Popen", Query)
+    monkeypatch.setattr(harness.torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="abc"))
+    clocks = harness.read_clocks(lambda: None, torch.device("cpu"))
+    assert clocks == {"sm_mhz": 1980.0, "memory_mhz": 3201.0, "power_watts": 512.5}
+    assert all(not word.startswith(("-pl", "-lgc", "-ac", "--lock")) for word in commands[0])
+    assert "--id=GPU-abc" in commands[0]
+
+
+def entry(name, group="loss", **values):
+    return {"file": "bench_loss.py", "name": name, "group": group, "median": 1e-3, **values}
+
+
+def test_table_of_groups():
+    entries = [entry("test_a", median=2e-3, baseline=True), entry("test_b", median=1e-3, items_per_second=5000.0)]
+    lines = report.table_lines(entries)
+    assert lines[1] == "loss" and lines[2].split()[:4] == ["b", "1", "ms", "2.00x"] and "5,000/s" in lines[2]
+    assert lines[3].startswith("  a (baseline)")
+    assert report.table_lines([]) == []
+
+
+def test_plots_of_sweeps_and_breakdown(tmp_path):
+    entries = [
+        entry(
+            f"test_{impl}[{k}]", group=f"K={k}", impl=impl, B=256, K=k, D=128, median=k * 1e-6, peak_extra_bytes=k * 100
+        )
+        for impl in ("fused", "eager")
+        for k in (1024, 4096, 16384)
+    ]
+    entries += [entry(f"test_b{b}", impl="fused", B=b, K=65536, D=128) for b in (32, 256)]
+    entries.append(entry("test_step", group="step", parts={"data": 0.1, "forward": 0.3}) | {"file": "bench_step.py"})
+    result = {"device": "CPU", "benchmarks": entries}
+    made = {file for _, file in report._plots("cpu", result, tmp_path)}
+    assert made == {f"cpu-{stem}.svg" for stem in ("loss-time-k", "loss-time-b", "loss-memory-k", "step")}
+    first = (tmp_path / "cpu-loss-time-k.svg").read_bytes()
+    report._plots("cpu", result, tmp_path)
+    assert (tmp_path / "cpu-loss-time-k.svg").read_bytes() == first
+
+
+def test_device_folders():
+    assert report.slug("NVIDIA H200") == "nvidia-h200"
+    assert report.slug("AMD EPYC, 1 thread") == "cpu"
