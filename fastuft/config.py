@@ -259,6 +259,7 @@ class RuntimeConfig:
         keep_every: also keep each checkpoint whose step is a multiple of this; 0 keeps none.
         tensorboard: write TensorBoard events beside metrics.jsonl.
         wandb: log to Weights & Biases when it is installed.
+        timeout: seconds after which processes that wait for a lost one give up.
     """
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -271,6 +272,7 @@ class RuntimeConfig:
     keep_every: int = 0
     tensorboard: bool = True
     wandb: bool = False
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         check_choice("runtime.device", self.device, ("auto", "cuda", "cpu"))
@@ -279,6 +281,7 @@ class RuntimeConfig:
         check_range("runtime.save_every", self.save_every, 0)
         check_range("runtime.keep_last", self.keep_last, 1)
         check_range("runtime.keep_every", self.keep_every, 0)
+        check_range("runtime.timeout", self.timeout, 0.0, low_open=True)
 
 
 @dataclass(frozen=True)
