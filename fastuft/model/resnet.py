@@ -78,6 +78,7 @@ class ResNet(nn.Module):
         depths: blocks of each stage; stages after the first halve the resolution.
         widths: planes of each stage.
         stem: imagenet (7x7 stride 2, 3x3 max-pool) or small (3x3 stride 1, no max-pool).
+        first_stride: stride of the first stage.
 
     Attributes:
         num_features: width of the pooled features.
@@ -93,6 +94,7 @@ class ResNet(nn.Module):
         depths: Sequence[int],
         widths: Sequence[int] = (64, 128, 256, 512),
         stem: Stem = "imagenet",
+        first_stride: int = 1,
     ) -> None:
         super().__init__()
         small = stem == "small"
@@ -104,7 +106,7 @@ class ResNet(nn.Module):
         for stage, (depth, planes) in enumerate(zip(depths, widths, strict=True)):
             blocks: list[nn.Module] = []
             for index in range(depth):
-                stride = 2 if stage > 0 and index == 0 else 1
+                stride = 1 if index else 2 if stage else first_stride
                 outputs = planes * block.expansion
                 downsample = None
                 if stride != 1 or inputs != outputs:
@@ -211,7 +213,7 @@ ARCHS: dict[str, Callable[[Stem], ResNet | ResNetV2]] = {
     "resnet34": lambda stem: ResNet(BasicBlock, (3, 4, 6, 3), stem=stem),
     "resnet50": lambda stem: ResNet(Bottleneck, (3, 4, 6, 3), stem=stem),
     "resnet101": lambda stem: ResNet(Bottleneck, (3, 4, 23, 3), stem=stem),
-    "resnet_tiny": lambda stem: ResNet(BasicBlock, (1, 1, 1), (16, 32, 64), stem=stem),
+    "resnet_tiny": lambda stem: ResNet(BasicBlock, (1, 1, 1), (16, 32, 64), stem=stem, first_stride=2),
     "bit_resnet50": lambda stem: ResNetV2((3, 4, 6, 3), stem=stem),
     "bit_resnet101": lambda stem: ResNetV2((3, 4, 23, 3), stem=stem),
     "bit_resnet_tiny": lambda stem: ResNetV2((1, 1, 1), (16, 32, 64), stem=stem, groups=8),
