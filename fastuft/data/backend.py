@@ -99,6 +99,10 @@ class Backend(Protocol):
         """
         ...
 
+    def parses(self, path: str) -> bool:
+        """Whether this backend's decoder understands a file's header."""
+        ...
+
     def undecodable(self, paths: list[str]) -> list[str]:
         """Those files that this backend cannot decode, each tried alone."""
         ...

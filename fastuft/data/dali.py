@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nvidia import nvimgcodec
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
@@ -150,6 +151,16 @@ class DaliBackend:
         # The dynamic executor hands out buffers that it does not write again while they are held.
         tensor = torch.from_dlpack(result.as_tensor()).permute(0, 3, 1, 2)
         return tensor if tensor.dtype == self.spec.dtype else tensor.to(self.spec.dtype)
+
+    def parses(self, path: str) -> bool:
+        """See :class:`fastuft.data.backend.Backend`.
+
+        DALI's decoder ends the process when a header among others' cannot be parsed, so its parser is asked before.
+        """
+        try:
+            return bool(nvimgcodec.CodeStream(path).width)
+        except RuntimeError:
+            return False
 
     def undecodable(self, paths: list[str]) -> list[str]:
         """See :class:`fastuft.data.backend.Backend`."""

@@ -141,6 +141,8 @@ class Feed:
             except BadImageError as error:
                 self._mark(index, error.reason)
                 return False
+            if not self._backend.parses(self.paths[index]):
+                return self._copy(index)
         return True
 
     def _pool(self, index: int) -> range:
@@ -180,18 +182,23 @@ class Feed:
         if not culprits:
             raise error  # no file's fault
         for path in culprits:
-            index = self.paths.index(path)
-            try:
-                image = open_rgb(path)
-            except BadImageError as reason:
-                self._mark(index, reason.reason)
-                continue
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="fastuft-")
-            copy = Path(self._folder.name) / f"{index}.png"
-            image.save(copy, compress_level=1)
-            self._copies[index] = str(copy)
-            warnings.warn(f"{path}: DALI does not decode it, Pillow does; a temporary PNG copy is read", stacklevel=2)
+            self._copy(self.paths.index(path))
+
+    def _copy(self, index: int) -> bool:
+        """Put a copy that every decoder reads in a file's place; the file is bad if Pillow cannot decode it either."""
+        path = self.paths[index]
+        try:
+            image = open_rgb(path)
+        except BadImageError as error:
+            self._mark(index, error.reason)
+            return False
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="fastuft-")
+        copy = Path(self._folder.name) / f"{index}.png"
+        image.save(copy, compress_level=1)
+        self._copies[index] = str(copy)
+        warnings.warn(f"{path}: DALI does not decode it, Pillow does; a temporary PNG copy is read", stacklevel=2)
+        return True
 
     def close(self) -> None:
         """Give back threads, memory and temporary files."""

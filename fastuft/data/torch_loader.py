@@ -91,6 +91,10 @@ class TorchBackend:
             batch = batch.pin_memory()  # a copy from pageable memory would make the host wait
         return batch.to(self.spec.device, non_blocking=True)
 
+    def parses(self, path: str) -> bool:
+        """See :class:`fastuft.data.backend.Backend`; Pillow has read the header before."""
+        return True
+
     def undecodable(self, paths: list[str]) -> list[str]:
         """See :class:`fastuft.data.backend.Backend`."""
         return [entry.path for entry in verify_files(paths, decode=True, workers=self.spec.num_threads)]
