@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,7 +16,12 @@ from torch import Tensor
 
 from fastuft.randomness import keyed_generator
 
-TIMEOUT = timedelta(minutes=10)
+# Ranks without work of their own wait this long for the main one's evaluation; a dead process is noticed at once.
+_LONG_WAIT = timedelta(hours=12)
+
+
+class LostRankError(RuntimeError):
+    """Another process of the run died or fell silent; the message names the step and the last good checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -53,33 +60,68 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def barrier(self) -> None:
+    def wait_for_main(self) -> None:
+        """Hold the other ranks until the main one arrives, however long its work takes."""
         if self.control is not None:
-            dist.barrier(group=self.control)
+            dist.monitored_barrier(self.control, timeout=_LONG_WAIT)
 
 
-def start_ranks(device: str) -> Ranks:
+class StopVote:
+    """Agreement to stop. With several ranks the answer is one step old, so that no host waits for another in a step."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        """Cast this step's vote; True on every rank alike once any rank has voted so."""
+        if self.ranks.control is None:
+            return flag
+        stop = self.finish()
+        value = torch.tensor([int(flag)])
+        work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.ranks.control, async_op=True)
+        self._pending = (work, value)
+        return stop
+
+    def finish(self) -> bool:
+        """The outcome of the last vote cast."""
+        if self._pending is None:
+            return False
+        work, value = self._pending
+        self._pending = None
+        work.wait()
+        return bool(value.item())
+
+
+def start_ranks(device: str, timeout: float) -> Ranks:
     """Join the process group that torchrun describes, or run alone.
 
     Args:
         device: auto, cuda or cpu.
+        timeout: seconds after which a collective gives up on a lost process.
 
     Raises:
-        ValueError: cuda asked for where there is none.
+        ValueError: cuda asked for where there is none, or more processes than devices on this machine.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("runtime.device='cuda' but torch sees no CUDA device; `fastuft doctor` tells why, or use cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and local >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK={local} but torch sees {torch.cuda.device_count()} CUDA devices; start as many processes a "
+            "machine as it has devices"
+        )
     where = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return Ranks(0, 1, where)
+    wait = timedelta(seconds=timeout)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait)
+    control = dist.new_group(backend="gloo", timeout=wait)
     return Ranks(dist.get_rank(), world_size, where, control)
 
 
@@ -87,6 +129,20 @@ def stop_ranks(ranks: Ranks) -> None:
     """Leave the process group."""
     if ranks.world_size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def naming_lost_ranks(ranks: Ranks, describe: Any) -> Iterator[None]:
+    """Turn a failed collective into a LostRankError; ``describe()`` says where the run stood and how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        failed = isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "ProcessGroup"))
+        if ranks.world_size == 1 or not failed:
+            raise
+        reason = text.splitlines()[0]
+        raise LostRankError(f"rank {ranks.rank} lost contact with another process {describe()} ({reason})") from error
 
 
 def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
@@ -98,12 +154,17 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     return gathered
 
 
+def upload(value: Tensor, device: torch.device) -> Tensor:
+    """A small host tensor on the device, without waiting for it."""
+    return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
+
 class KeyShuffle:
     """Hides from BatchNorm which keys belong to which queries (MoCo's ShuffleBN, for any number of processes).
 
     One permutation of the global batch, drawn from (seed, epoch, step) on every rank alike, decides which rank and which
-    statistics group encodes which key view. Views travel once (all-to-all); the keys are gathered anyway, for the queue,
-    and are put back in order there.
+    statistics group encodes which key view: the groups are the same however many processes share the batch. Views travel
+    once (all-to-all, on gloo as on NCCL); the keys are gathered anyway, for the queue, and put back in order there.
 
     Args:
         ranks: the processes.
@@ -122,9 +183,9 @@ class KeyShuffle:
         """This rank's share of the shuffled batch: [b, 3, H, W] in channels_last."""
         rank, size, local = self.ranks.rank, self.ranks.world_size, len(views)
         rows = views.permute(0, 2, 3, 1)  # dense rows, so that indexing keeps channels_last
-        wanted = permutation.reshape(size, local)
         if size == 1:
             return rows[self._index(permutation)].permute(0, 3, 1, 2)
+        wanted = permutation.reshape(size, local)
         outgoing = [places[places // local == rank] - rank * local for places in wanted]
         incoming = [np.flatnonzero(wanted[rank] // local == source) for source in range(size)]
         sent = rows[self._index(np.concatenate(outgoing))].contiguous()
@@ -143,7 +204,4 @@ class KeyShuffle:
         return keys[self._index(inverse)]
 
     def _index(self, values: np.ndarray) -> Tensor:
-        index = torch.from_numpy(np.ascontiguousarray(values))
-        if self.ranks.device.type != "cuda":
-            return index
-        return index.pin_memory().to(self.ranks.device, non_blocking=True)
+        return upload(torch.from_numpy(np.ascontiguousarray(values)), self.ranks.device)

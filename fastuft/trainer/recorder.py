@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from fastuft.config import RuntimeConfig
 
 
 class Recorder:
-    """Writes on the main rank; silent elsewhere.
+    """Writes on the main rank; silent elsewhere. ``earlier`` holds the rows of the run's part before it was resumed.
 
     Args:
         folder: the run folder.
         runtime: which writers are wanted.
         enabled: whether this is the main rank.
         total_steps: of the run, for the bar.
-        resumed_step: rows of later steps are dropped from metrics.jsonl, because they come again.
+        resumed_step: step of the checkpoint that the run goes on from, 0 at its start. Later rows are dropped from
+            metrics.jsonl, because they come again.
     """
 
     def __init__(
@@ -35,11 +37,11 @@ class Recorder:
         self._bar: Any = None
         self._last_line = 0.0
         self._total = total_steps
+        self.earlier: list[dict[str, Any]] = []
         if not enabled:
             return
         self._path = folder / "metrics.jsonl"
-        if resumed_step:
-            self._drop_after(resumed_step)
+        self._drop_after(resumed_step)
         self._file = self._path.open("a", encoding="utf-8")
         if runtime.tensorboard:
             if importlib.util.find_spec("tensorboard") is None:
@@ -47,30 +49,43 @@ class Recorder:
             else:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step or None)
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
         if runtime.wandb:
             if importlib.util.find_spec("wandb") is None:
                 raise ValueError("runtime.wandb=True needs wandb; pip install wandb, or leave it off")
             import wandb
 
-            self._wandb = wandb.init(project="fastuft", dir=str(folder), name=folder.name, resume="allow")
+            self._wandb = wandb.init(
+                project="fastuft", dir=str(folder), name=folder.name, id=self._wandb_id(folder), resume="allow"
+            )
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True)
 
-    def _drop_after(self, step: int) -> None:
+    def _wandb_id(self, folder: Path) -> str:
+        """The same for all parts of a run that is resumed."""
+        path = folder / "wandb_id.txt"
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
+        return path.read_text(encoding="utf-8").strip()
+
+    def _rows(self) -> list[dict[str, Any]]:
         if not self._path.exists():
-            return
-        kept = []
+            return []
+        rows = []
         for line in self._path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line).get("step", 0) <= step:
-                    kept.append(line)
+                rows.append(json.loads(line))
             except json.JSONDecodeError:
                 continue  # a line cut off by a kill
+        return rows
+
+    def _drop_after(self, step: int) -> None:
+        # A run that starts again from nothing keeps no row, the evaluation before its first step included.
+        self.earlier = [row for row in self._rows() if row["step"] <= step] if step else []
         partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.earlier), encoding="utf-8")
         os.replace(partial, self._path)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -8,41 +8,41 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Iterator
-from functools import partial
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import fastuft
 from fastuft.config import TrainConfig
-from fastuft.data import Batch, Manifest, TrainStream
-from fastuft.loss import KeyQueue
-from fastuft.model import (
-    BACKBONE_FILE,
-    InitReport,
-    MoCo,
-    build_backbone,
-    export_backbone,
-    has_batchnorm,
-    load_init,
-    set_batchnorm_mode,
-)
-from fastuft.randomness import keyed_seed
+from fastuft.data import Manifest, TrainStream
+from fastuft.model import BACKBONE_FILE, export_backbone
 from fastuft.trainer import watch
-from fastuft.trainer.distributed import KeyShuffle, Ranks, gather_rows, start_ranks, stop_ranks
+from fastuft.trainer.distributed import Ranks, StopVote, gather_rows, naming_lost_ranks, start_ranks, stop_ranks
+from fastuft.trainer.learner import DTYPES, build_learner
 from fastuft.trainer.recorder import PartTimes, Recorder
 from fastuft.trainer.schedule import lr_at
 from fastuft.trainer.signals import StopSignals
-from fastuft.trainer.state import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
-from fastuft.trainer.step import RECORD, Learner, autocast, train_step
+from fastuft.trainer.state import CheckpointError, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from fastuft.trainer.step import RECORD, train_step
 
 # What must be the same for a checkpoint's state to mean the same in the resumed run.
-_FIXED = ("arch", "stem", "head_dim", "queue_size", "batch_size", "seed", "content_hash")
+_FIXED = {
+    "model.arch",
+    "model.stem",
+    "model.head_dim",
+    "method.queue_size",
+    "data.batch_size",
+    "data.replay_mode",
+    "data.replay_share",
+    "data.drop_last",
+    "seed",
+}
+# What may differ without a word: it changes nothing of what is learnt.
+_FREE = ("out", "resume", "max_steps", "init", "target", "source", "allow_missing", "runtime.", "watch.", "data.")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -80,8 +80,9 @@ def train(config: TrainConfig) -> RunResult:
         ValueError: a configuration, folder, checkpoint or file that cannot work; nothing was trained.
         NonFiniteLossError: the loss became NaN or infinite; no checkpoint was written after it.
         CheckpointError: a checkpoint could not be read or written.
+        LostRankError: another process of the run died or fell silent for ``runtime.timeout`` seconds.
     """
-    ranks = start_ranks(config.runtime.device)
+    ranks = start_ranks(config.runtime.device, config.runtime.timeout)
     try:
         with StopSignals() as signals:
             return _Run(config, ranks, signals).go()
@@ -89,26 +90,12 @@ def train(config: TrainConfig) -> RunResult:
         stop_ranks(ranks)
 
 
-def resolve_bn(config: TrainConfig, world_size: int, backbone: nn.Module) -> str:
-    """BatchNorm mode of a run: ``auto`` is split on one device and shuffle on several; none without BatchNorm.
-
-    Raises:
-        ValueError: a local batch that does not divide into groups, or sync without several CUDA devices.
-    """
-    if not has_batchnorm(backbone):
-        return "none"
-    mode = config.model.bn
-    if mode == "auto":
-        mode = "split" if world_size == 1 else "shuffle"
-    local = config.data.batch_size // world_size
-    if mode == "split" and (local % config.model.bn_group or not config.data.drop_last):
-        raise ValueError(
-            f"model.bn_group={config.model.bn_group} does not divide the batch of one device, {local} images "
-            f"(data.drop_last={config.data.drop_last}); choose a divisor with drop_last, or model.bn=plain"
-        )
-    if mode == "sync" and (world_size == 1 or not torch.cuda.is_available()):
-        raise ValueError("model.bn='sync' needs several CUDA devices; use split on one device, shuffle elsewhere")
-    return mode
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping from dotted names."""
+    flat = {}
+    for name, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat
 
 
 class _Run:
@@ -117,16 +104,14 @@ class _Run:
     def __init__(self, config: TrainConfig, ranks: Ranks, signals: StopSignals) -> None:
         self.config, self.ranks, self.signals = config, ranks, signals
         self.folder = Path(config.out)
-        self.started = time.time()
-        self.epoch, self.step, self.global_step = 0, 0, 0
-        self.last_row: dict[str, Any] = {}
-        self.init_report: InitReport | None = None
-        self._prepare_device()
-        self._open_folder()
-        torch.manual_seed(keyed_seed(config.seed, "init"))
-        backbone: Any = build_backbone(config.model.arch, config.model.stem)
-        self.mean, self.std = backbone.mean, backbone.std
-        self.bn = resolve_bn(config, ranks.world_size, backbone)
+        self.checkpoint_folder = self.folder / "checkpoints"
+        self.began = time.perf_counter()
+        self.seconds_before = 0.0
+        self.epoch, self.step, self.global_step, self.images = 0, 0, 0, 0
+        self.plain_config = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists
+        self.resumed = self._open_folder()
+        self.learner, report = build_learner(config, ranks, load=self.resumed is None)
+        self.init_report = dataclasses.asdict(report) if report else None
         self.manifest = Manifest.build(
             config.target,
             config.source,
@@ -134,6 +119,7 @@ class _Run:
             seed=config.data.replay_seed,
             replay_cache=config.data.replay_cache,
         )
+        backbone: Any = self.learner.moco.query_encoder.backbone
         self.stream = TrainStream(
             self.manifest,
             config.data,
@@ -142,260 +128,228 @@ class _Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
             device=ranks.device,
-            dtype={"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[self.precision],
-            mean=self.mean,
-            std=self.std,
+            dtype=DTYPES[self.learner.precision],
+            mean=backbone.mean,
+            std=backbone.std,
         )
         self.total_steps = config.optim.epochs * self.stream.steps_per_epoch
-        self.moco = MoCo(backbone, config.model.head_dim)
-        if config.init is not None and self.resumed is None:
-            self.init_report = load_init(self.moco, config.init, allow_missing=config.allow_missing)
-        elif self.resumed is None:
-            self.moco.copy_query_to_key()
-        if self.bn != "none":
-            self.moco = set_batchnorm_mode(self.moco, self.bn, config.model.bn_group)  # type: ignore[assignment]
-        self.moco.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        generator = torch.Generator().manual_seed(keyed_seed(config.seed, "queue"))
-        self.queue = KeyQueue(config.method.queue_size, config.model.head_dim, generator=generator).to(ranks.device)
-        self.learner = self._learner()
+        self.limit = min(self.total_steps, config.max_steps or self.total_steps)
         if self.resumed is not None:
             self._restore(self.resumed)
+        if ranks.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.recorder = Recorder(
             self.folder,
             config.runtime,
             enabled=ranks.is_main,
-            total_steps=min(self.total_steps, config.max_steps or self.total_steps),
+            total_steps=self.limit,
             resumed_step=self.global_step,
         )
+        self.last_row: dict[str, Any] = next((r for r in reversed(self.recorder.earlier) if r["kind"] == "train"), {})
+        self.vote = StopVote(ranks)
 
-    def _prepare_device(self) -> None:
-        runtime, device = self.config.runtime, self.ranks.device
-        self.precision = runtime.precision
-        if self.precision == "auto":
-            self.precision = "bf16" if device.type == "cuda" else "fp32"
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = not runtime.deterministic
-            torch.use_deterministic_algorithms(runtime.deterministic)
-
-    def _open_folder(self) -> None:
-        """Decide what to resume, or claim a folder that holds no run yet."""
-        self.resumed: dict[str, Any] | None = None
-        checkpoint_folder = self.folder / "checkpoints"
+    def _open_folder(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from, or None for a folder that holds no run yet."""
         resume = self.config.resume
+        state = None
         if resume == "auto":
-            self.resumed, path, reasons = newest_checkpoint(checkpoint_folder)
-            for reason in reasons if self.ranks.is_main else []:
+            state, path, reasons = newest_checkpoint(self.checkpoint_folder)
+            for reason in reasons if self.ranks.is_main and path is not None else []:
                 warnings.warn(f"{reason}; the one before it is used", stacklevel=2)
             if reasons and path is None:
-                raise CheckpointError(f"resume='auto': no checkpoint in {checkpoint_folder} is whole: {reasons[0]}")
+                raise CheckpointError(
+                    f"resume='auto': no checkpoint in {self.checkpoint_folder} is whole: {reasons[0]}; move the run "
+                    "away to start afresh"
+                )
         elif resume != "no":
-            self.resumed = load_checkpoint(Path(resume))
-        elif (self.folder / "metrics.jsonl").exists() or checkpoint_folder.exists():
+            state = load_checkpoint(Path(resume))
+            later = [path for step, path in checkpoints(self.checkpoint_folder) if step > state["global_step"]]
+            if later:
+                raise ValueError(
+                    f"resume={resume!r} is older than {later[0]} in out={self.config.out!r}; choose another out, or "
+                    "move the newer checkpoints away"
+                )
+        elif (self.folder / "metrics.jsonl").exists() or self.checkpoint_folder.exists():
             raise ValueError(
                 f"out={self.config.out!r} holds a run already; go on with resume=auto, or choose another folder"
             )
-        self.ranks.barrier()
-        if self.ranks.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def _learner(self) -> Learner:
-        config, ranks = self.config, self.ranks
-        query: nn.Module = self.moco.query_encoder
-        key: nn.Module = self.moco.key_encoder
-        if config.runtime.compile:
-            query, key = torch.compile(query), torch.compile(key)  # type: ignore[assignment]
-        if ranks.world_size > 1:
-            query = DistributedDataParallel(
-                query,
-                device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
+        steps = self.ranks.gather_objects(None if state is None else state["global_step"])
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"the processes see checkpoints of different steps in {self.checkpoint_folder} ({steps}); out must be on "
+                "a file system that all of them share"
             )
-        local = config.data.batch_size // ranks.world_size
-        return Learner(
-            moco=self.moco,
-            query=query,
-            key=key,
-            queue=self.queue,
-            optimizer=self._optimizer(),
-            scaler=torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "fp16"),
-            method=config.method,
-            ranks=ranks,
-            shuffle=KeyShuffle(ranks, config.seed) if self.bn in ("split", "shuffle") else None,
-            mix_group=config.model.bn_group if self.bn == "split" else local,
-            autocast=partial(autocast, ranks.device, self.precision),
-            clip_grad=config.optim.clip_grad,
-            seed=config.seed,
-        )
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        optim = self.config.optim
-        options: dict[str, Any] = {"momentum": optim.momentum, "weight_decay": optim.weight_decay, "lr": optim.lr}
-        parameters = list(self.moco.query_encoder.parameters())
-        if optim.optimizer == "sgd":
-            return torch.optim.SGD(parameters, fused=True, **options)
-        try:
-            from apex.optimizers import FusedSGD
-        except ImportError as error:
-            raise ValueError(
-                "optim.optimizer='apex_fused_sgd' needs NVIDIA's apex, built from its own repository; the package named "
-                "apex on PyPI is an unrelated web toolkit. Use optim.optimizer=sgd, which is fused as well"
-            ) from error
-        return FusedSGD(parameters, **options)
-
-    def _fixed(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "arch": config.model.arch,
-            "stem": config.model.stem,
-            "head_dim": config.model.head_dim,
-            "queue_size": config.method.queue_size,
-            "batch_size": config.data.batch_size,
-            "seed": config.seed,
-            "content_hash": self.manifest.content_hash,
-        }
+        return state
 
     def _state(self) -> dict[str, Any]:
         """Everything a resumed run needs. BatchNorm's buffers differ between ranks, so every rank's are kept."""
-        buffers = {name: value.cpu() for name, value in self.moco.named_buffers()}
+        learner, device = self.learner, self.ranks.device
+        buffers = self.ranks.gather_objects({name: value.cpu() for name, value in learner.moco.named_buffers()})
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return {
-            "model": self.moco.state_dict(),
-            "rank_buffers": self.ranks.gather_objects(buffers),
-            "queue": self.queue.state_dict(),
-            "optimizer": self.learner.optimizer.state_dict(),
-            "scaler": self.learner.scaler.state_dict(),
-            "torch_rng": self.ranks.gather_objects(torch.get_rng_state()),
+            "model": {**learner.moco.state_dict(), **_mean_over_ranks(buffers)},
+            "rank_buffers": buffers,
+            "queue": learner.queue.state_dict(),
+            "optimizer": learner.optimizer.state_dict(),
+            "scaler": learner.scaler.state_dict(),
+            "torch_rng": self.ranks.gather_objects((torch.get_rng_state(), cuda)),
             "epoch": self.epoch,
             "step": self.step,
             "global_step": self.global_step,
-            "fixed": self._fixed(),
-            "model_config": dataclasses.asdict(self.config.model),
-            "config": json.dumps(dataclasses.asdict(self.config)),
+            "images": self.images,
+            "seconds": self._seconds(),
+            "init_report": self.init_report,
+            "content_hash": self.manifest.content_hash,
+            "model_config": self.plain_config["model"],
+            "config": json.dumps(self.plain_config),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        ours = self._fixed()
-        for name in _FIXED:
-            if state["fixed"][name] != ours[name]:
+        before = {**_flat(json.loads(state["config"])), "content_hash": state["content_hash"]}
+        now = {**_flat(self.plain_config), "content_hash": self.manifest.content_hash}
+        changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+        for name, (old, new) in changed.items():
+            if name in _FIXED or name == "content_hash":
                 raise ValueError(
-                    f"resume={self.config.resume!r}: {name} was {state['fixed'][name]!r} in the checkpoint and is "
-                    f"{ours[name]!r} now; resume with the same images and settings, or start in another folder"
+                    f"resume={self.config.resume!r}: {name} was {old!r} in the checkpoint and is {new!r} now; resume with "
+                    "the same images and settings, or start in another folder"
                 )
-        self.moco.load_state_dict(state["model"])
+        said = [f"{n} {old!r} -> {new!r}" for n, (old, new) in changed.items() if not n.startswith(_FREE)]
+        if said and self.ranks.is_main:
+            warnings.warn(f"the run goes on with other settings than it began with: {', '.join(said)}", stacklevel=2)
+        learner = self.learner
+        learner.moco.load_state_dict(state["model"])
         if len(state["rank_buffers"]) == self.ranks.world_size:
             own = state["rank_buffers"][self.ranks.rank]
-            with torch.no_grad():
-                for name, buffer in self.moco.named_buffers():
-                    buffer.copy_(own[name])
-            torch.set_rng_state(state["torch_rng"][self.ranks.rank])
-        self.queue.load_state_dict(state["queue"])
-        self.learner.optimizer.load_state_dict(state["optimizer"])
-        self.learner.scaler.load_state_dict(state["scaler"])
+            for name, buffer in learner.moco.named_buffers():
+                buffer.copy_(own[name])
+            host, cuda = state["torch_rng"][self.ranks.rank]
+            torch.set_rng_state(host)
+            if cuda is not None and self.ranks.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda, self.ranks.device)
+        learner.queue.load_state_dict(state["queue"])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        learner.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.global_step = state["epoch"], state["step"], state["global_step"]
+        self.images, self.seconds_before = state["images"], state["seconds"]
+        self.init_report = state["init_report"]
 
-    def _prefill(self) -> None:
-        """Fill the queue with keys of training images: random rows are no negatives for a trained network."""
-        size = self.config.method.queue_size
-        if size > len(self.manifest) and self.ranks.is_main:
-            warnings.warn(
-                f"method.queue_size={size} exceeds the {len(self.manifest)} training images: the queue holds several "
-                "keys of each, among them an image's own older ones; a smaller queue avoids it",
-                stacklevel=2,
-            )
-        self.moco.key_encoder.train()
-        with torch.no_grad():
-            for views in self.stream.prefill(size):
-                with self.learner.autocast():
-                    keys = self.learner.key(views)
-                self.queue.enqueue_(gather_rows(keys, self.ranks))
+    def _seconds(self) -> float:
+        """Time spent on this run, the parts before it was resumed included."""
+        return self.seconds_before + time.perf_counter() - self.began
 
     def go(self) -> RunResult:
         """Train to the end, to ``max_steps``, or to a signal."""
         if self.ranks.is_main:
             self._write_config()
             self.recorder.say(self._headline())
-        self.moco.train()
-        interrupted = None
         try:
-            if self.global_step == 0 and self.config.method.queue_prefill:
-                self._prefill()
-            if self.global_step == 0 and watch.wanted(self.config.watch):
-                self._watch()
-            interrupted = self._loop()
+            with naming_lost_ranks(self.ranks, self._where):
+                interrupted = self._start() or self._loop()
+                self.vote.finish()
+                bad = {path: reason for found in self._bad_files() for path, reason in found}
         finally:
             self.recorder.close()
             self.stream.close()
         finished = self.global_step >= self.total_steps
         if self.ranks.is_main:
-            self._write_summary(finished, interrupted)
-        self.ranks.barrier()
-        return RunResult(
-            self.folder, self.global_step, finished, interrupted, self.last_row, len(self.stream.bad_files)
-        )
+            self._write_summary(finished, interrupted, bad)
+        self.ranks.wait_for_main()
+        return RunResult(self.folder, self.global_step, finished, interrupted, self.last_row, len(bad))
+
+    def _start(self) -> str | None:
+        """What comes before the first step, and an evaluation that the run was stopped before."""
+        if self.global_step == 0 and self.config.method.queue_prefill and self._prefill():
+            return self._signal()
+        at_epoch = self.step == 0 and (self.global_step == 0 or watch.due(self.config.watch, self.epoch))
+        seen = any(row["kind"] == "watch" and row["step"] == self.global_step for row in self.recorder.earlier)
+        if watch.wanted(self.config.watch) and self.ranks.any(self.ranks.is_main and at_epoch and not seen):
+            return self._signal() if self._watch() else None
+        return None
+
+    def _prefill(self) -> bool:
+        """Fill the queue with keys of training images: random rows are no negatives for a trained network.
+
+        Returns whether to stop.
+        """
+        missing = self.config.method.queue_size
+        if missing > len(self.manifest) and self.ranks.is_main:
+            warnings.warn(
+                f"method.queue_size={missing} exceeds the {len(self.manifest)} training images: the queue holds several "
+                "keys of each, among them an image's own older ones; a smaller queue avoids it",
+                stacklevel=2,
+            )
+        for views in self.stream.prefill(missing):
+            with torch.no_grad(), self.learner.autocast():
+                keys = gather_rows(self.learner.key(views), self.ranks)
+            # Batches are encoded whole and cut only here: statistics groups are the same on any number of ranks.
+            self.learner.queue.enqueue_(keys[:missing])
+            missing -= len(keys)
+            if self.vote(self.signals.received is not None):
+                return True
+        return False
 
     def _loop(self) -> str | None:
         config, learner, runtime = self.config, self.learner, self.config.runtime
-        limit = min(self.total_steps, config.max_steps or self.total_steps)
         rows = torch.zeros(runtime.log_every, len(RECORD), device=self.ranks.device)
         parts = PartTimes(self.ranks.device)
-        filled, waited, since, saved = 0, 0.0, time.perf_counter(), self.global_step
-        while self.global_step < limit:
-            batches: Iterator[Batch] = self.stream.epoch(self.epoch, self.step)
-            while self.global_step < limit:
+        filled, waited, since = 0, 0.0, time.perf_counter()
+        while self.global_step < self.limit:
+            batches = iter(self.stream.epoch(self.epoch, self.step))
+            epoch_done = False
+            while not epoch_done and self.global_step < self.limit:
                 before = time.perf_counter()
-                batch = next(batches, None)
-                if batch is None:
-                    break
+                batch = next(batches)
                 waited += time.perf_counter() - before
-                lr = lr_at(
-                    self.global_step,
-                    self.total_steps,
-                    self.stream.steps_per_epoch,
-                    config.optim,
-                    config.data.batch_size,
-                )
-                for group in learner.optimizer.param_groups:
-                    group["lr"] = lr
+                lr = self._set_lr()
                 parts.start()
                 rows[filled].copy_(train_step(learner, batch, parts.mark))
                 filled += 1
                 self.step += 1
                 self.global_step += 1
+                self.images += len(batch.index) * self.ranks.world_size
                 epoch_done = self.step == self.stream.steps_per_epoch
-                last = self.global_step == limit
-                stop = self.ranks.any(self.signals.received is not None)
-                due = bool(runtime.save_every) and self.global_step % runtime.save_every == 0
-                due = due or stop or last or (not runtime.save_every and epoch_done)
-                if filled == runtime.log_every or due or epoch_done:
+                stop = self.vote(self.signals.received is not None)
+                look = epoch_done and watch.due(config.watch, self.epoch + 1)
+                save = stop or look or self.global_step == self.limit or (epoch_done and not runtime.save_every)
+                save = save or bool(runtime.save_every and self.global_step % runtime.save_every == 0)
+                if save or epoch_done or filled == runtime.log_every:
                     self._log(rows[:filled], lr, time.perf_counter() - since, waited, parts.read())
+                    if epoch_done:
+                        self.epoch, self.step = self.epoch + 1, 0
+                    if save:
+                        self._save()
+                    if stop or (look and self._watch()):
+                        return self._signal()
                     filled, waited, since = 0, 0.0, time.perf_counter()
-                if epoch_done:
-                    self.epoch, self.step = self.epoch + 1, 0
-                if due:
-                    self._save()
-                    saved = self.global_step
-                if stop:
-                    return self.signals.received or "signal on another rank"
-                if epoch_done and watch.due(config.watch, self.epoch):
-                    self._watch()
-                    since = time.perf_counter()
-                if epoch_done:
-                    break
-        if saved != self.global_step:
-            self._save()
         return None
 
-    def _log(self, rows: torch.Tensor, lr: float, seconds: float, waited: float, parts: dict[str, float]) -> None:
-        """Write the mean of the steps since the last row; here, and only here, the host waits for the device."""
-        values = rows.cpu()
-        self._check_finite(values)
-        steps = len(values)
+    def _set_lr(self) -> float:
+        lr = lr_at(
+            self.global_step,
+            self.total_steps,
+            self.stream.steps_per_epoch,
+            self.config.optim,
+            self.config.data.batch_size,
+        )
+        for group in self.learner.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _signal(self) -> str:
+        return self.signals.received or "a signal to another process"
+
+    def _log(self, rows: Tensor, lr: float, seconds: float, waited: float, parts: dict[str, float]) -> None:
+        """Write the mean over the steps since the last row and over ranks; only here the host waits for the device."""
+        by_rank = torch.stack(self.ranks.gather_objects(rows.cpu()))  # [ranks, steps, figures]
+        self._check_finite(by_rank[:, :, 0])
+        steps = len(rows)
         row: dict[str, Any] = {
             "kind": "train",
             "step": self.global_step,
             "epoch": self.epoch,
             "time": time.time(),
-            **dict(zip(RECORD, values.mean(0).tolist(), strict=True)),
+            **dict(zip(RECORD, by_rank.double().mean((0, 1)).tolist(), strict=True)),
             "lr": lr,
             "images_per_second": steps * self.config.data.batch_size / seconds,
             "seconds_per_step": seconds / steps,
@@ -406,85 +360,123 @@ class _Run:
         self.recorder.write(row)
         self.recorder.progress(row)
 
-    def _check_finite(self, values: torch.Tensor) -> None:
-        bad = (~values[:, 0].isfinite()).nonzero().flatten().tolist()
-        first = self.global_step - len(values) + bad[0] + 1 if bad else None
-        found = [(step, rank) for rank, step in enumerate(self.ranks.gather_objects(first)) if step is not None]
-        if found:
-            step, rank = min(found)
-            _, path, _ = newest_checkpoint(self.folder / "checkpoints")
-            raise NonFiniteLossError(
-                f"the loss is not finite at step {step} on rank {rank}; the last good checkpoint is {path or 'none'}. "
-                "Lower optim.lr, set optim.clip_grad, or use runtime.precision=fp32, and go on with resume=auto"
-            )
+    def _check_finite(self, losses: Tensor) -> None:
+        """Stop at the first step [ranks, steps] whose loss is not a number."""
+        bad = (~losses.T.isfinite()).nonzero().tolist()
+        if bad:
+            step, rank = self.global_step - losses.shape[1] + bad[0][0] + 1, bad[0][1]
+            self._fail(f"the loss is not finite at step {step} on rank {rank}")
+
+    def _fail(self, what: str) -> None:
+        raise NonFiniteLossError(
+            f"{what}; the last good checkpoint is {self._last_good()}. Lower optim.lr, set optim.clip_grad, or use "
+            "runtime.precision=fp32, and go on with resume=auto"
+        )
+
+    def _last_good(self) -> str:
+        return next((str(path) for _, path in checkpoints(self.checkpoint_folder)), "none")
+
+    def _where(self) -> str:
+        return (
+            f"at step {self.global_step}; the last good checkpoint is {self._last_good()}. Go on with resume=auto, on any "
+            "number of processes"
+        )
 
     def _save(self) -> None:
-        digest = hashlib.sha256(self.queue.keys.cpu().numpy().tobytes()).hexdigest()
-        if len(set(self.ranks.gather_objects(digest))) > 1:
-            raise RuntimeError(
-                f"the key queues of the ranks differ at step {self.global_step}; no checkpoint was written"
-            )
+        """Checkpoint and exported backbone, once the weights are known to be finite and the queues to agree."""
+        tensors = [*self.learner.moco.parameters(), self.learner.queue.keys]
+        finite = torch.stack([t.isfinite().all() for t in tensors]).all().item()
+        for rank, good in enumerate(self.ranks.gather_objects(finite)):
+            if not good:
+                self._fail(f"the weights are not finite after step {self.global_step} on rank {rank}")
+        if self.ranks.world_size > 1:
+            rows = self.learner.queue.keys.float().cpu().numpy()
+            if len(set(self.ranks.gather_objects(hashlib.sha256(rows.tobytes()).hexdigest()))) > 1:
+                raise RuntimeError(
+                    f"the key queues of the processes differ at step {self.global_step}; no checkpoint was written after "
+                    f"{self._last_good()}"
+                )
         state = self._state()
+        failure = None
         if self.ranks.is_main:
-            runtime = self.config.runtime
-            save_checkpoint(
-                self.folder / "checkpoints",
-                self.global_step,
-                state,
-                keep_last=runtime.keep_last,
-                keep_every=runtime.keep_every,
-            )
-            model = self.config.model
-            export_backbone(
-                self.moco.query_encoder.backbone, self.folder / BACKBONE_FILE, arch=model.arch, stem=model.stem
-            )
-        self.ranks.barrier()
+            try:
+                self._write_checkpoint(state)
+            except CheckpointError as error:
+                failure = error
+        reasons = self.ranks.gather_objects(None if failure is None else str(failure))
+        if reasons[0] is not None:
+            raise failure or CheckpointError(reasons[0])
 
-    def _watch(self) -> None:
+    def _write_checkpoint(self, state: dict[str, Any]) -> None:
+        runtime, model = self.config.runtime, self.config.model
+        save_checkpoint(
+            self.checkpoint_folder,
+            self.global_step,
+            state,
+            keep_last=runtime.keep_last,
+            keep_every=runtime.keep_every,
+        )
+        backbone = self.learner.moco.query_encoder.backbone
+        if self.ranks.world_size > 1:  # with the mean of the ranks' running statistics
+            backbone = deepcopy(backbone).cpu()
+            prefix = "query_encoder.backbone."
+            own = {n.removeprefix(prefix): v for n, v in state["model"].items() if n.startswith(prefix)}
+            backbone.load_state_dict(own)
+        try:
+            export_backbone(backbone, self.folder / BACKBONE_FILE, arch=model.arch, stem=model.stem)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / BACKBONE_FILE} could not be written ({error.strerror})") from error
+
+    def _watch(self) -> bool:
+        """Evaluate on the main rank while the others wait; whether to stop afterwards."""
         if self.ranks.is_main:
-            backbone = self.moco.query_encoder.backbone
+            backbone = self.learner.moco.query_encoder.backbone
             figures = watch.evaluate(backbone, self.config, self.ranks.device)
             row = {"kind": "watch", "step": self.global_step, "epoch": self.epoch, "time": time.time(), **figures}
             self.recorder.write(row)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
             self.recorder.say(f"epoch {self.epoch}: {shown}")
-        self.ranks.barrier()
+        self.ranks.wait_for_main()
+        return self.ranks.any(self.signals.received is not None)
 
     def _headline(self) -> str:
         counts = f"{self.manifest.num_target} target and {self.manifest.num_source} replayed images"
-        start = (
-            f"resumed at step {self.global_step}" if self.resumed else str(self.init_report or "random initialisation")
-        )
+        start = "random initialisation"
+        if self.init_report is not None:
+            matched, ignored = len(self.init_report["matched"]), len(self.init_report["ignored"])
+            head = "its head" if self.init_report["head_loaded"] else "a fresh head"
+            start = f"{self.init_report['path']} ({matched} tensors matched, {ignored} ignored, {head})"
+        if self.resumed is not None:
+            start = f"resumed at step {self.global_step}"
         return f"{self.folder}: {counts}, {self.total_steps} steps of {self.config.data.batch_size}; {start}"
 
     def _write_config(self) -> None:
-        content = json.loads(json.dumps(dataclasses.asdict(self.config)))  # tuples as lists
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        text = yaml.safe_dump(self.plain_config, sort_keys=False)
+        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
         self.manifest.save(self.folder / "manifest.json")
 
-    def _write_summary(self, finished: bool, interrupted: str | None) -> None:
-        bad = self.stream.bad_files
-        before = self._earlier_seconds()
-        report = self.init_report
+    def _bad_files(self) -> list[list[tuple[str, str]]]:
+        return self.ranks.gather_objects([(entry.path, entry.reason) for entry in self.stream.bad_files])
+
+    def _write_summary(self, finished: bool, interrupted: str | None, bad: dict[str, str]) -> None:
+        device = self.ranks.device
         summary = {
             "steps": self.global_step,
             "total_steps": self.total_steps,
             "epochs": self.config.optim.epochs,
-            "images": self.global_step * self.config.data.batch_size,
-            "seconds": before + time.time() - self.started,
+            "images": self.images,
+            "seconds": self._seconds(),
             "finished": finished,
             "interrupted": interrupted,
             "bad_files": len(bad),
-            "bad_file_list": [dataclasses.asdict(entry) for entry in bad[:1000]],
+            "bad_file_list": [{"path": path, "reason": reason} for path, reason in sorted(bad.items())[:1000]],
             "manifest": self.manifest.summary(),
-            "seed": self.config.seed,
-            "bn": self.bn,
-            "precision": self.precision,
+            "seeds": {"run": self.config.seed, "replay": self.config.data.replay_seed},
+            "bn": self.learner.bn,
+            "precision": self.learner.precision,
             "world_size": self.ranks.world_size,
-            "device": torch.cuda.get_device_name()
-            if self.ranks.device.type == "cuda"
-            else platform.processor() or "cpu",
-            "init": str(report) if report else None,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "init": self.init_report,
             "metrics": self.last_row,
             "versions": {
                 "fastuft": fastuft.__version__,
@@ -497,9 +489,12 @@ class _Run:
         partial_path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         partial_path.replace(path)
 
-    def _earlier_seconds(self) -> float:
-        """Time spent by the parts of this run before it was resumed."""
-        path = self.folder / "summary.json"
-        if self.resumed is None or not path.exists():
-            return 0.0
-        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+
+def _mean_over_ranks(buffers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Running statistics of the whole batch, from those of each rank's share."""
+    if len(buffers) == 1:
+        return buffers[0]
+    return {
+        name: torch.stack([own[name] for own in buffers]).mean(0) if value.is_floating_point() else value
+        for name, value in buffers[0].items()
+    }

@@ -38,7 +38,7 @@ def _digest_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes | memoryview) -> None:
     """Write beside, flush to the disk, then rename: a reader sees the old file or the new one, never a part."""
     partial = path.with_name(path.name + ".partial")
     try:
@@ -47,6 +47,11 @@ def _write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name is on the disk too
+        finally:
+            os.close(folder)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
@@ -67,10 +72,12 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep_last
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    content = buffer.getvalue()
+    content = buffer.getbuffer()
     path = checkpoint_path(folder, step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.partial"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         # The digest first: a kill between the two leaves a digest without a file, which nothing looks at.
         _write(_digest_path(path), hashlib.sha256(content).hexdigest().encode())
         _write(path, content)
@@ -112,7 +119,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
     """(state, path, reasons): the newest checkpoint that is whole, and why newer ones were refused."""
-    reasons = []
+    reasons: list[str] = []
     for _, path in checkpoints(folder):
         try:
             return load_checkpoint(path), path, reasons

@@ -1,0 +1,276 @@
+"""What a training step works on: encoders, queue, optimiser, and how they are put together from a configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastuft.config import MethodConfig, TrainConfig
+from fastuft.loss import KeyQueue
+from fastuft.mix import cutmix_, mixup_, sample_boxes, sample_lambda
+from fastuft.model import InitReport, MoCo, build_backbone, has_batchnorm, load_init, set_batchnorm_mode
+from fastuft.randomness import keyed_seed
+from fastuft.trainer.distributed import KeyShuffle, Ranks, gather_rows, upload
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Learner:
+    """Everything a step works on.
+
+    Args:
+        moco: query and key encoder.
+        query: the query encoder as it is called: itself, or compiled, or wrapped for several processes.
+        key: the key encoder as it is called.
+        queue: negatives.
+        optimizer: of the query encoder.
+        scaler: for float16; disabled otherwise.
+        method: the loss.
+        ranks: the processes.
+        shuffle: exchange of key views; None where BatchNorm leaks nothing or is plain by choice.
+        mix_group: images among which mixing pairs stay.
+        autocast: precision of the encoders' forward passes.
+        bn: BatchNorm mode in use.
+        precision: fp32, bf16 or fp16.
+        clip_grad: largest gradient norm; 0 is off.
+        seed: the run's seed.
+    """
+
+    moco: MoCo
+    query: nn.Module
+    key: nn.Module
+    queue: KeyQueue
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    method: MethodConfig
+    ranks: Ranks
+    shuffle: KeyShuffle | None
+    mix_group: int
+    autocast: Callable[[], AbstractContextManager[Any]]
+    bn: str
+    precision: str
+    clip_grad: float = 0.0
+    seed: int = 0
+
+    def without_reduction(self) -> AbstractContextManager[Any]:
+        """Gradients stay local: they are reduced once a step, in the last backward pass."""
+        return self.query.no_sync() if isinstance(self.query, DistributedDataParallel) else nullcontext()
+
+    @torch.no_grad()
+    def encode_keys(self, views: Tensor, epoch: int, step: int) -> Tensor:
+        """Keys of the global batch [B, D] in the images' order, the same on every rank."""
+        if self.shuffle is None:
+            with self.autocast():
+                return gather_rows(self.key(views), self.ranks)
+        permutation = self.shuffle.permutation(epoch, step, len(views) * self.ranks.world_size)
+        with self.autocast():
+            keys = self.key(self.shuffle.scatter(views, permutation))
+        return self.shuffle.restore(gather_rows(keys, self.ranks), permutation)
+
+    def own_rows(self, rows: Tensor, count: int) -> Tensor:
+        """This rank's [count, D] of rows of the global batch."""
+        return rows[self.ranks.rank * count :][:count]
+
+    def mix_(self, images: Tensor, epoch: int, step: int) -> Tensor:
+        """Eq. 5 in place, within groups of ``mix_group`` images: image i of a group meets the group's last but i.
+
+        The draws are functions of (seed, epoch, step) with ``mix_per: batch``, and of the group's place in the global
+        batch too with ``pair``: the same for any number of processes.
+
+        Returns:
+            lambda [b], the share that each image keeps of itself. An odd group's middle image keeps all.
+        """
+        size = min(self.mix_group, len(images))  # the last batch of an epoch may be smaller
+        groups, half = images.split(size), size // 2
+        height, width = images.shape[2:]
+        keys: list[tuple[int, ...]] = [(epoch, step)]
+        if self.method.mix_per == "pair":
+            keys = [(epoch, step, self.ranks.rank * len(groups) + number) for number in range(len(groups))]
+        regions, lams = [], []
+        for key in keys:
+            generator = torch.Generator().manual_seed(keyed_seed(self.seed, "mix", *key))
+            draws = half if self.method.mix_per == "pair" else 1
+            if self.method.mix == "cutmix":
+                region, lam = sample_boxes(draws, height, width, self.method.alpha, generator)
+            else:
+                region = lam = sample_lambda(draws, self.method.alpha, generator=generator)
+            regions.append(region.expand(half, *region.shape[1:]))
+            lams.append(lam.expand(half))
+        mix_ = cutmix_ if self.method.mix == "cutmix" else mixup_
+        region = upload(torch.stack(regions), images.device)  # [1 or groups, half, ...]
+        for group, part in zip(groups, region.expand(len(groups), *region.shape[1:]), strict=True):
+            mix_(group, part)
+        kept = torch.stack(lams)
+        kept = torch.cat([kept, torch.ones(len(kept), size % 2), kept.flip(1)], 1)  # both of a pair keep the same share
+        return upload(kept.expand(len(groups), size).flatten(), images.device)
+
+    def partners(self, keys: Tensor) -> Tensor:
+        """Keys of each image's partner in the mix [b, D]."""
+        return keys.unflatten(0, (-1, min(self.mix_group, len(keys)))).flip(1).flatten(0, 1)
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """bf16 or fp16 forward passes; fp32 runs as it is."""
+    if precision == "fp32":
+        yield
+        return
+    with torch.autocast(device.type, dtype=DTYPES[precision]):
+        yield
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """bf16, fp16 or fp32; ``auto`` is bf16 on a GPU and fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def resolve_bn(config: TrainConfig, world_size: int, backbone: nn.Module) -> str:
+    """BatchNorm mode of a run: ``auto`` is split on one device and shuffle on several; none without BatchNorm.
+
+    Raises:
+        ValueError: a local batch that does not divide into groups, or a mode that needs several devices on one.
+    """
+    if not has_batchnorm(backbone):
+        return "none"
+    mode = config.model.bn
+    if mode == "auto":
+        mode = "split" if world_size == 1 else "shuffle"
+    local = config.data.batch_size // world_size
+    if mode == "split" and (local % config.model.bn_group or not config.data.drop_last):
+        raise ValueError(
+            f"model.bn_group={config.model.bn_group} does not divide the batch of one device, {local} images "
+            f"(data.drop_last={config.data.drop_last}); choose a divisor with drop_last, or model.bn=plain"
+        )
+    if mode == "sync" and (world_size == 1 or not torch.cuda.is_available()):
+        raise ValueError("model.bn='sync' needs several CUDA devices; use split on one device, shuffle elsewhere")
+    if mode == "shuffle" and world_size == 1:
+        raise ValueError(
+            "model.bn='shuffle' exchanges images between processes and there is one; use auto, or split on one device"
+        )
+    return mode
+
+
+def local_batch(config: TrainConfig, world_size: int) -> int:
+    """Images of one process a step.
+
+    Raises:
+        ValueError: a global batch that does not divide, or too few images of one process to mix.
+    """
+    batch = config.data.batch_size
+    if batch % world_size:
+        raise ValueError(
+            f"data.batch_size={batch} is the batch over all processes and does not divide over {world_size}; "
+            f"choose a multiple of {world_size}"
+        )
+    if config.method.mix != "none" and batch // world_size < 2:
+        raise ValueError(
+            f"data.batch_size={batch} leaves one image for each of {world_size} processes, which has no partner to mix "
+            f"with; choose at least {2 * world_size}, or method.mix=none"
+        )
+    return batch // world_size
+
+
+def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optim = config.optim
+    options: dict[str, Any] = {"momentum": optim.momentum, "weight_decay": optim.weight_decay, "lr": optim.lr}
+    if optim.optimizer == "sgd":
+        return torch.optim.SGD(parameters, fused=True, **options)
+    try:
+        from apex.optimizers import FusedSGD
+    except ImportError as error:
+        raise ValueError(
+            "optim.optimizer='apex_fused_sgd' needs NVIDIA's apex, built from its own repository; the package named "
+            "apex on PyPI is an unrelated web toolkit. Use optim.optimizer=sgd, which is fused as well"
+        ) from error
+    return FusedSGD(parameters, **options)
+
+
+def set_up_device(config: TrainConfig, device: torch.device) -> None:
+    """Choose between the fastest and the reproducible kernels of a GPU; a CPU's are reproducible."""
+    if device.type != "cuda":
+        return
+    if config.runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not reproducible
+    torch.use_deterministic_algorithms(config.runtime.deterministic)
+    torch.backends.cudnn.deterministic = config.runtime.deterministic
+    torch.backends.cudnn.benchmark = not config.runtime.deterministic
+
+
+def build_learner(config: TrainConfig, ranks: Ranks, *, load: bool = True) -> tuple[Learner, InitReport | None]:
+    """The learner of a run at its start, the same weights on every rank.
+
+    Args:
+        config: the run.
+        ranks: the processes.
+        load: take the weights of ``config.init``; a resumed run has its own.
+
+    Returns:
+        (learner, what became of the tensors of ``config.init`` or None).
+
+    Raises:
+        ValueError: batch, BatchNorm mode, optimiser or checkpoint that cannot work.
+    """
+    local, device = local_batch(config, ranks.world_size), ranks.device
+    set_up_device(config, device)
+    precision = resolve_precision(config.runtime.precision, device)
+    torch.manual_seed(keyed_seed(config.seed, "init"))
+    backbone = build_backbone(config.model.arch, config.model.stem)
+    bn = resolve_bn(config, ranks.world_size, backbone)
+    moco = MoCo(backbone, config.model.head_dim)
+    report = None
+    if config.init is not None and load:
+        report = load_init(moco, config.init, allow_missing=config.allow_missing)
+    moco.copy_query_to_key()
+    if bn != "none":
+        moco = set_batchnorm_mode(moco, bn, config.model.bn_group)  # type: ignore[assignment]
+    moco.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    queue = KeyQueue(
+        config.method.queue_size,
+        config.model.head_dim,
+        generator=torch.Generator().manual_seed(keyed_seed(config.seed, "queue")),
+        # On a GPU the queue is kept in the dtype that its matrix products run in.
+        dtype=DTYPES[precision] if device.type == "cuda" else torch.float32,
+    ).to(device)
+    # From here on draws (a timm backbone's dropout) may differ between ranks.
+    torch.manual_seed(keyed_seed(config.seed, "rank", ranks.rank))
+    query: nn.Module = moco.query_encoder
+    key: nn.Module = moco.key_encoder
+    if config.runtime.compile:
+        query, key = torch.compile(query), torch.compile(key)  # type: ignore[assignment]
+    if ranks.world_size > 1:
+        query = DistributedDataParallel(
+            query,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    learner = Learner(
+        moco=moco,
+        query=query,
+        key=key,
+        queue=queue,
+        optimizer=_optimizer(config, list(moco.query_encoder.parameters())),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        method=config.method,
+        ranks=ranks,
+        shuffle=KeyShuffle(ranks, config.seed) if bn in ("split", "shuffle") else None,
+        mix_group=config.model.bn_group if bn == "split" else local,
+        autocast=partial(autocast, device, precision),
+        bn=bn,
+        precision=precision,
+        clip_grad=config.optim.clip_grad,
+        seed=config.seed,
+    )
+    moco.train()
+    return learner, report

@@ -1,0 +1,292 @@
+"""Whole runs: what they write, what they refuse, and that a stopped one goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import warnings
+
+import pytest
+import torch
+import yaml
+
+from fastuft.cli import main
+from fastuft.model import load_backbone
+from fastuft.trainer import CheckpointError, NonFiniteLossError, train
+from fastuft.trainer import run as run_module
+from fastuft.trainer.state import checkpoints, load_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
+
+
+def rows(folder, kind="train"):
+    """The rows of a run, without what depends on the clock."""
+    clock = ("time", "images_per_second", "seconds_per_step", "data_wait_share", "seconds")
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in clock} for row in found if row["kind"] == kind]
+
+
+def final(folder):
+    return load_checkpoint(checkpoints(folder / "checkpoints")[0][1])
+
+
+def assert_same_state(left, right):
+    for part in ("model", "queue", "optimizer", "scaler", "rank_buffers", "torch_rng"):
+        torch.testing.assert_close(left[part], right[part], rtol=0, atol=0, equal_nan=True)
+    assert all(left[name] == right[name] for name in ("epoch", "step", "global_step", "images"))
+
+
+def test_a_run_leaves_its_folder(tiny, folders):
+    config = tiny(runtime={"tensorboard": True, "keep_last": 1})
+    result = train(config)
+    folder = result.run_dir
+    assert result.finished and result.interrupted is None and result.steps == 8
+    assert yaml.safe_load((folder / "config.yaml").read_text())["method"]["queue_size"] == 64
+    assert len(rows(folder)) == 8 and result.metrics["step"] == 8
+    for row in rows(folder):
+        assert row["loss"] == pytest.approx(row["loss_q"] + row["loss_m"], rel=1e-6)
+        assert row["loss_q"] == pytest.approx(row["alignment"] + row["distribution"], rel=1e-5)
+    assert [step for step, _ in checkpoints(folder / "checkpoints")] == [8]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 8 and summary["images"] == 128 and summary["bn"] == "split"
+    assert summary["manifest"]["num_target"] == 40 and summary["manifest"]["num_source"] == 24
+    assert list((folder / "tensorboard").iterdir())
+    weights = load_backbone(folder).state_dict()
+    state = final(folder)["model"]
+    assert all(torch.equal(value, state[f"query_encoder.backbone.{name}"]) for name, value in weights.items())
+
+
+def test_the_saved_configuration_gives_the_same_run(tiny, tmp_path):
+    first = train(tiny(max_steps=3)).run_dir
+    assert main(["pretrain", "--config", str(first / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert rows(first) == rows(tmp_path / "again")
+    assert_same_state(final(first), final(tmp_path / "again"))
+
+
+def test_progress_goes_to_plain_lines_without_a_terminal(tiny, capsys):
+    train(tiny(max_steps=2))
+    assert "step 2/2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": {"mix": "none"}, "model": {"bn": "plain"}},
+        {"method": {"mix": "mixup", "mix_only": True, "mix_per": "pair"}, "optim": {"clip_grad": 1.0}},
+        {"data": {"replay_mode": "balanced", "loader": "dali"}},
+        {"runtime": {"precision": "bf16"}, "method": {"queue_prefill": False}},
+        {"runtime": {"precision": "fp16"}},
+    ],
+    ids=["default", "plain", "mixup-only", "balanced-dali", "bf16", "fp16"],
+)
+def test_a_stopped_run_goes_on_bit_exactly(tiny, tmp_path, changes):
+    whole = train(tiny(out=str(tmp_path / "whole"), **changes)).run_dir
+    steps = final(whole)["global_step"]
+    for stop in (1, steps // 2 + 1, None):  # within the first epoch, within the second
+        result = train(tiny(out=str(tmp_path / "parts"), resume="auto", max_steps=stop, **changes))
+    assert result.finished
+    assert rows(whole) == rows(tmp_path / "parts")
+    assert_same_state(final(whole), final(tmp_path / "parts"))
+
+
+def test_a_finished_run_is_left_as_it_is(tiny):
+    config = tiny(resume="auto", optim={"epochs": 1})
+    before = train(config)
+    after = train(config)
+    assert after.finished and after.steps == before.steps == 4
+    assert after.metrics == before.metrics
+    assert len(rows(after.run_dir)) == 4
+
+
+def test_resume_names_a_checkpoint(tiny, tmp_path):
+    config = tiny(runtime={"save_every": 1, "keep_last": 9}, optim={"epochs": 1})
+    folder = train(config).run_dir
+    path = str(folder / "checkpoints" / "step_00000002.pt")
+    with pytest.raises(ValueError, match="is older than .*step_0000000"):
+        train(dataclasses.replace(config, resume=path))
+    other = train(dataclasses.replace(config, resume=path, out=str(tmp_path / "other")))
+    assert_same_state(final(folder), final(other.run_dir))
+
+
+def test_a_folder_with_a_run_is_refused(tiny):
+    train(tiny(max_steps=1))
+    with pytest.raises(ValueError, match=r"holds a run already; go on with resume=auto"):
+        train(tiny(max_steps=1))
+
+
+def test_rows_of_a_start_that_saved_nothing_do_not_come_twice(tiny):
+    config = tiny(max_steps=2, resume="auto")
+    (folder := train(config).run_dir / "checkpoints").rename(folder.with_name("lost"))
+    train(config)
+    assert [row["step"] for row in rows(folder.parent)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"batch_size": 256}}, "data.batch_size=256 needs 256 images"),
+        ({"model": {"bn_group": 12}}, "model.bn_group=12 does not divide the batch of one device, 16"),
+        ({"data": {"drop_last": False}}, "drop_last=False"),
+        ({"model": {"bn": "sync"}}, "needs several CUDA devices"),
+        ({"model": {"bn": "shuffle"}}, "exchanges images between processes and there is one"),
+        ({"optim": {"optimizer": "apex_fused_sgd"}}, "unrelated web toolkit"),
+        ({"resume": "nowhere.pt"}, "'nowhere.pt' is not a file"),
+    ],
+)
+def test_what_cannot_work_is_refused(tiny, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny(**changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_gpu_is_said(tiny):
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        train(tiny(runtime={"device": "cuda"}))
+
+
+@pytest.mark.parametrize(("section", "change"), [("method", {"queue_size": 32}), ("data", {"batch_size": 8})])
+def test_a_resumed_run_keeps_its_shape(tiny, section, change):
+    train(tiny(max_steps=1))
+    with pytest.raises(ValueError, match=f"{section}.{next(iter(change))} was .* in the checkpoint"):
+        train(tiny(resume="auto", **{section: change}))
+
+
+def test_other_images_are_refused_and_other_settings_are_said(tiny, folders):
+    train(tiny(max_steps=1))
+    with pytest.raises(ValueError, match="content_hash was"):
+        train(tiny(resume="auto", source=None))
+    with pytest.warns(UserWarning, match=r"optim.lr 0.05 -> 0.01"):
+        train(tiny(max_steps=2, resume="auto", optim={"lr": 0.01}))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, monkeypatch):
+    real = run_module.train_step
+
+    def broken(learner, batch, mark):
+        figures = real(learner, batch, mark)
+        return figures * torch.nan if (batch.epoch, batch.step) == (1, 1) else figures
+
+    monkeypatch.setattr(run_module, "train_step", broken)
+    config = tiny(runtime={"log_every": 3})
+    with pytest.raises(NonFiniteLossError, match=r"at step 6 on rank 0; the last good .*step_00000004\.pt"):
+        train(config)
+    monkeypatch.undo()
+    assert train(dataclasses.replace(config, resume="auto")).finished
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny, monkeypatch):
+    real = run_module.train_step
+
+    def broken(learner, batch, mark):
+        figures = real(learner, batch, mark)
+        if (batch.epoch, batch.step) == (1, 3):  # the loss before the update was fine
+            next(learner.moco.parameters()).data.fill_(torch.inf)
+        return figures
+
+    monkeypatch.setattr(run_module, "train_step", broken)
+    with pytest.raises(NonFiniteLossError, match=r"weights are not finite after step 8 .*step_00000004\.pt"):
+        train(tiny())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_within_the_step_and_stops(tiny, tmp_path, monkeypatch, number):
+    whole = train(tiny(out=str(tmp_path / "whole"))).run_dir
+    real = run_module.train_step
+
+    def interrupted(learner, batch, mark):
+        if (batch.epoch, batch.step) == (1, 1):
+            os.kill(os.getpid(), number)
+        return real(learner, batch, mark)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    monkeypatch.setattr(run_module, "train_step", interrupted)
+    result = train(tiny())
+    assert (result.interrupted, result.steps, result.finished) == (signal.Signals(number).name, 6, False)
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    monkeypatch.undo()
+    train(tiny(resume="auto"))
+    assert_same_state(final(whole), final(result.run_dir))
+
+
+def test_a_signal_while_the_queue_is_filled_stops_too(tiny, monkeypatch):
+    monkeypatch.setattr(run_module.TrainStream, "prefill", prefill_with_signal(run_module.TrainStream.prefill))
+    result = train(tiny())
+    assert (result.interrupted, result.steps) == ("SIGTERM", 0)
+
+
+def prefill_with_signal(real):
+    def prefill(self, count):
+        for views in real(self, count):
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield views
+
+    return prefill
+
+
+def test_the_command_line_exits_with_the_code_for_preemption(tiny, tmp_path, monkeypatch):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(tiny())))))
+    monkeypatch.setattr(run_module.TrainStream, "prefill", prefill_with_signal(run_module.TrainStream.prefill))
+    assert main(["pretrain", "--config", str(config)]) == 85
+
+
+def test_watching_changes_nothing_and_is_recorded(tiny, folders, tmp_path):
+    target, source = folders
+    plain = train(tiny(out=str(tmp_path / "plain"))).run_dir
+    watch = {"train": target, "test": target, "source": source, "every_epochs": 1}
+    watched = train(tiny(watch=watch)).run_dir
+    assert_same_state(final(plain), final(watched))
+    found = rows(watched, "watch")
+    assert [row["step"] for row in found] == [0, 4, 8]
+    assert all(0 <= row[name] <= 1 for row in found for name in ("retrieval", "source_clustering"))
+
+
+def test_an_evaluation_that_the_run_died_in_is_made_up_for(tiny, folders, monkeypatch):
+    config = tiny(watch={"source": folders[1], "every_epochs": 1})
+    real, calls = run_module.watch.evaluate, []
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(run_module.watch, "evaluate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    train(dataclasses.replace(config, resume="auto"))
+    assert [row["step"] for row in rows(run_module.Path(config.out), "watch")] == [0, 4, 8]
+
+
+def test_initialisation_is_reported(tiny, tmp_path):
+    start = train(tiny(out=str(tmp_path / "start"), max_steps=1)).run_dir
+    folder = train(tiny(init=str(start / "backbone.safetensors"), max_steps=1, resume="auto")).run_dir
+    train(tiny(init=str(start / "backbone.safetensors"), max_steps=2, resume="auto"))
+    report = json.loads((folder / "summary.json").read_text())["init"]
+    assert report["matched"] and not report["head_loaded"]
+
+
+def test_a_queue_larger_than_the_set_is_said(tiny):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="method.queue_size=65 exceeds the 64 training images"):
+            train(tiny(method={"queue_size": 65}))
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, monkeypatch):
+    config = tiny(runtime={"save_every": 1})
+    real = os.fsync
+
+    def full(descriptor):
+        if "step_00000003.pt" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*last good one is .*step_00000002\.pt"):
+        train(config)
+    monkeypatch.undo()
+    assert train(dataclasses.replace(config, resume="auto")).finished
