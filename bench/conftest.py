@@ -81,7 +81,7 @@ def scale(smoke, device) -> str:
 
 @pytest.fixture(scope="session")
 def ceilings(device) -> harness.Ceilings:
-    """Copy bandwidth and matrix rate of this device, measured in this session."""
+    """Memory bandwidth and matrix rate of this device, measured in this session."""
     return harness.Ceilings(device)
 
 

@@ -17,12 +17,13 @@ The row that others are compared with says ``baseline=True``; one a group. A pee
 ``peer("lightly")``: the benchmark is then skipped, and the summary says what was left out. A ratio that is to hold in
 continuous integration comes from :func:`interleaved_ratio` or :func:`peak_extra_bytes`: never assert a time.
 
-On a CPU every round is one call, on two alternating sets of inputs, with one thread (``--threads``) and a heap that
-keeps its pages, so that page faults of temporaries are not counted. On a GPU the calls are captured in one CUDA graph
-over as many sets of inputs as exceed the L2 cache four times; a round is one replay between two CUDA events, enqueued
-behind a short spin so that no launch latency is counted, divided by the calls. Bytes and FLOPs are written counts of
-what the operation must move and compute; the per cent of the ceiling is the larger of bytes / copy bandwidth and
-FLOPs / matrix rate, over the median, with both rates measured in the same session.
+On a CPU every round is one call, on two alternating sets of inputs (with ``cold=True`` on as many as exceed the
+last-level cache), with one thread (``--threads``) and a heap that keeps its pages, so that page faults of temporaries
+are not counted. On a GPU the calls are captured in one CUDA graph over as many sets of inputs as exceed the L2 cache
+four times; a round is one replay between two CUDA events, enqueued behind a short spin so that no launch latency is
+counted, divided by the calls. Bytes and FLOPs are written counts of what the operation must move and compute; the per
+cent of the ceiling is the larger of bytes / bandwidth and FLOPs / matrix rate, over the median, with both rates measured
+in the same session.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -104,18 +106,25 @@ def _best_seconds(fn: Callable[[], object], device: torch.device, rounds: int) -
 
 @dataclass
 class Ceilings:
-    """Rates of this machine, each measured at its first use: copy bandwidth and matrix product by dtype."""
+    """Rates of this machine, each measured at its first use: memory bandwidth and matrix product by dtype."""
 
     device: torch.device
     _rates: dict[torch.dtype, float] = field(default_factory=dict)
 
     @functools.cached_property
-    def copy_bytes_per_second(self) -> float:
-        """Bytes read plus bytes written a second by a large device-to-device copy."""
-        count = 2**16 if SMOKE else 2**28 if self.device.type == "cuda" else 2**25
+    def bytes_per_second(self) -> float:
+        """Bytes read plus bytes written a second: the better of copying a large tensor and of scaling one in place.
+
+        On a CPU, a store to memory that was not read first costs a read of its own, which a copy pays and an
+        operation in place does not.
+        """
+        count = 2**16 if SMOKE else 2**28 if self.device.type == "cuda" else 2**26
         source = torch.randn(count, device=self.device)
         target = torch.empty_like(source)
-        return 8 * count / _best_seconds(lambda: target.copy_(source), self.device, 3 if SMOKE else 10)
+        rounds = 3 if SMOKE else 8
+        copying = _best_seconds(lambda: target.copy_(source), self.device, rounds)
+        scaling = _best_seconds(lambda: source.mul_(-1.0), self.device, rounds)
+        return 8 * count / min(copying, scaling)
 
     def flops_per_second(self, dtype: torch.dtype) -> float:
         """FLOPs a second of a large matrix product in ``dtype`` (float32 on a GPU without TF32)."""
@@ -129,7 +138,7 @@ class Ceilings:
         """(seconds that the work takes at least, name of the binding ceiling), or None without counts."""
         bounds = []
         if bytes_moved:
-            bounds.append((bytes_moved / self.copy_bytes_per_second, "bandwidth"))
+            bounds.append((bytes_moved / self.bytes_per_second, "bandwidth"))
         if flops:
             bounds.append((flops / self.flops_per_second(dtype), "matrix"))
         return max(bounds) if bounds else None
@@ -137,8 +146,8 @@ class Ceilings:
     def as_dict(self) -> dict[str, float]:
         """The rates measured so far, for the record."""
         rates = {f"matrix_{str(dtype).removeprefix('torch.')}_flops_per_second": r for dtype, r in self._rates.items()}
-        if "copy_bytes_per_second" in self.__dict__:
-            rates["copy_bytes_per_second"] = self.copy_bytes_per_second
+        if "bytes_per_second" in self.__dict__:
+            rates["bytes_per_second"] = self.bytes_per_second
         return rates
 
 
@@ -207,15 +216,25 @@ def _tensor_bytes(values: object) -> int:
     return 0
 
 
-def _rotation(inputs: Callable[[], Sequence[Any]] | None, device: torch.device) -> list[Sequence[Any]]:
-    """Sets of inputs: on a GPU so many that together they exceed its L2 cache four times."""
+def _cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache: L2 of a GPU, L3 of a CPU (32 MB where it is not told)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 2**25)
+    except (ValueError, OSError, AttributeError):
+        return 2**25
+
+
+def _rotation(inputs: Callable[[], Sequence[Any]] | None, device: torch.device, cold: bool) -> list[Sequence[Any]]:
+    """Sets of inputs: with ``cold`` so many that together they exceed the last-level cache (four times a GPU's L2)."""
     if inputs is None:
         return [()]
     sets = [inputs(), inputs()]
-    if device.type == "cuda" and not SMOKE:
+    if cold and not SMOKE:
         size = max(_tensor_bytes(sets[0]), 1)
-        needed = math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / size)
-        sets += [inputs() for _ in range(min(needed, _MAX_SETS) - 2)]
+        wanted = (4 if device.type == "cuda" else 2) * _cache_bytes(device)
+        sets += [inputs() for _ in range(min(math.ceil(wanted / size), _MAX_SETS) - 2)]
     return sets
 
 
@@ -254,6 +273,7 @@ def measure(
     dtype: torch.dtype = torch.float32,
     items: float | None = None,
     graph: bool = True,
+    cold: bool = False,
     memory: bool = True,
     rounds: int | None = None,
     info: dict[str, Any] | None = None,
@@ -273,6 +293,7 @@ def measure(
         dtype: whose matrix rate bounds the FLOPs.
         items: things done in one call (images, rows), for a rate.
         graph: capture calls in a CUDA graph; False for work that cannot be captured (host logic, data streams).
+        cold: on a CPU too, take turns over more inputs than the last-level cache holds (memory-bound work).
         memory: measure the peak extra memory of one call.
         rounds: fixed number of rounds; by default as many as fit ``--seconds``.
         info: more to record: sizes, parameters.
@@ -283,7 +304,7 @@ def measure(
     place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if group is not None:
         benchmark.group = group
-    sets = _rotation(inputs, place)
+    sets = _rotation(inputs, place, cold or place.type == "cuda")
     if place.type == "cuda":
         fn(*sets[0])  # compilation and autotuning allocate; the memory of a call is that of the next one
     peak = peak_extra_bytes(fn, *sets[0], device=place) if memory else None
@@ -425,7 +446,7 @@ def peer(module: str, package: str | None = None) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, RuntimeError, OSError) as error:  # a binary built for another torch raises the latter two
         missing = getattr(error, "name", None) == module.split(".")[0]
         reason = f"not installed (pip install {package or module})" if missing else f"does not import: {error}"
         LEFT_OUT[module] = reason

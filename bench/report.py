@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 NOT_MEASURED = "not measured yet"
 HEADERS = ("median", "speed", "ceiling", "extra MB", "rate")
-LEGEND = "speed: the baseline's median over this one's; ceiling: of the copy bandwidth or matrix rate measured here"
+LEGEND = "speed: the baseline's median over this one's; ceiling: of the bandwidth or matrix rate measured here"
 
 
 def readable_time(seconds: float) -> str:
@@ -304,18 +304,18 @@ def write_page(results_folder: Path, page: Path) -> None:
         "Each benchmark first asserts that its result is right. Compare figures within one table only: they were "
         "taken in one run, on random inputs, as medians of warm rounds.",
         "",
-        "*speed* is the baseline's median over this row's; *ceiling* is the share of the copy bandwidth or of the "
+        "*speed* is the baseline's median over this row's; *ceiling* is the share of the memory bandwidth or of the "
         "matrix rate measured in the same run that the written counts of bytes and FLOPs reach; *extra MB* is the "
         "largest memory alive during a call above what was alive before; an empty cell was not counted.",
         "",
-        "| device | date | versions | matrix rate, float32 | copy bandwidth | left out |",
+        "| device | date | versions | matrix rate, float32 | bandwidth | left out |",
         "|---|---|---|---:|---:|---|",
     ]
     for result in results.values():
         rates: dict[str, float] = {}
         for entry in result["benchmarks"]:
             rates |= entry.get("ceilings", {})
-        matrix, copy = rates.get("matrix_float32_flops_per_second"), rates.get("copy_bytes_per_second")
+        matrix, copy = rates.get("matrix_float32_flops_per_second"), rates.get("bytes_per_second")
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items() if k in ("torch", "triton", "python"))
         left_out = ", ".join(f"{peer}: {reason}" for peer, reason in result["left_out"].items())
         cells_ = (

@@ -148,7 +148,7 @@ def test_cuda_clock_divides_device_time_by_calls():
 
 def test_ceilings_bind_by_the_slower_of_both(monkeypatch):
     ceilings = harness.Ceilings(torch.device("cpu"))
-    ceilings.__dict__["copy_bytes_per_second"] = 100.0
+    ceilings.__dict__["bytes_per_second"] = 100.0
     ceilings._rates[torch.float32] = 10.0
     assert ceilings.bound(50, 1, torch.float32) == (0.5, "bandwidth")
     assert ceilings.bound(50, 20, torch.float32) == (2.0, "matrix")
