@@ -29,6 +29,9 @@ METHOD = MethodConfig(queue_size=2048, key_momentum=0.99, mix="none")
 RUNTIME = RuntimeConfig(tensorboard=False)
 BATCH = 128
 PRETRAIN_LR, FINETUNE_LR = 0.12, 0.06
+# The paper's 3.0 for the FC suits ResNet-50. For this network it was chosen among 3, 1, 0.3 and 0.1 by the pretrained
+# backbone's accuracy on held-out training digits; test digits played no part.
+FEWSHOT_LR = 1.0
 
 PRETRAINED, RAW_PIXELS = "pretrained", "raw pixels"
 # (source replayed, mixing, steps matched to the replay arm's)
@@ -100,6 +103,7 @@ def evaluate_run(run: Path, before: Path, folders: DemoFolders, seed: int, shots
         resize=SMALL_IMAGES.size,
         shots=list(shots),
         trials=trials,
+        fewshot_lr=FEWSHOT_LR,
         fewshot_crop_scale=(1.0, 1.0),
         fewshot_flip_p=0.0,
         kmeans_restarts=3,
