@@ -1,0 +1,174 @@
+"""Wheel, sdist and editable installs from temporary folders, with and without compilers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+USE = (
+    "import torch, fastuft, warnings\n"
+    "warnings.simplefilter('ignore')\n"
+    "x = torch.rand(4, 3, 8, 8)\n"
+    "boxes, lam = fastuft.sample_boxes(4, 8, 8)\n"
+    "fastuft.cutmix_(x, boxes[:2].contiguous())\n"
+    "q = torch.randn(4, 16, requires_grad=True)\n"
+    "fastuft.info_nce(q, torch.randn(4, 16), fastuft.KeyQueue(32, 16).keys).backward()\n"
+    "import importlib.util\n"
+    "assert importlib.util.find_spec('fastuft.kernels.queue_sweep') is not None\n"
+    "from fastuft.mix import ops\n"
+    "from fastuft.report import paper_figures\n"
+    "assert paper_figures()\n"
+    "print(fastuft.__file__, ops.HAS_CPU_EXTENSION)\n"
+)
+
+
+def checkout(place: Path) -> Path:
+    """A copy of the tracked files: what a clone holds."""
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if names.returncode:
+        pytest.skip("not a git checkout")
+    copy = place / "checkout"
+    for name in names.stdout.splitlines():
+        source, target = ROOT / name, copy / name
+        if source.is_symlink():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(os.readlink(source))
+        elif source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    return copy
+
+
+def pip(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--no-cache-dir", *arguments]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def use(site: Path, cwd: Path) -> str:
+    """Import and run the installed package from another folder; its path and whether the extension is there."""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", USE], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path, extension = done.stdout.split()
+    assert path.startswith(str(site)), path
+    return extension
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(wheel, sdist, output of the wheel's build), from a copy of the checkout, without network."""
+    place = tmp_path_factory.mktemp("build")
+    copy = checkout(place)
+    wheel = pip("wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(place), str(copy))
+    assert wheel.returncode == 0, wheel.stdout[-3000:] + wheel.stderr[-3000:]
+    script = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
+    sdist = subprocess.run([sys.executable, "-c", script], cwd=copy, capture_output=True, text=True)
+    assert sdist.returncode == 0, sdist.stderr[-3000:]
+    return next(place.glob("*.whl")), next((copy / "dist").glob("*.tar.gz")), wheel.stdout + wheel.stderr
+
+
+def test_wheel_serves_every_python_and_holds_everything(built, tmp_path):
+    wheel, _, log = built
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for needed in (
+        "fastuft/kernels/queue_sweep.py",
+        "fastuft/kernels/launch_table.py",
+        "fastuft/mix/_C.abi3.so",
+        "fastuft/report/paper_tables.csv",
+        "fastuft/py.typed",
+    ):
+        assert needed in names, needed
+    assert any(name.startswith("fastuft/report/templates/") for name in names)
+    assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
+    if shutil.which("nvcc"):
+        assert "fastuft/mix/_C_cuda.abi3.so" in names
+    else:
+        assert "built for the CPU only" in log
+    site = tmp_path / "site"
+    assert pip("install", "--no-deps", "--no-index", "--target", str(site), str(wheel)).returncode == 0
+    assert use(site, tmp_path) == "True"
+
+
+def test_cuda_library_names_what_it_needs(built, tmp_path):
+    wheel, _, _ = built
+    if "fastuft/mix/_C_cuda.abi3.so" not in zipfile.ZipFile(wheel).namelist():
+        pytest.skip("built without nvcc")
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("no readelf")
+    zipfile.ZipFile(wheel).extract("fastuft/mix/_C_cuda.abi3.so", tmp_path)
+    library = tmp_path / "fastuft/mix/_C_cuda.abi3.so"
+    dynamic = subprocess.run([readelf, "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "[libtorch_cpu.so]" in dynamic and "[libtorch_cuda.so]" in dynamic
+    assert "libpython" not in dynamic
+
+
+def test_sdist_without_a_compiler_installs_with_the_portable_paths(built, tmp_path):
+    _, sdist, _ = built
+    site = tmp_path / "site"
+    arguments = ("install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(site), str(sdist))
+    done = pip(*arguments, CC="/bin/false", CXX="/bin/false", CUDACXX="/bin/false", PATH="/usr/bin:/bin")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "the extension could not be built" in done.stdout + done.stderr
+    assert use(site, tmp_path) == "False"
+
+
+def test_no_nvcc_builds_the_cpu_part_and_says_so(built, tmp_path):
+    _, sdist, _ = built
+    site = tmp_path / "site"
+    path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
+    if shutil.which("nvcc", path=path):
+        pytest.skip("nvcc is on the system's own path")
+    arguments = ("install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(site), str(sdist))
+    done = pip(*arguments, PATH=path, CUDACXX="", CUDA_HOME="", CUDA_PATH="")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not list(site.glob("fastuft/mix/_C_cuda*"))
+    assert "built for the CPU only" in done.stdout + done.stderr
+    assert use(site, tmp_path) == "True"
+
+
+def test_unknown_build_choice_is_refused(tmp_path):
+    copy = checkout(tmp_path)
+    arguments = (
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(tmp_path / "s"),
+        str(copy),
+    )
+    done = pip(*arguments, FASTUFT_BUILD="gpu")
+    assert done.returncode != 0
+    assert "FASTUFT_BUILD='gpu' is not allowed; choose one of auto, cpu, cuda, none" in done.stdout + done.stderr
+
+
+def test_editable_install_uses_the_checkout(tmp_path):
+    copy = checkout(tmp_path)
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", venv], check=True)
+    # A virtual environment's site packages are not inherited by one made inside it: name them.
+    outer = next(path for path in sys.path if path.endswith("site-packages"))
+    site = next(venv.glob("lib/python*/site-packages"))
+    (site / "outer.pth").write_text(outer + "\n")
+    python = venv / "bin" / "python"
+    # The outer setuptools comes first: an older one that the interpreter bundles cannot build this package.
+    environment = {**os.environ, "FASTUFT_BUILD": "cpu", "PYTHONPATH": outer}
+    command = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", copy]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    ran = subprocess.run([python, "-c", USE], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    path, extension = ran.stdout.split()
+    assert extension == "True" and Path(path).is_relative_to(copy), path
