@@ -105,7 +105,7 @@ def test_resume_names_a_checkpoint(tiny, tmp_path):
     config = tiny(runtime={"save_every": 1, "keep_last": 9}, optim={"epochs": 1})
     folder = train(config).run_dir
     path = str(folder / "checkpoints" / "step_00000002.pt")
-    with pytest.raises(ValueError, match="is older than .*step_0000000"):
+    with pytest.raises(ValueError, match=r"is older than .*step_0000000"):
         train(dataclasses.replace(config, resume=path))
     other = train(dataclasses.replace(config, resume=path, out=str(tmp_path / "other")))
     assert_same_state(final(folder), final(other.run_dir))
@@ -272,7 +272,7 @@ def test_initialisation_is_reported(tiny, tmp_path):
 def test_a_queue_larger_than_the_set_is_said(tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="method.queue_size=65 exceeds the 64 training images"):
+        with pytest.raises(UserWarning, match=r"method\.queue_size=65 exceeds the 64 training images"):
             train(tiny(method={"queue_size": 65}))
 
 

@@ -1,0 +1,59 @@
+"""Runs of the command line in processes of their own, alone or as the ranks of one run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**more: object) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in more.items()}}
+
+
+def start(arguments: Sequence[str], ranks: int = 1, prelude: str = "") -> list[subprocess.Popen]:
+    """Start ``fastuft ARGUMENTS`` on that many ranks; ``prelude`` is Python run before the command line."""
+    script = f"import sys\n{prelude}\nfrom fastuft.cli import main\nsys.exit(main(sys.argv[1:]))"
+    port, started = free_port(), []
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", script, *arguments],
+                env=environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=ROOT,
+            )
+        )
+    return started
+
+
+def finish(started: Sequence[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str]]:
+    """(exit status, output) of each process."""
+    try:
+        results = []
+        for process in started:
+            output, _ = process.communicate(timeout=timeout)
+            results.append((process.returncode, output))
+        return results
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+
+
+def run(arguments: Sequence[str], ranks: int = 1, prelude: str = "") -> list[tuple[int, str]]:
+    return finish(start(arguments, ranks, prelude))

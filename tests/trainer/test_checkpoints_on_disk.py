@@ -1,0 +1,83 @@
+"""Checkpoint files: whole or refused, with the one before in use; never more than asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import pytest
+import torch
+
+from fastuft.trainer.state import (
+    CheckpointError,
+    checkpoint_path,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+
+
+def save(folder, step, keep_last=2, keep_every=0):
+    return save_checkpoint(folder, step, {"x": torch.full((5,), step)}, keep_last=keep_last, keep_every=keep_every)
+
+
+def sign(path):
+    path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_last_and_every_are_kept(tmp_path):
+    for step in range(1, 11):
+        save(tmp_path, step, keep_last=2, keep_every=4)
+    assert [step for step, _ in checkpoints(tmp_path)] == [10, 9, 8, 4]
+    assert len(list(tmp_path.iterdir())) == 8  # each with its digest, nothing else
+    assert torch.equal(load_checkpoint(checkpoint_path(tmp_path, 8))["x"], torch.full((5,), 8))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-7]), "truncated or altered"),
+        (lambda path: path.write_bytes(b"\0" + path.read_bytes()[1:]), "truncated or altered"),
+        (lambda path: path.write_bytes(b""), "truncated or altered"),
+        (lambda path: path.with_suffix(".sha256").unlink(), "has no digest"),
+        (lambda path: (path.write_bytes(b"not a checkpoint"), sign(path)), "is not a checkpoint"),
+        (lambda path: (torch.save({"state_dict": {}}, path), sign(path)), "use it as init instead"),
+        (lambda path: (torch.save({"format": os.path.join}, path), sign(path)), "is not a checkpoint"),
+    ],
+    ids=["cut", "flipped", "empty", "unsigned", "foreign", "other-program", "code"],
+)
+def test_a_spoilt_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, spoil, reason):
+    save(tmp_path, 1)
+    spoil(save(tmp_path, 2))
+    with pytest.raises(CheckpointError, match=reason):
+        load_checkpoint(checkpoint_path(tmp_path, 2))
+    state, path, reasons = newest_checkpoint(tmp_path)
+    assert path == checkpoint_path(tmp_path, 1) and torch.equal(state["x"], torch.ones(5, dtype=torch.int64))
+    assert len(reasons) == 1 and "step_00000002.pt" in reasons[0]
+
+
+def test_what_a_killed_writer_left_is_cleared_and_never_read(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step_00000002.pt.partial").write_bytes(b"half")
+    assert newest_checkpoint(tmp_path)[1] == checkpoint_path(tmp_path, 1)
+    save(tmp_path, 3)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_disk_that_refuses_leaves_the_earlier_ones(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*step_00000001\.pt.*resume=auto"):
+        save(tmp_path, 2)
+    assert [step for step, _ in checkpoints(tmp_path)] == [1]
+    assert load_checkpoint(checkpoint_path(tmp_path, 1))["x"].sum() == 5
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_empty_folder_has_none(tmp_path):
+    assert newest_checkpoint(tmp_path / "nowhere") == (None, None, [])

@@ -1,0 +1,106 @@
+"""Killed at any moment, the run goes on bit-exactly: through the command line, with DALI and mixing on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import yaml
+from processes import run
+
+from fastuft.randomness import keyed_generator
+from fastuft.trainer.state import checkpoints, load_checkpoint
+
+pytestmark = pytest.mark.e2e
+
+# Kills the process at a moment within a step, or half-way through the writing of a checkpoint.
+AT_STEP = """
+import os, signal
+from fastuft.trainer import run
+real, calls = run.train_step, []
+def killed(learner, batch, mark):
+    calls.append(0)
+    if len(calls) < {calls}:
+        return real(learner, batch, mark)
+    def marks(part):
+        if part == {part!r}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(learner, batch, marks)
+run.train_step = killed
+"""
+WHILE_WRITING = """
+import os, signal
+from fastuft.trainer import state
+real = state._write
+def killed(path, content):
+    if path.name == {name!r}:
+        path.with_name(path.name + ".partial").write_bytes(bytes(content[: len(content) // 2]))
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, content)
+state._write = killed
+"""
+PARTS = ("keys", "forward", "loss", "backward", "mix", "optimizer", "momentum", "enqueue")
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+    config = tiny(
+        data={"loader": "dali"}, optim={"epochs": 3}, runtime={"save_every": 2, "log_every": 2}, resume="auto"
+    )
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    return lambda out, prelude="": run(["pretrain", "--config", str(path), "--out", str(tmp_path / out)], 1, prelude)[0]
+
+
+def same(left, right):
+    left, right = (load_checkpoint(checkpoints(folder / "checkpoints")[0][1]) for folder in (left, right))
+    for part in ("model", "queue", "optimizer", "rank_buffers", "torch_rng"):
+        torch.testing.assert_close(left[part], right[part], rtol=0, atol=0, equal_nan=True)
+    assert left["global_step"] == right["global_step"] == 12
+
+
+def kill_and_compare(command, tmp_path, preludes):
+    assert command("whole")[0] == 0
+    for prelude in preludes:
+        status, output = command("killed", prelude)
+        assert status == -9, output
+    status, output = command("killed")
+    assert status == 0, output
+    same(tmp_path / "whole", tmp_path / "killed")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 8, 10, 12]
+
+
+def points(count, seed=0):
+    """(step to die in, counted from where the run goes on; the part of it)."""
+    generator = keyed_generator(seed, "kill points")
+    return [(int(generator.integers(1, 4)), PARTS[generator.integers(len(PARTS))]) for _ in range(count)]
+
+
+def test_killed_within_steps_and_while_a_checkpoint_is_written(command, tmp_path):
+    (calls, part), *_ = points(1)
+    preludes = [AT_STEP.format(calls=calls + 2, part=part), WHILE_WRITING.format(name="step_00000006.pt")]
+    kill_and_compare(command, tmp_path, [*preludes, AT_STEP.format(calls=2, part="enqueue")])
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_points(command, tmp_path):
+    assert command("whole")[0] == 0
+    for number in range(4):  # runs of five deaths each
+        target = tmp_path / "killed"
+        for calls, part in points(20)[number * 5 : number * 5 + 5]:
+            status, output = command("killed", AT_STEP.format(calls=calls, part=part))
+            assert status in (0, -9), output
+        status, output = command("killed")
+        assert status == 0, output
+        same(tmp_path / "whole", target)
+        target.rename(tmp_path / f"killed{number}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["step_00000002.sha256", "step_00000004.sha256", "step_00000004.pt"])
+def test_killed_while_writing(command, tmp_path, name):
+    kill_and_compare(command, tmp_path, [WHILE_WRITING.format(name=name)])

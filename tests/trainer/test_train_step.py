@@ -1,0 +1,198 @@
+"""One step: against the paper's formulas written out, and without a look at the device's numbers."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import itertools
+import textwrap
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastuft.data import Batch
+from fastuft.loss import KeyQueue
+from fastuft.mix import sample_boxes, sample_lambda
+from fastuft.model import MoCo
+from fastuft.randomness import keyed_seed
+from fastuft.trainer import distributed, learner, schedule, step
+from fastuft.trainer.distributed import KeyShuffle, Ranks
+from fastuft.trainer.learner import build_learner
+from fastuft.trainer.step import RECORD, train_step
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def a_batch(images=16, device="cpu", dtype=torch.float32, epoch=2, place=3):
+    generator = torch.Generator().manual_seed(5)
+    views = [torch.randn(images, 3, 32, 32, generator=generator) for _ in range(2)]
+    query, key = (v.to(device, dtype).contiguous(memory_format=torch.channels_last) for v in views)
+    return Batch(query, key, torch.arange(images), torch.zeros(images, dtype=torch.bool), epoch, place)
+
+
+def run_step(config, batch, ranks=ALONE):
+    made, _ = build_learner(config, ranks)
+    before = copy.deepcopy(made.moco), copy.deepcopy(made.queue)
+    return made, before, train_step(made, batch, lambda part: None)
+
+
+def cross_entropy(q, k, negatives, tau):
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / tau
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long), reduction="none")
+
+
+MIXES = [("none", "batch", False), *itertools.product(("cutmix", "mixup"), ("batch", "pair"), (False, True))]
+
+
+@pytest.mark.parametrize("bn", ["plain", "split"])
+@pytest.mark.parametrize(("mix", "per", "mix_only"), MIXES)
+def test_a_step_is_the_papers(tiny, mix, per, bn, mix_only):
+    method = {"mix": mix, "mix_per": per, "mix_only": mix_only, "mix_weight": 0.5, "temperature": 0.1}
+    config = tiny(method=method, model={"bn": bn}, optim={"lr": 0.1})
+    batch = a_batch()
+    x_q, x_k = batch.query.clone(), batch.key.clone()
+    made, (moco, queue), record = run_step(config, batch)
+
+    if bn == "split":  # the key encoder sees the images in another order
+        order = torch.from_numpy(KeyShuffle(ALONE, config.seed).permutation(2, 3, 16))
+        k = torch.empty(16, 16)
+        k[order] = moco.key_encoder(x_k[order])
+    else:
+        k = moco.key_encoder(x_k)
+    k = F.normalize(k.detach())
+    tau, negatives = 0.1, queue.keys
+    total = l_q = l_m = torch.zeros(())
+    if not mix_only:
+        l_q = cross_entropy(F.normalize(moco.query_encoder(x_q)), k, negatives, tau).mean()  # Eq. 4
+        total = total + l_q
+    if mix != "none":
+        group = 8 if bn == "split" else 16
+        mixed, lam, partner = x_q.clone(), torch.empty(16), torch.empty(16, dtype=torch.long)
+        for g in range(16 // group):
+            key = (2, 3, g) if per == "pair" else (2, 3)
+            generator = torch.Generator().manual_seed(keyed_seed(config.seed, "mix", *key))
+            count = group // 2 if per == "pair" else 1
+            boxes, share = sample_boxes(count, 32, 32, 1.0, generator) if mix == "cutmix" else (None, None)
+            share = sample_lambda(count, 1.0, generator=generator) if share is None else share
+            for i in range(group):
+                own, other = g * group + i, g * group + group - 1 - i
+                draw = min(i, group - 1 - i) if per == "pair" else 0
+                partner[own], lam[own] = other, share[draw]
+                if mix == "mixup":
+                    mixed[own] = share[draw] * x_q[own] + (1 - share[draw]) * x_q[other]
+                else:
+                    top, left, bottom, right = boxes[draw].tolist()
+                    mixed[own, :, top:bottom, left:right] = x_q[other, :, top:bottom, left:right]
+        torch.testing.assert_close(batch.query, mixed)
+        q_m = F.normalize(moco.query_encoder(mixed))
+        both = [cross_entropy(q_m, key, negatives, tau) for key in (k, k[partner])]
+        l_m = (lam * both[0] + (1 - lam) * both[1]).mean()  # Eq. 6
+        total = total + 0.5 * l_m
+    total.backward()
+
+    figures = dict(zip(RECORD, record.tolist(), strict=True))
+    assert figures["loss"] == pytest.approx(total.item(), rel=1e-5, abs=1e-5)
+    assert figures["loss_q"] == pytest.approx(l_q.item(), rel=1e-5, abs=1e-5)
+    assert figures["loss_m"] == pytest.approx(l_m.item(), rel=1e-5, abs=1e-5)
+    of = l_m if mix_only else l_q
+    assert figures["alignment"] + figures["distribution"] == pytest.approx(of.item(), rel=1e-5, abs=1e-5)
+    old = dict(moco.query_encoder.named_parameters())
+    for name, parameter in made.moco.query_encoder.named_parameters():  # momentum's first step is plain SGD
+        moved = old[name] - 0.1 * (old[name].grad + 1e-4 * old[name])
+        torch.testing.assert_close(parameter, moved, rtol=1e-4, atol=1e-5)
+        average = made.moco.key_encoder.get_parameter(name)
+        torch.testing.assert_close(average, 0.9 * old[name] + 0.1 * parameter)
+    torch.testing.assert_close(made.queue.keys[:16], k, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made.queue.keys[16:], negatives[16:])
+
+
+def test_gradients_are_clipped(tiny):
+    loose, (moco, _), _ = run_step(tiny(optim={"weight_decay": 0.0}), a_batch())
+    tight, _, _ = run_step(tiny(optim={"weight_decay": 0.0, "clip_grad": 0.01}), a_batch())
+
+    def moved(made):
+        pairs = zip(made.moco.query_encoder.parameters(), moco.query_encoder.parameters(), strict=True)
+        return torch.cat([(new - old).detach().flatten() for new, old in pairs]) / 0.05
+
+    assert moved(loose).norm() > 0.1
+    assert moved(tight).norm() == pytest.approx(0.01, rel=1e-3)
+    assert F.cosine_similarity(moved(tight), moved(loose), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("images", [6, 7])
+@pytest.mark.parametrize("mix", ["cutmix", "mixup"])
+def test_the_last_batch_of_an_epoch_may_be_smaller_and_odd(tiny, mix, images):
+    config = tiny(model={"bn": "plain"}, data={"drop_last": False}, method={"mix": mix})
+    _, _, record = run_step(config, a_batch(images))
+    assert record.isfinite().all()
+
+
+@pytest.mark.slow
+def test_compiled_encoders_give_the_same_step(tiny):
+    _, _, eager = run_step(tiny(), a_batch())
+    torch._dynamo.reset()
+    made, _ = build_learner(tiny(), ALONE)
+    made.query = torch.compile(made.query, backend="aot_eager", fullgraph=True)
+    made.key = torch.compile(made.key, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(train_step(made, a_batch(), lambda part: None), eager)
+
+
+READS = {"item", "cpu", "numpy", "tolist", "nonzero", "synchronize", "wait"}
+CASTS = {"int", "float", "bool"}
+ON_THE_PATH = [
+    step.train_step,
+    learner.Learner.without_reduction,
+    learner.Learner.encode_keys,
+    learner.Learner.own_rows,
+    learner.Learner.mix_,
+    learner.Learner.partners,
+    learner.autocast,
+    distributed.gather_rows,
+    distributed.upload,
+    KeyShuffle,
+    KeyQueue.enqueue_,
+    MoCo.momentum_update_,
+    schedule.lr_at,
+]
+
+
+@pytest.mark.parametrize("part", ON_THE_PATH, ids=lambda part: part.__qualname__)
+def test_nothing_on_the_steps_path_reads_a_tensor(part):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            assert name not in READS, f"line {node.lineno}: .{name}()"
+            assert not (isinstance(node.func, ast.Name) and name in CASTS), f"line {node.lineno}: {name}()"
+
+
+def test_the_step_fits_a_screen():
+    body = ast.parse(inspect.getsource(train_step)).body[0].body[1:]
+    assert body[-1].end_lineno - body[0].lineno < 50
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": {"mix": "mixup", "mix_per": "pair"}, "optim": {"clip_grad": 1.0}},
+        {"runtime": {"precision": "fp16"}},
+        {"runtime": {"precision": "fp32"}, "method": {"mix_only": True}},
+    ],
+    ids=["default", "pairs-clipped", "fp16", "fp32-mix-only"],
+)
+def test_a_step_on_a_gpu_never_waits_for_it(tiny, changes):
+    device = torch.device("cuda", 0)
+    made, _ = build_learner(tiny(**changes), Ranks(0, 1, device))
+    batches = [a_batch(device=device, dtype=learner.DTYPES[made.precision]) for _ in range(3)]
+    train_step(made, batches[0], lambda part: None)  # kernels compile and caches fill
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        records = [train_step(made, batch, lambda part: None) for batch in batches[1:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(records).isfinite().all()
