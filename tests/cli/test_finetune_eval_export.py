@@ -147,7 +147,6 @@ def test_export_and_evaluation_of_the_exported_file(job):
         job.root / "torchvision.pth",
         "--arch",
         "resnet18",
-        "small",
         "--train",
         job.root / "target",
         "--test",
