@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -16,7 +17,8 @@ Impl = Literal["auto", "triton", "torch"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def _check_tensor(name: str, value: object, width: int | None = None, like: Tensor | None = None) -> None:
+def _check_matrix(name: str, value: object, query: Tensor | None = None) -> None:
+    """Raise ValueError unless value is a float matrix, of the query's width and on its device."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}; it must be a tensor")
     if value.ndim != 2:
@@ -25,51 +27,45 @@ def _check_tensor(name: str, value: object, width: int | None = None, like: Tens
         raise ValueError(
             f"{name} has dtype {value.dtype}; allowed: float32, float16, bfloat16 (float64 with impl='torch')"
         )
-    if width is not None and value.shape[1] != width:
-        raise ValueError(f"{name} has width {value.shape[1]}; it must be the query's, {width}")
-    if like is not None and value.device != like.device:
-        raise ValueError(f"{name} is on {value.device} and the query on {like.device}; move it there")
-
-
-def _check_constant(name: str, value: Tensor) -> None:
+    if query is None:
+        return
+    if value.shape[1] != query.shape[1]:
+        raise ValueError(f"{name} has width {value.shape[1]}; it must be the query's, {query.shape[1]}")
+    if value.device != query.device:
+        raise ValueError(f"{name} is on {value.device} and the query on {query.device}; move it there")
     if value.requires_grad:
         raise ValueError(f"{name} requires grad; keys and queue are constants of this loss: pass {name}.detach()")
 
 
+def _check_query(name: str, query: Tensor) -> None:
+    _check_matrix(name, query)
+    if query.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(query.shape)}; it needs at least one row and one column")
+
+
 def _check_temperature(temperature: float) -> float:
-    if not isinstance(temperature, (int, float)) or not (0 < temperature < math.inf):
+    if not isinstance(temperature, (int, float, Real)) or not (0 < temperature < math.inf):
         raise ValueError(f"temperature={temperature!r} is out of range; it must be a positive number")
     return float(temperature)
 
 
-def _check_query(q: Tensor, queue: Tensor) -> None:
-    _check_tensor("q", q)
-    if q.shape[0] == 0 or q.shape[1] == 0:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it needs at least one row and one column")
-    _check_tensor("queue", queue, q.shape[1], q)
-    _check_constant("queue", queue)
-
-
-def _use_fused(impl: Impl, q: Tensor, queue: Tensor, *others: Tensor) -> bool:
+def _check_impl(impl: Impl) -> None:
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl={impl!r} is not allowed; choose one of 'auto', 'triton', 'torch'")
-    if impl == "torch" or (impl == "auto" and not q.is_cuda):
-        return False
-    reason = ops.fused_reason(q, queue)
-    if reason is None and any(other.dtype == torch.float64 for other in others):
-        reason = "a key is float64"
-    if reason is not None and impl == "triton":
-        raise ValueError(f"impl='triton' cannot run: {reason}; use impl='torch' or 'auto'")
-    return reason is None
 
 
-def _as_lambda(lam: float | Tensor, q: Tensor) -> Tensor:
+def _check_reduction(reduction: Reduction) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r} is not allowed; choose one of 'mean', 'sum', 'none'")
+
+
+def _as_weight(lam: float | Tensor, q: Tensor) -> Tensor:
     """lam as a constant [1] or [B] tensor on the query's device."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if not isinstance(lam, Tensor):
-        if not isinstance(lam, (int, float)) or not 0 <= lam <= 1:
+        if not isinstance(lam, (int, float, Real)) or not 0 <= lam <= 1:
             raise ValueError(f"lam={lam!r} is out of range; it must be a number or a tensor [B] in [0, 1]")
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return torch.full((1,), lam, dtype=dtype, device=q.device)
+        return torch.full((1,), float(lam), dtype=dtype, device=q.device)
     if lam.requires_grad:
         raise ValueError("lam requires grad; the mixing weight is a constant of this loss: pass lam.detach()")
     if not lam.is_floating_point() or lam.ndim > 1 or lam.numel() not in (1, q.shape[0]):
@@ -78,13 +74,17 @@ def _as_lambda(lam: float | Tensor, q: Tensor) -> Tensor:
         )
     if lam.device != q.device:
         raise ValueError(f"lam is on {lam.device} and the query on {q.device}; move it there")
-    if lam.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((lam >= 0) & (lam <= 1)).all()):
-        raise ValueError(f"lam has values outside [0, 1] (from {lam.min():g} to {lam.max():g})")
-    lam = lam.reshape(-1)
-    if lam.is_cuda:
-        # Looking at the values would make the host wait: wrong ones poison the result instead.
-        lam = torch.where((lam >= 0) & (lam <= 1), lam, torch.nan)
-    return lam if q.dtype == torch.float64 else lam.float()
+    lam = lam.reshape(-1).to(dtype)
+    inside = (lam >= 0) & (lam <= 1)
+    if lam.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not inside.all():
+            raise ValueError(
+                f"lam has values outside [0, 1] (from {lam.min().item():g} to {lam.max().item():g}); allowed: [0, 1]"
+            )
+        return lam
+    return torch.where(
+        inside, lam, torch.nan
+    )  # a look at the values would make the host wait: wrong ones poison the loss
 
 
 def _reduce(loss: Tensor, reduction: Reduction) -> Tensor:
@@ -93,36 +93,28 @@ def _reduce(loss: Tensor, reduction: Reduction) -> Tensor:
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-def _check_reduction(reduction: Reduction) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction={reduction!r} is not allowed; choose one of 'mean', 'sum', 'none'")
-
-
 def _run(
     q: Tensor,
-    k_a: Tensor,
-    k_b: Tensor | None,
+    keys: dict[str, Tensor],
     lam: float | Tensor | None,
     queue: Tensor,
     temperature: float,
     normalize: bool,
     impl: Impl,
-    key_names: tuple[str, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """(loss [B], a [B], b [B], lse [B], lam) of each sample, after all checks."""
-    _check_query(q, queue)
-    keys = [key for key in (k_a, k_b) if key is not None]
-    for name, key in zip(key_names, keys, strict=True):
-        _check_tensor(name, key, q.shape[1], q)
-        _check_constant(name, key)
+    """(loss [B], a [B], b [B], lse [B], weight) of each sample, after all checks; keys are one or two, by argument name."""
+    _check_query("q", q)
+    for name, key in keys.items():
+        _check_matrix(name, key, q)
         if key.shape[0] != q.shape[0]:
             raise ValueError(f"{name} has {key.shape[0]} rows; it must have the query's, {q.shape[0]}")
-    weight = None if lam is None else _as_lambda(lam, q)
-    fused = _use_fused(impl, q, queue, *keys)
-    need_grad = torch.is_grad_enabled() and q.requires_grad
-    loss, _, a, b, lse = torch.ops.fastuft.mixed_info_nce(
-        q, k_a, k_b, weight, queue, _check_temperature(temperature), normalize, need_grad, fused
-    )
+    _check_matrix("queue", queue, q)
+    _check_impl(impl)
+    temperature = _check_temperature(temperature)
+    weight = None if lam is None else _as_weight(lam, q)
+    k_a, k_b = (*keys.values(), None)[:2]
+    assert k_a is not None
+    loss, _, a, b, lse = ops.mixed_info_nce(q, k_a, k_b, weight, queue, temperature, normalize, impl)
     return loss, a, b, lse, weight
 
 
@@ -160,7 +152,7 @@ def info_nce(
         ValueError: shapes, dtypes or devices that do not fit, a key or queue that requires grad, an unknown option.
     """
     _check_reduction(reduction)
-    loss, *_ = _run(q, k, None, None, queue, temperature, normalize, impl, ("k",))
+    loss, *_ = _run(q, {"k": k}, None, queue, temperature, normalize, impl)
     return _reduce(loss, reduction)
 
 
@@ -185,13 +177,13 @@ def mixed_info_nce(
         q: mixed queries [B, D]; takes the gradient.
         k_a: keys of the first image of each mix [B, D], a constant.
         k_b: keys of the second [B, D], a constant.
-        lam: share of the first, a number or [B], in [0, 1]. On CUDA other values give NaN.
+        lam: share of the first, a number or [B], in [0, 1]. In a CUDA tensor, or compiled, other values give NaN.
         queue, temperature, normalize, reduction, impl: as for :func:`info_nce`.
 
     Returns, Raises: as for :func:`info_nce`.
     """
     _check_reduction(reduction)
-    loss, *_ = _run(q, k_a, k_b, lam, queue, temperature, normalize, impl, ("k_a", "k_b"))
+    loss, *_ = _run(q, {"k_a": k_a, "k_b": k_b}, lam, queue, temperature, normalize, impl)
     return _reduce(loss, reduction)
 
 
@@ -202,7 +194,7 @@ def info_nce_with_terms(
 
     alignment = mean(-a), distribution = mean log(e^a + e^lse); both carry no gradient. Arguments as :func:`info_nce`.
     """
-    loss, a, _, lse, _ = _run(q, k, None, None, queue, temperature, normalize, impl, ("k",))
+    loss, a, _, lse, _ = _run(q, {"k": k}, None, queue, temperature, normalize, impl)
     return loss.mean(), -a.mean(), torch.logaddexp(a, lse).mean()
 
 
@@ -221,7 +213,7 @@ def mixed_info_nce_with_terms(
 
     Arguments as :func:`mixed_info_nce`.
     """
-    loss, a, b, lse, weight = _run(q, k_a, k_b, lam, queue, temperature, normalize, impl, ("k_a", "k_b"))
+    loss, a, b, lse, weight = _run(q, {"k_a": k_a, "k_b": k_b}, lam, queue, temperature, normalize, impl)
     assert weight is not None
     alignment = -(weight * a + (1 - weight) * b).mean()
     distribution = weight * torch.logaddexp(a, lse) + (1 - weight) * torch.logaddexp(b, lse)
@@ -245,6 +237,7 @@ def queue_lse(z: Tensor, queue: Tensor, temperature: float = 0.2, *, impl: Impl 
     Raises:
         ValueError: as :func:`info_nce`.
     """
-    _check_query(z, queue)
-    fused = _use_fused(impl, z, queue)
-    return torch.ops.fastuft.queue_lse(z, queue, _check_temperature(temperature), True, fused)
+    _check_query("z", z)
+    _check_matrix("queue", queue, z)
+    _check_impl(impl)
+    return ops.queue_lse(z, queue, _check_temperature(temperature), True, impl)

@@ -1,13 +1,19 @@
-"""Drop-in for lightly's memory-bank loss: the same constructor and call, fused, with a bank that survives a restart."""
+"""Drop-in for lightly's memory-bank loss: the same constructor and call, fused, with a bank that survives a restart.
+
+The one-line change::
+
+    - from lightly.loss import NTXentLoss
+    + from fastuft.loss.lightly import NTXentLoss
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from fastuft.loss.functional import Impl, info_nce
+from fastuft.loss.functional import Impl, _check_impl, _check_temperature, info_nce
 from fastuft.loss.queue import KeyQueue
 
 
@@ -15,13 +21,16 @@ class NTXentLoss(nn.Module):
     """``lightly.loss.NTXentLoss`` with a memory bank, equal to Eq. 4.
 
     Unlike lightly's, the bank is in the state dict (so it is there after a resume), batches that wrap around its end lose
-    no rows, and keys take no gradient.
+    no rows, and keys take no gradient (lightly's would pass one to ``out1``; MoCo's keys have none).
 
     Args:
         temperature: tau; lightly's default, 0.5.
         memory_bank_size: (K, D). lightly's in-batch mode, 0, is another loss without a queue and is refused.
-        gather_distributed: the bank takes the keys of all processes.
+        gather_distributed: the bank takes the keys of all processes, each of which must bring as many.
         impl: as for :func:`fastuft.info_nce`.
+
+    Raises:
+        ValueError: no (K, D), a temperature that is not positive, or no torch.distributed to gather with.
     """
 
     def __init__(
@@ -33,29 +42,37 @@ class NTXentLoss(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(memory_bank_size, int):
-            reason = (
-                "0 means in-batch negatives, which is a loss without a queue: keep lightly's own for it"
-                if memory_bank_size == 0
-                else "the bank is saved with the model, so its width must be known"
-            )
+        sizes = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
+        if sizes[:1] == (0,):
             raise ValueError(
-                f"memory_bank_size={memory_bank_size} is not allowed: {reason}; give (K, D), e.g. (65536, 128)"
+                f"memory_bank_size={memory_bank_size} is not allowed: 0 takes the negatives from the batch, which is "
+                "another loss without a queue; keep lightly's own for it, or give (K, D), e.g. (65536, 128)"
             )
-        size, dim = memory_bank_size
-        self.temperature = temperature
+        if len(sizes) != 2:
+            raise ValueError(
+                f"memory_bank_size={memory_bank_size} is not allowed: the bank needs both sizes; give (K, D), e.g. (65536, 128)"
+            )
+        if gather_distributed and not distributed.is_available():
+            raise ValueError(
+                "gather_distributed=True needs torch.distributed, which this PyTorch lacks; set it to False"
+            )
+        _check_impl(impl)
+        self.temperature = _check_temperature(temperature)
         self.gather_distributed = gather_distributed
         self.impl: Impl = impl
-        self.bank = KeyQueue(size, dim)
+        self.memory_bank = KeyQueue(*sizes)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """Loss of queries out0 [B, D] with keys out1 [B, D]; the bank takes out1 when out0 requires grad."""
+        """Loss of queries out0 [B, D] with keys out1 [B, D]; then, if out0 requires grad, the bank takes out1."""
         keys = out1.detach()
-        loss = info_nce(out0, keys, self.bank.keys, self.temperature, impl=self.impl)
+        loss = info_nce(out0, keys, self.memory_bank.keys, self.temperature, impl=self.impl)
         if out0.requires_grad:
-            if self.gather_distributed and torch.distributed.is_initialized():
-                parts = [torch.empty_like(keys) for _ in range(torch.distributed.get_world_size())]
-                torch.distributed.all_gather(parts, keys.contiguous())
+            if self.gather_distributed and distributed.is_initialized():
+                parts = [torch.empty_like(keys) for _ in range(distributed.get_world_size())]
+                distributed.all_gather(parts, keys.contiguous())
                 keys = torch.cat(parts)
-            self.bank.enqueue_(keys)
+            self.memory_bank.enqueue_(keys)
         return loss

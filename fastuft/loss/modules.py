@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastuft.loss.functional import Impl, Reduction, _check_reduction, _check_temperature, info_nce, mixed_info_nce
+from fastuft.loss.functional import (
+    Impl,
+    Reduction,
+    _check_impl,
+    _check_reduction,
+    _check_temperature,
+    info_nce,
+    mixed_info_nce,
+)
 
 
 class _QueueLoss(nn.Module):
@@ -27,6 +35,7 @@ class _QueueLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_reduction(reduction)
+        _check_impl(impl)
         self.temperature = _check_temperature(temperature)
         self.normalize = normalize
         self.reduction: Reduction = reduction

@@ -49,18 +49,19 @@ def _sweep_chunked(z: Tensor, queue: Tensor, temperature: float, need_mu: bool) 
                 weighted = torch.addmm(weighted * correction, weights, keys)
             running_max = new_max
         all_lse.append((running_max + total.log()).squeeze(1))
-        all_mu.append(weighted / total if need_mu else weighted[:, :0])
+        all_mu.append(weighted / total if need_mu else rows.new_empty(len(rows), 0))
     return torch.cat(all_lse), torch.cat(all_mu)
 
 
 def queue_lse(z: Tensor, queue: Tensor, temperature: float, need_mu: bool) -> tuple[Tensor, Tensor]:
     """(lse [B], mu [B, D]) in z's dtype for z [B, D], queue [K, D]; mu is [B, 0] where it is not needed."""
     if len(queue) == 0:
-        return z.new_full((len(z),), -torch.inf), torch.zeros_like(z) if need_mu else z[:, :0]
-    if need_mu and z.device.type == "cpu" and queue.dtype == z.dtype:
+        return z.new_full((len(z),), -torch.inf), z.new_zeros(len(z), z.shape[1] if need_mu else 0)
+    # That operator reads each row as consecutive elements, whatever its strides say.
+    if need_mu and z.device.type == "cpu" and queue.dtype == z.dtype and queue.stride(1) == 1:
         keys = queue[None, None]
         mu, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            z[None, None], keys, keys, scale=1 / temperature
+            z.contiguous()[None, None], keys, keys, scale=1 / temperature
         )
         return lse.view(len(z)).to(z.dtype), mu.view(z.shape)
     return _sweep_chunked(z, queue, temperature, need_mu)
@@ -103,7 +104,7 @@ def mixed_info_nce(
             weight = lam * towards_a + towards_b
             pulled = (lam * towards_a)[:, None] * a_key + towards_b[:, None] * b_key
     if not need_grad:
-        return loss, z[:, :0], a, b, lse
+        return loss, z.new_empty(len(z), 0), a, b, lse
     grad = (weight[:, None] * mu - pulled) / temperature  # (1)
     if inverse_norm is not None:
         grad = (grad - (grad * z).sum(1, keepdim=True) * z) * inverse_norm  # (2)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from fastuft.loss.portable import normalize_rows
 
 
 class KeyQueue(nn.Module):
@@ -17,11 +18,15 @@ class KeyQueue(nn.Module):
         size: K, rows kept.
         dim: D, width of a key.
         generator: of the random start.
-        dtype: of the rows.
+        dtype: of the rows. Half precision halves the sweep's traffic; unit rows lose little by it.
+        device: of the buffers.
 
     Attributes:
         keys: [K, D] unit rows.
         pointer: int64 scalar, the row that the next key is written to.
+
+    Raises:
+        ValueError: a size that is no positive integer, or a dtype that is not a floating-point one.
     """
 
     keys: Tensor
@@ -40,8 +45,13 @@ class KeyQueue(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is out of range; it must be a positive integer")
-        rows = torch.randn(size, dim, generator=generator, device=generator.device if generator else device)
-        self.register_buffer("keys", F.normalize(rows, dim=1).to(device=device, dtype=dtype))
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype} is not allowed; choose a floating-point one")
+        compute = torch.promote_types(dtype, torch.float32)
+        rows = torch.randn(
+            size, dim, generator=generator, dtype=compute, device=generator.device if generator else device
+        )
+        self.register_buffer("keys", normalize_rows(rows)[0].to(device=device, dtype=dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
 
     def extra_repr(self) -> str:
@@ -54,14 +64,16 @@ class KeyQueue(nn.Module):
         No host synchronisation: the pointer lives on the device.
 
         Raises:
-            ValueError: another width or device than the queue's.
+            ValueError: no float matrix, or another width or device than the queue's.
         """
         size, dim = self.keys.shape
         if keys.ndim != 2 or keys.shape[1] != dim:
             raise ValueError(f"keys has shape {tuple(keys.shape)}; it must be [B, {dim}]")
+        if not keys.is_floating_point():
+            raise ValueError(f"keys has dtype {keys.dtype}; it must be a floating-point one")
         if keys.device != self.keys.device:
             raise ValueError(f"keys is on {keys.device} and the queue on {self.keys.device}; move one of them")
-        if keys.is_cuda and not torch.compiler.is_compiling():
+        if keys.is_cuda and self.keys.dtype != torch.float64 and not torch.compiler.is_compiling():
             from fastuft.loss import ops
 
             if ops.triton_installed():
@@ -70,7 +82,8 @@ class KeyQueue(nn.Module):
                 enqueue.enqueue_(self.keys, self.pointer, keys)
                 return
         count = keys.shape[0]
-        kept = F.normalize(keys[-size:].float(), dim=1).to(self.keys.dtype)
+        compute = torch.promote_types(self.keys.dtype, torch.float32)
+        kept = normalize_rows(keys[-size:].to(compute))[0].to(self.keys.dtype)
         first = self.pointer + (count - len(kept))
         rows = (first + torch.arange(len(kept), device=keys.device)) % size
         self.keys.index_copy_(0, rows, kept)

@@ -1,0 +1,273 @@
+"""The operators beside autograd, torch.compile, autocast, loss scaling and torch.library's own checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from error_bound import relative_error
+from loss_cases import PLACES, Case, name_of
+from torch import nn
+
+import fastuft
+from fastuft.loss import mixed_info_nce_with_terms, reference
+
+
+def double_case() -> Case:
+    case = Case.random(5, 13, 6, torch.float64)
+    return Case(case.q, case.k_a, case.k_b, torch.rand(5, dtype=torch.float64), case.queue)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradcheck(normalize):
+    case = double_case()
+    q = case.q.requires_grad_()
+
+    def mixed(q):
+        return fastuft.mixed_info_nce(
+            q, case.k_a, case.k_b, case.lam, case.queue, normalize=normalize, reduction="none", impl="torch"
+        )
+
+    def single(q):
+        return fastuft.info_nce(q, case.k_a, case.queue, normalize=normalize, impl="torch")
+
+    assert torch.autograd.gradcheck(mixed, q)
+    assert torch.autograd.gradcheck(single, q)
+    assert torch.autograd.gradcheck(lambda q: fastuft.queue_lse(q, case.queue, impl="torch")[0], q)
+    assert torch.autograd.gradcheck(lambda q: single(3 * q.exp()), q)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_any_upstream_gradient(place):
+    device, impl = place
+    case = Case.random(9, 70, 16, device=device)
+    upstream = torch.randn(9, device=device)
+
+    def gradient(function, **options):
+        q = case.q.detach().requires_grad_()
+        function(q, case.k_a, case.k_b, case.lam, case.queue, **options).backward(upstream)
+        return q.grad
+
+    found = gradient(fastuft.mixed_info_nce, reduction="none", impl=impl)
+    assert relative_error(found, gradient(reference.mixed_info_nce)) < 1e-5
+
+
+def outputs(q: torch.Tensor, case: Case, impl: str) -> dict[str, torch.Tensor]:
+    """Everything differentiable that the room returns, as scalars."""
+    arguments = (q, case.k_a, case.k_b, case.lam, case.queue)
+    return {
+        "info_nce": fastuft.info_nce(q, case.k_a, case.queue, impl=impl),
+        "mixed_info_nce": fastuft.mixed_info_nce(*arguments, impl=impl),
+        "queue_lse": fastuft.queue_lse(q, case.queue, impl=impl)[0].mean(),
+        "terms": mixed_info_nce_with_terms(*arguments, impl=impl)[0],
+    }
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_backward_twice(place):
+    device, impl = place
+    case = Case.random(9, 70, 16, device=device)
+    q = case.q.requires_grad_()
+    for name, loss in outputs(q, case, impl).items():
+        first = torch.autograd.grad(loss, q, retain_graph=True)[0]
+        second = torch.autograd.grad(2 * loss, q)[0]
+        assert first.any(), name
+        torch.testing.assert_close(second, 2 * first)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["info_nce", "mixed_info_nce", "queue_lse", "terms"])
+def test_double_backward_raises(name, place):
+    device, impl = place
+    case = Case.random(9, 70, 16, device=device)
+    q = case.q.requires_grad_()
+    for factor in (1.0, q.square().sum()):  # a constant and a differentiable upstream gradient
+        (gradient,) = torch.autograd.grad(outputs(q, case, impl)[name] * factor, q, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(gradient.square().sum(), q, allow_unused=True)
+
+
+def test_the_query_may_change_between_two_backward_passes():
+    case = Case.random(9, 70, 16)
+    q = case.q.requires_grad_()
+    loss = fastuft.info_nce(q, case.k_a, case.queue)
+    first = torch.autograd.grad(loss, q, retain_graph=True)[0]
+    with torch.no_grad():
+        q.sub_(first)
+    assert torch.equal(torch.autograd.grad(loss, q)[0], first)
+
+
+def test_double_backward_of_the_operator_itself_raises():
+    case = double_case()
+    q = case.q.requires_grad_()
+    loss, *others = torch.ops.fastuft.mixed_info_nce(
+        q, case.k_a, case.k_b, case.lam, case.queue, 0.2, True, True, "torch"
+    )
+    assert not any(other.requires_grad for other in others)
+    (gradient,) = torch.autograd.grad(loss.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_without_gradients(place):
+    device, impl = place
+    case = Case.random(9, 70, 16, device=device)
+    expected = outputs(case.q.clone().requires_grad_(), case, impl)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            for q in (case.q, case.q.clone().requires_grad_()):
+                for name, loss in outputs(q, case, impl).items():
+                    assert not loss.requires_grad
+                    torch.testing.assert_close(loss, expected[name].detach())
+    assert not any(loss.requires_grad for loss in outputs(case.q, case, impl).values())
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_autocast_changes_nothing_inside(dtype, place):
+    device, impl = place
+    case = Case.random(9, 70, 16, device=device)
+    encoder = nn.Linear(16, 16, device=device)
+    with torch.autocast(device, dtype=dtype):
+        q = encoder(case.q)
+        assert q.dtype == dtype
+        inside = fastuft.info_nce(q, case.k_a, case.queue, impl=impl)
+    outside = fastuft.info_nce(q, case.k_a, case.queue, impl=impl)
+    assert inside.dtype == torch.float32 and torch.equal(inside, outside)
+    inside.backward()
+    assert encoder.weight.grad.dtype == torch.float32 and encoder.weight.grad.any()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_grad_scaler(place):
+    device, impl = place
+    case = Case.random(9, 70, 16, device=device)
+    encoder = nn.Linear(16, 16, device=device)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(device, init_scale=65536.0)
+    loss = fastuft.mixed_info_nce(encoder(case.q), case.k_a, case.k_b, case.lam, case.queue, impl=impl)
+    (exact,) = torch.autograd.grad(loss, encoder.weight, retain_graph=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(encoder.weight.grad, exact)
+    before = encoder.weight.detach().clone()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(encoder.weight, before)
+
+
+CALLS = [(2, True, True), (1, False, True), (0, True, False)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize(("weights", "normalize", "need_grad"), CALLS)
+def test_opcheck_of_the_loss(weights, normalize, need_grad, dtype, place):
+    """weights: 0 is Eq. 4, 1 one weight for all rows, 2 one a row."""
+    device, impl = place
+    case = Case.random(6, 40, 16, dtype, device=device)
+    k_b, lam = (None, None) if weights == 0 else (case.k_b, case.lam if weights == 2 else case.lam[:1])
+    q = case.q.requires_grad_(need_grad)
+    arguments = (q, case.k_a, k_b, lam, case.queue, 0.2, normalize, need_grad, impl)
+    torch.library.opcheck(torch.ops.fastuft.mixed_info_nce.default, arguments)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("keys", [0, 40])
+@pytest.mark.parametrize("need_mu", [True, False])
+def test_opcheck_of_the_primitive(need_mu, keys, place):
+    device, impl = place
+    case = Case.random(6, keys, 16, device=device)
+    arguments = (case.q.requires_grad_(need_mu), case.queue, 0.2, need_mu, impl)
+    torch.library.opcheck(torch.ops.fastuft.queue_lse.default, arguments)
+
+
+def compiled_agrees(device: str, impl: str, backend: str) -> None:
+    case = Case.random(9, 70, 16, device=device)
+    queue = fastuft.KeyQueue(70, 16, device=device)
+    eager_queue = fastuft.KeyQueue(70, 16, device=device)
+    eager_queue.load_state_dict(queue.state_dict())
+
+    def step(q, k_a, k_b, lam, queue):
+        loss, alignment, distribution = mixed_info_nce_with_terms(q, k_a, k_b, lam, queue.keys, impl=impl)
+        loss = loss + fastuft.info_nce(q, k_a, queue.keys, impl=impl)
+        loss = loss + fastuft.queue_lse(q, queue.keys, impl=impl)[0].sum()
+        queue.enqueue_(k_a)
+        return loss, alignment + distribution
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for lam in (0.3, 0.4, 0.6, case.lam):  # a number that changes is no new graph each time
+        results = []
+        for function, which in ((step, eager_queue), (compiled, queue)):
+            q = case.q.detach().requires_grad_()
+            loss, terms = function(q, case.k_a, case.k_b, lam, which)
+            loss.backward()
+            results.append((loss, terms, q.grad, which.keys, which.pointer))
+        for eager, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, eager)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(case.q, case.k_a, case.k_b, 0.5, queue), step(case.q, case.k_a, case.k_b, 0.5, eager_queue)
+        )
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_compile_fullgraph(place):
+    compiled_agrees(*place, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_compile_fullgraph_with_inductor(place):
+    compiled_agrees(*place, "inductor")
+
+
+def test_compiled_bad_weight_poisons_its_row():
+    case = Case.random(4, 10, 16)
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(lam):
+        return fastuft.mixed_info_nce(case.q, case.k_a, case.k_b, lam, case.queue, reduction="none")
+
+    assert loss(torch.tensor([0.5, 2.0, -1.0, torch.nan])).isnan().tolist() == [False, True, True, True]
+
+
+def test_export():
+    case = Case.random(4, 10, 16)
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queue = fastuft.KeyQueue(10, 16)
+            self.loss = fastuft.InfoNCELoss()
+
+        def forward(self, q, k):
+            return self.loss(q, k, self.queue.keys)
+
+    module = Loss()
+    program = torch.export.export(module, (case.q, case.k_a))
+    torch.testing.assert_close(program.module()(case.q, case.k_a), module(case.q, case.k_a))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_a_step_never_waits_for_the_gpu(impl):
+    case = Case.random(64, 4096, 128, device="cuda")
+    queue = fastuft.KeyQueue(4096, 128, device="cuda")
+
+    def step():
+        q = case.q.detach().requires_grad_()
+        loss, *_ = mixed_info_nce_with_terms(q, case.k_a, case.k_b, 0.5, queue.keys, impl=impl)
+        loss.backward()
+        fastuft.mixed_info_nce(q, case.k_a, case.k_b, case.lam, queue.keys, impl=impl).backward()
+        fastuft.queue_lse(q, queue.keys, impl=impl)[0].sum().backward()
+        queue.enqueue_(case.k_a)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
