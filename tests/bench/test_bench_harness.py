@@ -53,7 +53,7 @@ def bench(tmp_path):
     def run(*options):
         raw = tmp_path / "raw.json"
         command = [sys.executable, "-m", "pytest", str(file), "-c", str(ROOT / "pyproject.toml")]
-        command += ["--rootdir", str(tmp_path), "--device=cpu", f"--benchmark-json={raw}", *options]
+        command += ["--rootdir", str(tmp_path), f"--benchmark-json={raw}", "--device=cpu", *options]
         environment = os.environ | {"PYTHONPATH": str(ROOT / "bench")}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
         return done.returncode, done.stdout + done.stderr, raw
@@ -92,6 +92,69 @@ def test_smoke_runs_each_once(bench, tmp_path, capsys):
     assert {entry["stats"]["rounds"] for entry in json.loads(raw.read_text())["benchmarks"]} == {1}
     assert report.main(["collect", str(raw), "--results", str(tmp_path)]) == 2
     assert "--smoke" in capsys.readouterr().err
+
+
+FAKE_CUDA = """
+import contextlib, time
+from types import SimpleNamespace
+import torch
+
+class Event:
+    def __init__(self, enable_timing): assert enable_timing
+    def record(self): self.at = time.perf_counter()
+    def synchronize(self): pass
+    def elapsed_time(self, end): return 1e3 * (end.at - self.at)
+
+class Graph:
+    replays = 0
+    def replay(self): Graph.replays += 1
+
+class Stream:
+    def wait_stream(self, other): pass
+
+def null(*_): return contextlib.nullcontext()
+
+cuda = torch.cuda
+cuda.is_available = lambda: True
+cuda.Event, cuda.CUDAGraph, cuda.Stream, cuda.graph, cuda.stream = Event, Graph, Stream, null, null
+cuda.current_stream = Stream
+cuda.synchronize = cuda.reset_peak_memory_stats = cuda._sleep = lambda *_: None
+cuda.memory_allocated, cuda.max_memory_allocated = lambda *_: 100, lambda *_: 350
+cuda.get_device_name = lambda *_: "NVIDIA Fake"
+cuda.get_device_properties = lambda *_: SimpleNamespace(L2_cache_size=6 * 64 * 64 * 4, uuid="abc")
+"""
+CUDA_BENCH = """
+import torch
+from harness import measure
+
+calls = []
+
+def inputs():
+    return (torch.randn(64, 64),)
+
+def test_captured(benchmark):
+    measure(benchmark, lambda x: calls.append(x.data_ptr()), inputs, device="cuda")
+    assert len(set(calls)) == 24  # four times the L2 cache
+
+def test_uncaptured(benchmark):
+    calls.clear()
+    measure(benchmark, lambda x: calls.append(x.data_ptr()), inputs, device="cuda", graph=False, items=24)
+    assert len(set(calls)) == 24
+"""
+
+
+def test_gpu_path_rotates_inputs_and_records_event_times(bench, tmp_path):
+    (tmp_path / "bench_small.py").write_text(CUDA_BENCH)
+    conftest = tmp_path / "conftest.py"
+    conftest.write_text(FAKE_CUDA + conftest.read_text().replace("from __future__ import annotations", ""))
+    status, output, raw = bench("--seconds=0.05", "--benchmark-only", "--device=cuda")
+    assert status == 0, output
+    for entry in json.loads(raw.read_text())["benchmarks"]:
+        assert entry["options"]["timer"] == "cuda_event"
+        assert entry["extra_info"]["peak_extra_bytes"] == 250 and entry["extra_info"]["input_sets"] == 24
+        assert 0 < entry["stats"]["median"] < 1e-3
+    assert report.main(["collect", str(raw), "--results", str(tmp_path / "results")]) == 0
+    assert list((tmp_path / "results" / "nvidia-fake").glob("*.json"))
 
 
 @pytest.mark.parametrize("spec", ["torch", "torch:", "no_such_module:f", "torch:no_such_function", "torch:float32"])
