@@ -128,6 +128,7 @@ class DemoOptions:
         finetune_epochs: epochs of each arm over its union.
         shots: labelled images a class of the few-shot runs.
         trials: draws a few-shot figure.
+        num_glyphs: images of the source set.
     """
 
     out: str = "runs/demo"
@@ -137,9 +138,11 @@ class DemoOptions:
     finetune_epochs: int = 40
     shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     trials: int = 1
+    num_glyphs: int = 8000
 
     def __post_init__(self) -> None:
         for name in ("seeds", "pretrain_epochs", "finetune_epochs", "trials"):
             check_range(name, getattr(self, name), 1)
+        check_range("num_glyphs", self.num_glyphs, 128)
         for shot in self.shots:
             check_choice("shots", shot, (1, 2, 4, 8, 16))

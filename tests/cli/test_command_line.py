@@ -13,8 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from fastuft.cli import main
-from fastuft.cli.main import COMMANDS
+from fastuft.cli import commands, main
+from fastuft.cli.commands import COMMANDS
 from fastuft.config import AugmentConfig, DataConfig, TrainConfig
 
 NEEDED = ["--target", "images", "--out", "run", "--init", "start.pth"]
@@ -238,16 +238,14 @@ def test_without_the_extra_packages(capsys, monkeypatch):
 
 
 def test_bench_needs_a_checkout(capsys, monkeypatch, tmp_path):
-    module = sys.modules["fastuft.cli.main"]
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "fastuft" / "cli" / "main.py"))
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "fastuft" / "cli" / "commands.py"))
     assert "source checkout" in refused(capsys, "bench")
 
 
 def test_bench_runs_pytest(monkeypatch):
-    module = sys.modules["fastuft.cli.main"]
     ran = []
     monkeypatch.setattr(
-        module.subprocess, "run", lambda command, **_: ran.append(command) or subprocess.CompletedProcess(command, 0)
+        commands.subprocess, "run", lambda command, **_: ran.append(command) or subprocess.CompletedProcess(command, 0)
     )
     assert main(["bench", "evaluate", "--smoke", "--json", "out.json"]) == 0
     (command,) = ran

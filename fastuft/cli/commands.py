@@ -1,0 +1,240 @@
+"""The sub-commands: what each runs, with which options and defaults. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastuft.cli import options
+from fastuft.config import EvalConfig, TrainConfig
+
+EXIT_FAILED = 1
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command.
+
+    Args:
+        config: dataclass of its options.
+        run: takes an instance, returns the exit status.
+        summary: one line of help.
+        example: shown below the help.
+        defaults: values that differ from the dataclass's.
+        positional: option given without its name, several times where it is a list.
+    """
+
+    config: type
+    run: Callable[[Any], int]
+    summary: str
+    example: str
+    defaults: dict[str, Any]
+    positional: str | None = None
+
+
+def _finetune(config: TrainConfig) -> int:
+    if config.init is None:
+        raise ValueError(
+            "init is missing; name the checkpoint to adapt (--init moco_v2_800ep.pth.tar), or use `fastuft pretrain` "
+            "to train from scratch"
+        )
+    return _train(config)
+
+
+def _train(config: TrainConfig) -> int:
+    from fastuft.trainer import EXIT_PREEMPTED, NonFiniteLossError, train
+
+    try:
+        result = train(config)
+    except NonFiniteLossError as error:
+        print(f"fastuft: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    if result.interrupted:
+        print(f"stopped by {result.interrupted} at step {result.steps}; go on with --resume auto", file=sys.stderr)
+        return EXIT_PREEMPTED
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{result.run_dir}: {result.steps} steps, {result.bad_files} bad files skipped")
+    return 0
+
+
+def _evaluate(config: EvalConfig) -> int:
+    from fastuft.evaluate import evaluate_backbone, write_evaluation
+    from fastuft.model import load_backbone
+    from fastuft.report import load_run, table, write_report
+
+    backbone = load_backbone(config.checkpoint, config.arch, config.stem)
+    known = {"arch": str(backbone.arch), "stem": backbone.stem}
+    before = None if config.before is None else load_backbone(config.before, **known)  # type: ignore[arg-type]
+    result = evaluate_backbone(backbone, config, before)
+    write_evaluation(config.out, result)
+    trained = Path(config.checkpoint)
+    # The curves of a run join its evaluation.
+    runs = [load_run(trained.name or "checkpoint", [config.out, trained] if trained.is_dir() else config.out)]
+    print(table(runs))
+    for statement in result.metrics["statements"]:
+        print(statement)
+    write_report(Path(config.out) / "report.html", runs)
+    print(f"report: {Path(config.out) / 'report.html'}")
+    return 0
+
+
+def _export(config: options.ExportOptions) -> int:
+    from fastuft.model import export
+
+    export(
+        config.checkpoint,
+        config.out,
+        layout=config.layout,
+        arch=config.arch,
+        stem=config.stem,
+        num_classes=config.num_classes,
+    )
+    print(f"wrote {config.out} in the layout of {config.layout}")
+    return 0
+
+
+def _verify(config: options.VerifyOptions) -> int:
+    from tqdm import tqdm
+
+    from fastuft.data import list_images, verify_files, write_bad_list
+
+    paths = list_images(config.paths)
+    with tqdm(total=len(paths), unit="file", disable=not sys.stderr.isatty()) as bar:
+        bad = verify_files(
+            paths,
+            decode=config.decode,
+            workers=config.workers,
+            max_megapixels=config.max_megapixels,
+            progress=bar.update,
+        )
+    for entry in bad[:20]:
+        print(f"{entry.path}: {entry.reason}")
+    if bad:
+        write_bad_list(config.bad_list, bad)
+        print(f"{len(bad)} of {len(paths)} files are bad; the list is in {config.bad_list}")
+        return 1
+    print(f"all {len(paths)} files are good")
+    return 0
+
+
+def _report(config: options.ReportOptions) -> int:
+    from fastuft.report import table, write_report
+
+    runs = []
+    for entry in config.runs:
+        name, separator, folder = entry.partition("=")
+        runs.append((name, folder) if separator else (Path(entry).name, entry))
+    print(table(runs, config.format))
+    write_report(config.out, runs, title=config.title)
+    print(f"report: {config.out}")
+    return 0
+
+
+def _doctor(config: options.DoctorOptions) -> int:
+    from fastuft.cli.doctor import run_doctor
+
+    return run_doctor(as_json=config.json)
+
+
+def _demo(config: options.DemoOptions) -> int:
+    from fastuft.demo.arms import run_demo
+
+    run_demo(
+        config.out,
+        seeds=config.seeds,
+        first_seed=config.first_seed,
+        pretrain_epochs=config.pretrain_epochs,
+        finetune_epochs=config.finetune_epochs,
+        shots=config.shots,
+        trials=config.trials,
+        num_glyphs=config.num_glyphs,
+    )
+    return 0
+
+
+def _bench(config: options.BenchOptions) -> int:
+    folder = Path(__file__).resolve().parents[2] / "bench"
+    if not folder.is_dir():
+        raise ValueError("bench needs a source checkout: clone the repository and run `fastuft bench` in it")
+    known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+    if config.what != "all" and config.what not in known:
+        raise ValueError(f"what={config.what!r} is not allowed; choose one of all, {', '.join(known)}")
+    target = folder if config.what == "all" else folder / f"bench_{config.what}.py"
+    settings = folder.parent / "pyproject.toml"
+    command = [sys.executable, "-m", "pytest", str(target), "-c", str(settings), "--benchmark-only"]
+    command += [f"--device={config.device}", f"--threads={config.threads}", f"--seconds={config.seconds}"]
+    command += ["--smoke"] if config.smoke else []
+    command += [f"--impl={impl}" for impl in config.impl]
+    command += [f"--benchmark-json={Path(config.json).resolve()}"] if config.json else []
+    return subprocess.run(command, check=False).returncode
+
+
+# The recipe of MoCoV2 pretraining: 800 epochs, batch 2048, lr 0.24; the queue starts from random rows.
+_PRETRAIN = {
+    "method.mix": "none",
+    "method.queue_prefill": False,
+    "data.batch_size": 2048,
+    "optim.lr": 0.24,
+    "optim.epochs": 800,
+}
+
+COMMANDS = {
+    "finetune": Command(
+        TrainConfig,
+        _finetune,
+        "adapt a pretrained backbone to unlabelled images",
+        "fastuft finetune --init moco_v2_800ep.pth.tar --target photos/ --source imagenet/train/ --out runs/photos",
+        {},
+    ),
+    "pretrain": Command(
+        TrainConfig,
+        _train,
+        "MoCoV2 pretraining, or training from scratch on the target",
+        "torchrun --nproc-per-node 8 -m fastuft.cli pretrain --target imagenet/train/ --out runs/mocov2",
+        _PRETRAIN,
+    ),
+    "eval": Command(
+        EvalConfig,
+        _evaluate,
+        "retrieval, clustering, few-shot and forgetting; without labels, what can be known without them",
+        "fastuft eval --checkpoint runs/photos --train pets/train --test pets/test --out runs/photos/eval",
+        {},
+    ),
+    "report": Command(
+        options.ReportOptions,
+        _report,
+        "runs side by side as one HTML page and a table",
+        "fastuft report naive=runs/naive ours=runs/photos --out report.html",
+        {},
+        "runs",
+    ),
+    "export": Command(
+        options.ExportOptions,
+        _export,
+        "write a backbone for torchvision, timm or this program",
+        "fastuft export --checkpoint runs/photos --out backbone.pth --layout torchvision",
+        {},
+    ),
+    "verify-data": Command(
+        options.VerifyOptions,
+        _verify,
+        "check image files before a long run",
+        "fastuft verify-data photos/ imagenet/train/ --decode true",
+        {},
+        "paths",
+    ),
+    "bench": Command(
+        options.BenchOptions, _bench, "run the benchmarks of a source checkout", "fastuft bench loss", {}, "what"
+    ),
+    "demo": Command(
+        options.DemoOptions, _demo, "the whole job on embedded data, in minutes on a CPU", "fastuft demo --seeds 5", {}
+    ),
+    "doctor": Command(
+        options.DoctorOptions, _doctor, "what is there, what is missing, and the remedy", "fastuft doctor", {}
+    ),
+}

@@ -1,0 +1,147 @@
+"""From the words of the command line to configurations, and from a parser's complaint to one clear line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import fastuft
+from fastuft.cli.commands import COMMANDS, Command
+
+
+class UsageError(Exception):
+    """The command line does not parse."""
+
+
+def build_parser(names: Sequence[str] = tuple(COMMANDS)) -> Any:
+    """The parser with the named sub-commands; building all of them costs start-up time."""
+    from jsonargparse import ArgumentParser
+
+    class Parser(ArgumentParser):
+        """Raises instead of printing its whole usage: the message alone is shown."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise UsageError(message) from ex
+
+    parser = Parser(
+        prog="fastuft",
+        description="Unsupervised finetuning of pretrained image backbones.",
+        version=fastuft.__version__,
+    )
+    subcommands = parser.add_subcommands()
+    for name in names:
+        command = COMMANDS[name]
+        summary = command.summary[0].upper() + command.summary[1:]
+        child = Parser(description=f"{summary}.", epilog=f"Example: {command.example}")
+        child.add_argument("--config", action="config", help="YAML file of options; later options win")
+        if command.positional is not None:
+            _add_positional(child, command)
+        child.add_class_arguments(command.config, skip={command.positional} if command.positional else set())
+        child.set_defaults(command.defaults)
+        subcommands.add_subcommand(name, child, help=command.summary)
+    return parser
+
+
+def _add_positional(parser: Any, command: Command) -> None:
+    """Take one option of the dataclass by its place, with the help of its docstring."""
+    option = next(field for field in fields(command.config) if field.name == command.positional)
+    lines = (line.strip() for line in (command.config.__doc__ or "").splitlines())
+    text = next((line.partition(": ")[2] for line in lines if line.startswith(f"{option.name}:")), "")
+    if option.default is MISSING:
+        parser.add_argument(option.name, nargs="+", help=text)
+    else:
+        parser.add_argument(option.name, nargs="?", default=option.default, help=text)
+
+
+def _option_types(config: type, prefix: str = "") -> dict[str, Any]:
+    """Type of every option by its full name; groups come before their members."""
+    types: dict[str, Any] = {}
+    for name, kind in get_type_hints(config).items():
+        types[prefix + name] = kind
+        if is_dataclass(kind):
+            types |= _option_types(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return types
+
+
+def allowed_values(kind: Any) -> str:
+    """What an option of this type takes, in words."""
+    plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    if kind in plain:
+        return plain[kind]
+    if is_dataclass(kind):
+        return f"a group of {', '.join(field.name for field in fields(kind))}"
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if get_origin(kind) is tuple:
+        return f"[{', '.join(map(allowed_values, parts))}]"
+    if get_origin(kind) is list:
+        return f"a list, each item {allowed_values(parts[0])}"
+    return " or ".join(map(allowed_values, parts))
+
+
+def one_line(error: Exception, command: Command | None) -> str:
+    """A parser's complaint as one line that names the key and what is allowed."""
+    text = " ".join(str(error).split())
+    if command is None:
+        wrong = re.search(r"invalid choice: '([^']*)'", text)
+        return f"unknown command {wrong[1]!r}; choose one of {', '.join(COMMANDS)}" if wrong else text
+    types = _option_types(command.config)
+    required = re.search(r"arguments are required: (.+)$", text) or re.search(r'Key "([\w.]+)" is required', text)
+    if required:
+        names = [name.strip().split(".", 1)[-1].lstrip("-") for name in required[1].split(",")]
+        missing = "; ".join(f"{name} takes {allowed_values(types.get(name, str))}" for name in names)
+        return f"missing {', '.join(names)}: {missing}. Example: {command.example}"
+    stray = re.search(r"[Uu]nrecognized arguments: (?!--)(\S+)", text)
+    if stray:
+        return f"unexpected argument {stray[1]!r}; options are given as --NAME VALUE. Example: {command.example}"
+    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text) or re.search(
+        r"(?:does not accept option|[Kk]ey) ['\"]?([\w.]+)['\"]?(?: is not|$)", text
+    )
+    if unknown:
+        known = [name for name, kind in types.items() if not is_dataclass(kind)]
+        close = difflib.get_close_matches(unknown[1], known, 3, 0.4)
+        allowed = f"closest: {', '.join(close)}" if close else f"allowed: {', '.join(known)}"
+        return f"unknown option {unknown[1]!r}; {allowed}"
+    key = re.search(r'[Kk]ey "([\w.]+)"', text)
+    value = re.search(r"(?:Got value|value|given): (.*)$", text)
+    if key and value and key[1] in types:
+        return f"{key[1]}={value[1]} is not allowed; it takes {allowed_values(types[key[1]])}"
+    if text.startswith(("Problems parsing config", "Unexpected config")):
+        return f"config is no YAML mapping of options: {text}"
+    return text
+
+
+def normalised(arguments: Sequence[str], command: Command | None) -> list[str]:
+    """Arguments as the parser takes them.
+
+    ``--max-steps`` is ``--max_steps``; a bare ``--runtime.compile`` is true; one item for a list, or several with commas
+    between, need no brackets.
+    """
+    types = {} if command is None else _option_types(command.config)
+    given = list(arguments)
+    result: list[str] = []
+    while given:
+        argument = given.pop(0)
+        if not argument.startswith("--"):
+            result.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        name = name.replace("-", "_")
+        kind = types.get(name)
+        if kind is bool and not equals:
+            positional = command is not None and command.positional is not None
+            bare = not given or given[0].startswith("--") or (positional and given[0] not in ("true", "false"))
+            equals, value = "=", "true" if bare else given.pop(0)
+        elif get_origin(kind) is list:
+            if not equals and given:
+                equals, value = "=", given.pop(0)
+            if equals and not value.startswith("["):
+                items = value.split(",")
+                value = json.dumps(items) if get_args(kind)[0] is str else f"[{','.join(items)}]"
+        result.append(f"--{name}{equals}{value}")
+    return result
