@@ -135,25 +135,29 @@ def draw_views(augment: AugmentConfig, sizes: np.ndarray, u: np.ndarray) -> View
 def centre_views(sizes: np.ndarray, size: int, resize: int) -> ViewParameters:
     """The evaluation view: shorter side to ``resize``, centre crop of ``size``, as one region of the original.
 
+    Sides and corners are rounded to whole pixels of the resized image, as torchvision's Resize and CenterCrop do.
+
     Args:
         sizes: int [n, 2] width and height of the upright originals.
         size: side of the result, pixels.
         resize: shorter side that the crop is taken from; at least ``size``.
     """
-    side = sizes.min(1, keepdims=True).astype(np.float64) * size / resize
-    start = (sizes[:, ::-1] - side) / 2
+    original = sizes[:, ::-1].astype(np.int64)  # height, width
+    resized = resize * original // original.min(1, keepdims=True)
+    scale = original / resized
+    corner = np.rint((resized - size) / 2)
     n = len(sizes)
     one, zero = np.ones(n, np.float32), np.zeros(n, np.float32)
     return ViewParameters(
-        start.astype(np.float32),
-        (start + side).astype(np.float32),
-        zero,
-        one,
-        one,
-        one,
-        zero,
-        zero,
-        np.zeros(n, np.int32),
+        roi_start=(corner * scale).astype(np.float32),
+        roi_end=((corner + size) * scale).astype(np.float32),
+        angle=zero,
+        brightness=one,
+        contrast=one,
+        saturation=one,
+        hue=zero,
+        sigma=zero,
+        flip=np.zeros(n, np.int32),
     )
 
 

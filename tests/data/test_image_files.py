@@ -132,10 +132,10 @@ def test_each_kind_is_read_upright_as_rgb(tmp_path):
     for row, (kind, place, expected) in enumerate(zip(KINDS, places, truth, strict=True)):
         assert image_size(str(place)) == expected.shape[1::-1], kind
         assert np.abs(np.asarray(open_rgb(str(place))).astype(int) - expected).mean() < 3, kind
-        side = min(expected.shape[:2])
-        top, left = ((length - side) / 2 for length in expected.shape[:2])
-        box = (left, top, left + side, top + side)
-        small = Image.fromarray(expected).resize((32, 32), Image.Resampling.BILINEAR, box=box)
+        width, height = (32 * side // min(expected.shape[:2]) for side in expected.shape[1::-1])
+        left, top = round((width - 32) / 2), round((height - 32) / 2)
+        resized = Image.fromarray(expected).resize((width, height), Image.Resampling.BILINEAR)
+        small = resized.crop((left, top, left + 32, top + 32))
         for loader in LOADERS:
             difference = np.abs(read[loader][row].permute(1, 2, 0).numpy() * 255 - np.asarray(small))
             assert difference.mean() < 3, (kind, loader)

@@ -20,6 +20,7 @@ from fastuft.data import (
     labelled_folder,
     verify_files,
 )
+from fastuft.data.files import open_rgb
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 COLOUR = dataclasses.replace(AugmentConfig(), size=32)
@@ -142,16 +143,19 @@ def test_evaluation_is_in_order_and_keeps_the_last_images(folders, loader):
     assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, again, strict=True))
 
 
-def test_evaluation_view_is_resize_and_centre_crop(folders):
+@pytest.mark.parametrize("loader", LOADERS)
+def test_evaluation_view_is_resize_and_centre_crop(folders, loader):
     paths, _, _ = labelled_folder(folders[0])
-    stream = EvalStream(paths[:8], size=32, resize=40, loader="dali", **PLAIN)
-    for path, image in zip(paths, next(iter(stream))[0], strict=False):
-        original = Image.open(path).convert("RGB")
-        scale = 40 / min(original.size)
-        resized = original.resize([round(side * scale) for side in original.size], Image.Resampling.BILINEAR)
-        left, top = ((side - 32) // 2 for side in resized.size)
+    stream = EvalStream(paths, size=32, resize=40, loader=loader, **PLAIN)
+    for path, image in zip(paths, next(iter(stream))[0], strict=True):
+        original = open_rgb(path)
+        resized = original.resize(
+            [40 * side // min(original.size) for side in original.size], Image.Resampling.BILINEAR
+        )
+        left, top = (round((side - 32) / 2) for side in resized.size)
         expected = np.asarray(resized.crop((left, top, left + 32, top + 32)), np.float32) / 255
-        assert np.abs(image.permute(1, 2, 0).numpy() - expected).mean() < 0.02
+        difference = np.abs(image.permute(1, 2, 0).numpy() - expected)
+        assert difference.mean() < 0.002 and difference.max() < 0.02
 
 
 @pytest.mark.parametrize("loader", LOADERS)
