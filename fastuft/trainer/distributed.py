@@ -16,6 +16,9 @@ from torch import Tensor
 
 from fastuft.randomness import keyed_generator
 
+# Renamed in torch 2.13, where the old name warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # Ranks without work of their own wait this long for the main one's evaluation; a dead process is noticed at once.
 _LONG_WAIT = timedelta(hours=12)
 
@@ -150,7 +153,7 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     if ranks.world_size == 1:
         return rows
     gathered = rows.new_empty((ranks.world_size * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    _all_gather(gathered, rows.contiguous())
     return gathered
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,11 @@ from fastuft.mix import cutmix_, mixup_, sample_boxes, sample_lambda
 from fastuft.model import InitReport, MoCo, build_backbone, has_batchnorm, load_init, set_batchnorm_mode
 from fastuft.randomness import keyed_seed
 from fastuft.trainer.distributed import KeyShuffle, Ranks, gather_rows, upload
+
+# Renamed in torch 2.13, where the old name warns.
+_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+# BatchNorm's running statistics are each rank's own.
+_OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _renamed else "broadcast_buffers": False}
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -252,8 +258,8 @@ def build_learner(config: TrainConfig, ranks: Ranks, *, load: bool = True) -> tu
         query = DistributedDataParallel(
             query,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **_OWN_BUFFERS,
         )
     learner = Learner(
         moco=moco,

@@ -1,0 +1,351 @@
+"""The whole training step beside other MoCo steps and beside its encoders alone; loader and end-to-end rates.
+
+Claim: a step costs little more than its encoders. What is outside them (loss, its gradient, optimiser, moving average,
+queue) takes at most half as long as in facebookresearch/moco's step on a CPU, and 3% of the step on a GPU; end to end
+runs within 5% of synthetic images. The peers run at the same precision, layout and BatchNorm mode (plain), from the same
+weights, and their first losses must agree with ours. On a CPU without mixing; on a GPU with and without.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import numpy as np
+import pytest
+import torch
+from harness import interleaved_ratio, measure, peer
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastuft.config import AugmentConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from fastuft.data import Batch, Manifest, TrainStream
+from fastuft.loss import info_nce_with_terms
+from fastuft.trainer.distributed import Ranks
+from fastuft.trainer.learner import DTYPES, Learner, build_learner
+from fastuft.trainer.step import train_step
+
+TAU, MOMENTUM, LR = 0.2, 0.999, 0.015
+LEAST_RATIO = 0.97  # of a whole step, within what shared machines vary by
+LEAST_RATIO_OUTSIDE = 2.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained."""
+
+    arch: str
+    stem: str
+    side: int
+    batch: int
+    queue: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.arch}, {self.side} px, batch {self.batch}, K {self.queue}"
+
+
+SIZES = {
+    "smoke": [Size("resnet_tiny", "small", 32, 8, 256, 32)],
+    "cpu": [Size(arch, "imagenet", 96, 32, 65536, 128) for arch in ("resnet18", "resnet50")],
+    "cuda": [Size("resnet50", "imagenet", 224, 256, 65536, 128)],
+}
+
+
+def pytest_generate_tests(metafunc):
+    if "size" in metafunc.fixturenames:
+        option = metafunc.config.getoption
+        device = option("--device")
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        metafunc.parametrize("size", SIZES["smoke" if option("--smoke") else device], ids=lambda size: size.arch)
+
+
+def config_of(size: Size, mix: str = "none", bn: str = "plain") -> TrainConfig:
+    return TrainConfig(
+        target="unused",
+        out="unused",
+        model=ModelConfig(arch=size.arch, stem=size.stem, head_dim=size.dim, bn=bn, bn_group=min(32, size.batch)),  # type: ignore[arg-type]
+        method=MethodConfig(queue_size=size.queue, mix=mix, temperature=TAU, key_momentum=MOMENTUM),  # type: ignore[arg-type]
+        augment=AugmentConfig(size=size.side),
+        data=DataConfig(batch_size=size.batch),
+        optim=OptimConfig(lr=LR),
+        runtime=RuntimeConfig(),
+    )
+
+
+def learner_of(size: Size, device: torch.device, **changes: str) -> Learner:
+    return build_learner(config_of(size, **changes), Ranks(0, 1, device))[0]
+
+
+def images_of(size: Size, device: torch.device, dtype: torch.dtype) -> Callable[[], tuple[Tensor, Tensor]]:
+    def draw() -> Tensor:
+        images = torch.randn(size.batch, 3, size.side, size.side, device=device, dtype=dtype)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    return lambda: (draw(), draw())
+
+
+def ours(learner: Learner) -> Callable[[Tensor, Tensor], Tensor]:
+    steps = itertools.count()
+
+    def step(query: Tensor, key: Tensor) -> Tensor:
+        rows = torch.arange(len(query))
+        return train_step(learner, Batch(query, key, rows, rows > 0, 0, next(steps)), lambda part: None)[0]
+
+    return step
+
+
+class MoCoStep:
+    """The step of facebookresearch/moco's builder and main file, on the same encoders and the same first queue.
+
+    Logits of the positive and of all negatives are stored side by side for a cross-entropy; parameters are averaged one by
+    one; the queue is [D, K], copied for the product, and written by slices at a pointer that the host reads.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self.query = copy.deepcopy(learner.moco.query_encoder)
+        self.key = copy.deepcopy(learner.moco.key_encoder)
+        self.queue = learner.queue.keys.float().T.contiguous()
+        self.pointer = torch.zeros(1, dtype=torch.long)
+        self.autocast = learner.autocast
+        self.optimizer = torch.optim.SGD(self.query.parameters(), LR, momentum=0.9, weight_decay=1e-4)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        for own, other in zip(self.key.parameters(), self.query.parameters(), strict=True):
+            own.data = own.data * MOMENTUM + other.data * (1.0 - MOMENTUM)
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        first = int(self.pointer)
+        self.queue[:, first : first + len(keys)] = keys.T
+        self.pointer[0] = (first + len(keys)) % self.queue.shape[1]
+
+    def loss(self, q: Tensor, k: Tensor) -> Tensor:
+        positive = torch.einsum("nc,nc->n", [q, k]).unsqueeze(-1)
+        negative = torch.einsum("nc,ck->nk", [q, self.queue.clone().detach()])
+        logits = torch.cat([positive, negative], dim=1) / TAU
+        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+    def __call__(self, query: Tensor, key: Tensor) -> Tensor:
+        with self.autocast():
+            q = F.normalize(self.query(query), dim=1)
+            with torch.no_grad():
+                self.average()
+                k = F.normalize(self.key(key), dim=1)
+            loss = self.loss(q, k)
+        self.enqueue(k)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+class LightlyStep(MoCoStep):
+    """The step of lightly's MoCo example: its loss with a memory bank, its moving average."""
+
+    def __init__(self, learner: Learner) -> None:
+        super().__init__(learner)
+        ntx = peer("lightly.loss.ntx_ent_loss", "lightly")
+        self.update = peer("lightly.models.utils", "lightly").update_momentum
+        dim, size = self.queue.shape
+        self.criterion = ntx.NTXentLoss(temperature=TAU, memory_bank_size=(size, dim)).to(self.queue.device)
+        # The bank hands out its transpose: the rows have to lie there as it keeps them.
+        bank = self.criterion.memory_bank
+        bank.bank = self.queue if bank.bank.shape == self.queue.shape else self.queue.T.contiguous()
+
+    def __call__(self, query: Tensor, key: Tensor) -> Tensor:
+        self.update(self.query, self.key, m=MOMENTUM)
+        with self.autocast():
+            q = self.query(query)
+            with torch.no_grad():
+                k = self.key(key)
+            loss = self.criterion(q, k)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def encoders_alone(learner: Learner, passes: int = 1) -> Callable[[Tensor, Tensor], None]:
+    """Key forward, query forward and backward: what no step can do without. A mixed query doubles the query's part."""
+
+    def run(query: Tensor, key: Tensor) -> None:
+        with torch.no_grad(), learner.autocast():
+            learner.key(key)
+        for _ in range(passes):
+            with learner.autocast():
+                q = learner.query(query)
+            q.backward(torch.ones_like(q))
+        learner.optimizer.zero_grad()
+
+    return run
+
+
+STEPS: dict[str, Callable[[Learner], Callable[[Tensor, Tensor], Any]]] = {
+    "fastuft": ours,
+    "moco": MoCoStep,
+    "lightly": LightlyStep,
+    "encoders_alone": encoders_alone,
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_step(benchmark, device, size, step):
+    learner = learner_of(size, device)
+    inputs = images_of(size, device, DTYPES[learner.precision])
+    function = STEPS[step](learner)
+    if step in ("moco", "lightly"):
+        batch = inputs()
+        theirs = function(*batch)
+        torch.testing.assert_close(
+            ours(learner)(*batch), theirs.float(), rtol=1e-2 if device.type == "cuda" else 1e-4, atol=0
+        )
+    info = {}
+    if step == "fastuft" and device.type == "cpu":
+        rounds = 1 if harness.SMOKE else 3
+        info["moco_over_fastuft"] = interleaved_ratio(function, MoCoStep(learner), inputs, rounds=rounds)
+    measure(
+        benchmark,
+        function,
+        inputs,
+        group=f"step, {size}, {learner.precision}, plain MoCo",
+        baseline=step == "moco",
+        graph=False,  # a step draws random numbers on the host
+        items=size.batch,
+        device=device,
+        info=info,
+    )
+    if info and not harness.SMOKE:
+        assert info["moco_over_fastuft"] >= LEAST_RATIO
+
+
+@pytest.mark.parametrize("step", ["plain_bn", "split_bn", "encoders_alone"])
+def test_step_with_mixing(benchmark, device, size, step):
+    learner = learner_of(size, device, mix="cutmix", bn="split" if step == "split_bn" else "plain")
+    measure(
+        benchmark,
+        encoders_alone(learner, passes=2) if step == "encoders_alone" else ours(learner),
+        images_of(size, device, DTYPES[learner.precision]),
+        group=f"step, {size}, {learner.precision}, with mixing",
+        baseline=step == "plain_bn",
+        graph=False,
+        items=size.batch,
+        device=device,
+    )
+
+
+def outside(learner: Learner) -> Callable[[Tensor, Tensor], None]:
+    """Our step without its encoders: loss and its gradient from given embeddings, optimiser, average, queue."""
+
+    def run(q: Tensor, k: Tensor) -> None:
+        loss, _, _ = info_nce_with_terms(q, k, learner.queue.keys, TAU)
+        loss.backward()
+        learner.optimizer.step()
+        learner.moco.momentum_update_(MOMENTUM)
+        learner.queue.enqueue_(k)
+
+    return run
+
+
+def outside_moco(step: MoCoStep) -> Callable[[Tensor, Tensor], None]:
+    def run(q: Tensor, k: Tensor) -> None:
+        loss = step.loss(F.normalize(q, dim=1), F.normalize(k, dim=1))
+        loss.backward()
+        step.optimizer.step()
+        step.average()
+        step.enqueue(F.normalize(k, dim=1))
+
+    return run
+
+
+@pytest.mark.parametrize("step", ["fastuft", "moco"])
+def test_outside_the_encoders(benchmark, device, size, step):
+    learner = learner_of(size, device)
+    theirs = MoCoStep(learner)
+    for parameter in (*learner.moco.query_encoder.parameters(), *theirs.query.parameters()):
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+
+    def embeddings() -> tuple[Tensor, Tensor]:
+        q, k = (torch.randn(size.batch, size.dim, device=device) for _ in range(2))
+        return q.requires_grad_(), k
+
+    functions = {"fastuft": outside(learner), "moco": outside_moco(theirs)}
+    info = {}
+    if step == "fastuft" and device.type == "cpu":
+        info["moco_over_fastuft"] = interleaved_ratio(functions["fastuft"], functions["moco"], embeddings, rounds=5)
+    measure(
+        benchmark,
+        functions[step],
+        embeddings,
+        group=f"outside the encoders, {size}",
+        baseline=step == "moco",
+        graph=False,
+        device=device,
+        info=info,
+    )
+    if info and not harness.SMOKE:
+        assert info["moco_over_fastuft"] >= LEAST_RATIO_OUTSIDE
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, scale) -> str:
+    """A folder of JPEGs, some batches of them, larger than the views."""
+    size = SIZES[scale][0]
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for index in range(size.batch * (2 if scale == "smoke" else 8)):
+        coarse = generator.integers(0, 256, (12, 16, 3)).astype(np.uint8)
+        image = Image.fromarray(coarse).resize((size.side * 2, size.side * 3 // 2), Image.Resampling.BICUBIC)
+        image.save(folder / f"{index:05d}.jpg", quality=90)
+    return str(folder)
+
+
+@pytest.mark.parametrize("part", ["encoders_alone", "synthetic", "loader", "end_to_end"])
+def test_images_a_second(benchmark, device, scale, photos, part):
+    """One epoch: of the step on images that lie ready, of the loader alone, of both together."""
+    size = SIZES[scale][0]
+    learner = learner_of(size, device, mix="cutmix", bn="split")
+    config = config_of(size)
+    manifest = Manifest.build(photos, None, fraction=0.0, seed=0)
+    backbone: Any = learner.moco.query_encoder.backbone
+    dtype = DTYPES[learner.precision]
+    options = {"seed": 0, "device": device, "dtype": dtype, "mean": backbone.mean, "std": backbone.std}
+    # On a CPU loader and encoders share the cores: threads as in training.
+    stream = TrainStream(
+        manifest, dataclasses.replace(config.data, threads=torch.get_num_threads()), config.augment, **options
+    )
+    step, alone = ours(learner), encoders_alone(learner, passes=2)
+    ready = images_of(size, device, dtype)()
+    epochs = itertools.count()
+
+    def one_epoch() -> None:
+        if part in ("synthetic", "encoders_alone"):
+            for _ in range(stream.steps_per_epoch):
+                (step if part == "synthetic" else alone)(*ready)
+            return
+        for batch in stream.epoch(next(epochs)):
+            if part == "end_to_end":
+                step(batch.query, batch.key)
+        harness.synchronize(device)
+
+    try:
+        measure(
+            benchmark,
+            one_epoch,
+            group=f"images a second, {size}, {learner.precision}, with mixing, split BatchNorm",
+            baseline=part == "encoders_alone",
+            graph=False,
+            memory=False,
+            rounds=1 if harness.SMOKE else 3,
+            items=size.batch * stream.steps_per_epoch,
+            device=device,
+        )
+    finally:
+        stream.close()
