@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ ARMS = {
 
 
 def _folder_name(arm: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in arm.replace("+", "plus")).strip("_")
+    return "_".join(re.findall(r"\w+", arm.replace("+", " plus ")))
 
 
 def pretrain_config(folders: DemoFolders, out: Path, seed: int, epochs: int) -> TrainConfig:

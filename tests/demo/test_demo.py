@@ -1,0 +1,72 @@
+"""The demo at its smallest: images are fixed by their seed, every arm runs, a second call finds everything done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastuft.demo.arms import ARMS, PRETRAINED, RAW_PIXELS, arm_config
+from fastuft.demo.images import CHARACTERS, FONT_STEMS, write_demo_images
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_demo_images(tmp_path_factory.mktemp("images"), num_glyphs=124)
+
+
+def test_images_are_what_they_say(folders):
+    glyphs = sorted(Path(folders.source).rglob("*.png"))
+    assert len(glyphs) == 124 and len({path.parent.name.lower() for path in glyphs}) == len(CHARACTERS) == 62
+    train, test = (sorted(Path(folder).rglob("*.png")) for folder in (folders.train, folders.test))
+    assert (len(train), len(test)) == (500, 1297)
+    assert not {path.name for path in train} & {path.name for path in test}
+    for path in (glyphs[0], train[0]):
+        pixels = np.asarray(Image.open(path))
+        assert pixels.shape == (32, 32) and pixels.max() > 100 > pixels[0, 0]
+
+
+def test_fonts_ship_with_matplotlib():
+    import matplotlib
+
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    assert [stem for stem in FONT_STEMS if not (fonts / f"{stem}.ttf").is_file()] == []
+
+
+def test_images_are_fixed_by_their_seed(folders, tmp_path):
+    again = write_demo_images(tmp_path, num_glyphs=124)
+    for name in ("source", "train"):
+        first, second = (sorted(Path(getattr(f, name)).rglob("*.png")) for f in (folders, again))
+        assert [p.name for p in first] == [p.name for p in second]
+        assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first[::20], second[::20], strict=True))
+
+
+def test_matched_arm_takes_the_steps_of_replaying(folders, tmp_path):
+    matched = arm_config("naive, same steps as + SDR", folders, tmp_path, tmp_path / "a", 0, 40)
+    plain = arm_config("naive", folders, tmp_path, tmp_path / "b", 0, 40)
+    assert plain.optim.epochs == 40
+    # 500 targets and 12 replayed glyphs make 4 steps of 128 an epoch, 500 alone make 3
+    assert matched.optim.epochs == round(40 * 4 / 3)
+
+
+@pytest.mark.e2e
+def test_the_whole_demo_runs_and_is_found_done(tmp_path, capsys):
+    from fastuft.cli import main
+
+    arguments = ["demo", "--out", str(tmp_path), "--pretrain-epochs", "1", "--finetune-epochs", "1", "--shots", "[1]"]
+    arguments += ["--num-glyphs", "310"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for row in (PRETRAINED, *ARMS, RAW_PIXELS):
+        assert row in printed
+    assert "<script" not in (tmp_path / "report.html").read_text()
+    for arm in (PRETRAINED, "naive", "plus_SDR_plus_Mix"):
+        run = tmp_path / "seed0" / arm
+        figures = json.loads((run / "eval.json").read_text())
+        assert 0 < figures["retrieval"] <= 1 and (run / "backbone.safetensors").exists()
+    written = {path: path.read_text() for path in tmp_path.rglob("metrics.jsonl")}
+    assert main(arguments) == 0
+    assert {path: path.read_text() for path in tmp_path.rglob("metrics.jsonl")} == written

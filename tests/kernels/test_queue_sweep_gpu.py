@@ -1,0 +1,101 @@
+"""The fused kernels on a CUDA device: large sizes, no waiting, little memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from error_bound import GRADIENT, VALUE, assert_as_good, relative_error
+from torch.nn import functional as F
+
+import fastuft
+from fastuft.loss import reference
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def make(batch, keys, width, dtype, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    q, k_a, k_b = (torch.randn(batch, width, generator=generator, device="cuda").to(dtype) for _ in range(3))
+    queue = F.normalize(torch.randn(keys, width, generator=generator, device="cuda"), dim=1).to(dtype)
+    return q, k_a, k_b, torch.rand(batch, generator=generator, device="cuda"), queue
+
+
+def in_dtype(tensors, dtype):
+    q, k_a, k_b, lam, queue = (t.to(dtype) for t in tensors)
+    q = q.clone().requires_grad_()
+    loss = reference.mixed_info_nce(q, k_a, k_b, lam, queue)
+    return loss.detach(), torch.autograd.grad(loss.sum(), q)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1, 16), (3, 5, 64), (252, 507, 128), (64, 4096, 128), (256, 65536, 128), (130, 5000, 512), (33, 777, 48)],
+    ids=str,
+)
+def test_loss_and_gradient_against_float64(size, dtype):
+    tensors = make(*size, dtype)
+    q = tensors[0].clone().requires_grad_()
+    loss = fastuft.mixed_info_nce(q, *tensors[1:], reduction="none", impl="triton")
+    (grad,) = torch.autograd.grad(loss.sum(), q)
+    exact, same = in_dtype(tensors, torch.float64), in_dtype(tensors, dtype)
+    assert_as_good(loss, exact[0], same[0], VALUE)
+    assert_as_good(grad, exact[1], same[1], GRADIENT)
+
+
+def test_reruns_are_bitwise_equal():
+    tensors = make(256, 65536, 128, torch.bfloat16)
+    first, second = (torch.ops.fastuft.mixed_info_nce(*tensors, 0.2, True, True, True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_many_rows():
+    q, k, _, _, queue = make(65536, 4096, 128, torch.bfloat16)
+    loss = fastuft.info_nce(q, k, queue, reduction="none", impl="triton")
+    rows = slice(0, None, 4096)
+    exact = reference.info_nce(q[rows].double(), k[rows].double(), queue.double())
+    assert relative_error(loss[rows], exact) < 5e-3
+
+
+def test_nothing_waits_and_memory_stays_small():
+    q, k_a, k_b, lam, queue = make(256, 65536, 128, torch.bfloat16)
+    q.requires_grad_()
+    store = fastuft.KeyQueue(65536, 128, dtype=torch.bfloat16, device="cuda")
+    fastuft.mixed_info_nce(q, k_a, k_b, lam, queue).backward()  # compiled before the device is watched
+    store.enqueue_(k_a)
+    q.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fastuft.mixed_info_nce(q, k_a, k_b, lam, queue).backward()
+        store.enqueue_(k_a)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra <= 9.5e6, f"{extra / 1e6:.1f} MB beyond the inputs"
+
+
+def test_half_gradients_under_a_loss_scale():
+    tensors = make(4096, 8192, 128, torch.float16)
+    q = tensors[0].clone().requires_grad_()
+    scale = 65536.0
+    (fastuft.mixed_info_nce(q, *tensors[1:]) * scale).backward()
+    exact = in_dtype(tensors, torch.float64)[1] / 4096 * scale
+    assert relative_error(q.grad, exact) < 2e-3
+
+
+def test_enqueue_equals_the_portable_path():
+    for batch in (1, 100, 256, 700):
+        ours = fastuft.KeyQueue(512, 128, device="cuda")
+        theirs = fastuft.KeyQueue(512, 128)
+        theirs.load_state_dict(ours.state_dict())
+        for _ in range(3):
+            keys = torch.randn(batch, 128, device="cuda")
+            ours.enqueue_(keys)
+            theirs.enqueue_(keys.cpu())
+        torch.testing.assert_close(ours.keys.cpu(), theirs.keys)
+        assert ours.pointer.item() == theirs.pointer.item()
