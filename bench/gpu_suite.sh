@@ -99,11 +99,23 @@ export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
 pytest=("$python" -P -m pytest -q -p no:cacheprovider --continue-on-collection-errors)
 
-part build 150 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$work/site" .
-part gpu-tests 150 "${pytest[@]}" tests -m 'gpu and not slow' --timeout=100
-part memcheck 60 bash -c 'sanitize memcheck'
-part racecheck 60 bash -c 'sanitize racecheck'
-part benchmarks 170 "${pytest[@]}" bench --benchmark-only --device=cuda --seconds=0.3 --benchmark-json="$work/raw.json"
+# One process a benchmark file: what is slow or breaks costs its own figures only.
+benchmark() { # NAME SECONDS
+  part "bench-$1" "$2" "${pytest[@]}" "bench/bench_$1.py" --benchmark-only --device=cuda --seconds=0.3 \
+    --benchmark-json="$work/raw-$1.json"
+}
+
+part build 120 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$work/site" .
+part gpu-tests 120 "${pytest[@]}" tests -m 'gpu and not slow' --timeout=100
+benchmark loss 70
+benchmark mix 30
+benchmark enqueue 20
+benchmark momentum 20
+benchmark step 80
+part memcheck 45 bash -c 'sanitize memcheck'
+part racecheck 45 bash -c 'sanitize racecheck'
+benchmark streams 60
+benchmark evaluate 60
 
 if ((dry_run)); then
   echo "would write $out/DEVICE/DATE.json"
@@ -111,13 +123,15 @@ if ((dry_run)); then
 fi
 
 echo
-if [[ -s $work/raw.json ]]; then
-  "$python" bench/report.py collect "$work/raw.json" --results "$out" --parts "$parts" || failed=1
+shopt -s nullglob
+figures=("$work"/raw-*.json)
+if ((${#figures[@]})); then
+  "$python" bench/report.py collect "${figures[@]}" --results "$out" --parts "$parts" || failed=1
 else
   echo 'no benchmark file was written' >&2
   failed=1
 fi
 echo
-awk -F '\t' '{ printf "%-12s %-14s %4d s  %s\n", $1, $2, $3, $4 }' "$parts"
+awk -F '\t' '{ printf "%-15s %-14s %4d s  %s\n", $1, $2, $3, $4 }' "$parts"
 echo "total $((SECONDS - started)) s"
 exit "$failed"

@@ -86,39 +86,37 @@ def table_lines(entries: Iterable[dict[str, Any]]) -> list[str]:
     return [*lines, LEGEND]
 
 
-def compact(raw: dict[str, Any], parts: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """A pytest-benchmark file without its raw rounds, with what else was recorded in the session.
+def compact(raws: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """pytest-benchmark files of one session without their raw rounds, as one record.
 
     Args:
-        raw: content of ``--benchmark-json``.
+        raws: contents of ``--benchmark-json``, taken on one machine.
         parts: steps of a suite: name, status, seconds, detail.
     """
-    machine, commit = raw["machine_info"], raw["commit_info"]
     entries = []
-    for bench in raw["benchmarks"]:
-        info = dict(bench["extra_info"])
-        ceilings = info.pop("ceilings", None)
-        entries.append(
-            {
-                "file": bench["fullname"].split("::")[0].rsplit("/", 1)[-1],
-                "group": bench["group"],
-                "name": bench["name"],
-                "params": bench["params"],
-                "median": bench["stats"]["median"],
-                "rounds": bench["stats"]["rounds"],
-                **info,
-                **({"ceilings": ceilings} if ceilings else {}),
-            }
-        )
+    for raw in raws:
+        for bench in raw["benchmarks"]:
+            entries.append(
+                {
+                    "file": bench["fullname"].split("::")[0].rsplit("/", 1)[-1],
+                    "group": bench["group"],
+                    "name": bench["name"],
+                    "params": bench["params"],
+                    "median": bench["stats"]["median"],
+                    "rounds": bench["stats"]["rounds"],
+                    **bench["extra_info"],
+                }
+            )
+    machine, commit = raws[0]["machine_info"], raws[0]["commit_info"]
     return {
-        "date": raw["datetime"][:10],
+        "date": raws[0]["datetime"][:10],
         "device": machine["device"],
         "threads": machine["threads"],
         "system": f"{machine['system']} {machine['machine']}",
         "versions": machine["versions"],
         "commit": commit["id"] + (" with changes" if commit["dirty"] else ""),
-        "smoke": raw["smoke"],
-        "left_out": raw["left_out"],
+        "smoke": any(raw["smoke"] for raw in raws),
+        "left_out": {name: reason for raw in raws for name, reason in raw["left_out"].items()},
         "parts": list(parts),
         "benchmarks": entries,
     }
@@ -130,11 +128,12 @@ def read_parts(path: Path) -> list[dict[str, Any]]:
     return [{"name": n, "status": s, "seconds": float(t), "detail": d} for n, s, t, d in rows]
 
 
-def collect(raw_path: Path, results: Path, parts_path: Path | None) -> Path:
-    """Write one result file from a pytest-benchmark file; returns its path."""
-    result = compact(json.loads(raw_path.read_text()), read_parts(parts_path) if parts_path else ())
+def collect(raw_paths: Sequence[Path], results: Path, parts_path: Path | None) -> Path:
+    """Write one result file from the pytest-benchmark files of one session; returns its path."""
+    raws = [json.loads(path.read_text()) for path in raw_paths]
+    result = compact(raws, read_parts(parts_path) if parts_path else ())
     if result["smoke"]:
-        raise ValueError(f"{raw_path} comes from a --smoke run, whose sizes say nothing; run it without --smoke")
+        raise ValueError(f"{raw_paths[0]}: figures of a --smoke run say nothing; run without --smoke")
     path = results / slug(result["device"]) / f"{result['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -348,8 +347,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this file."""
     parser = argparse.ArgumentParser(description="Benchmark results and their page.")
     commands = parser.add_subparsers(dest="command", required=True)
-    collecting = commands.add_parser("collect", help="a pytest-benchmark file to results/DEVICE/DATE.json")
-    collecting.add_argument("raw", type=Path)
+    collecting = commands.add_parser("collect", help="pytest-benchmark files to results/DEVICE/DATE.json")
+    collecting.add_argument("raw", type=Path, nargs="+")
     collecting.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     collecting.add_argument("--parts", type=Path, help="steps of a suite, tab-separated")
     paging = commands.add_parser("page", help="the newest results to docs/benchmarks.md")

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = ROOT / "bench" / "gpu_suite.sh"
-PARTS = ("build", "gpu-tests", "memcheck", "racecheck", "benchmarks")
+FILES = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py"))
+PARTS = ("build", "gpu-tests", "memcheck", "racecheck", *(f"bench-{name}" for name in FILES))
 
 # Stands for python3 on a GPU machine: it has CUDA, builds, tests and measures, each as FAKE_* says.
 FAKE_PYTHON = """#!/usr/bin/env bash
@@ -20,6 +21,7 @@ case "$*" in
   *is_available*) exit "${FAKE_CUDA-0}" ;;
   *"pip install"*) sleep "${FAKE_SLEEP-0}"; echo built; exit "${FAKE_BUILD-0}" ;;
   *" tests -m "*) echo '3 passed in 1.00s'; exit "${FAKE_TESTS-0}" ;;
+  *"bench_${FAKE_SLOW-none}.py"*) sleep 30 ;;
   *benchmark-json=*) for word in "$@"; do case $word in --benchmark-json=*) cp "$FAKE_RAW" "${word#*=}" ;; esac; done
     echo '1 passed' ;;
   *report.py*) exec "$REAL_PYTHON" "$@" ;;
@@ -106,7 +108,7 @@ def test_wrong_argument_and_no_gpu(run):
 def test_all_parts_pass(run):
     status, output, parts = run()
     assert status == 0, output
-    assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(PARTS, "ok")
+    assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(PARTS, "ok")  # no file forgotten
     assert "3 passed" in parts["gpu-tests"]["detail"]
     assert "60% matrix" in output and "left out: lightly" in output
     assert output.splitlines()[-1].startswith("total ")
@@ -116,12 +118,18 @@ def test_a_failing_part_does_not_stop_the_others(run):
     status, _, parts = run(FAKE_TESTS="1", FAKE_SANITIZER_STATUS="9", FAKE_SANITIZER_SAYS="Invalid __global__ write")
     assert status == 1
     assert parts["gpu-tests"]["status"] == parts["memcheck"]["status"] == "failed"
-    assert parts["build"]["status"] == parts["benchmarks"]["status"] == "ok"
+    assert parts["build"]["status"] == parts["bench-loss"]["status"] == "ok"
 
 
 def test_a_sanitizer_that_cannot_work_here_is_no_failure(run):
     status, _, parts = run(FAKE_SANITIZER_STATUS="1", FAKE_SANITIZER_SAYS="Error: Device not supported")
     assert status == 0 and parts["memcheck"]["status"] == "not available"
+
+
+def test_a_slow_benchmark_costs_its_own_figures_only(run):
+    status, output, parts = run(FAKE_SLOW="evaluate", FASTUFT_BUDGET="9")
+    assert status == 1 and parts["bench-loss"]["status"] == "ok" and parts["bench-evaluate"]["status"] != "ok"
+    assert "60% matrix" in output
 
 
 def test_the_budget_ends_the_suite(run):
