@@ -31,7 +31,7 @@ def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
 
 
 def make_view(image: Image.Image, view: ViewParameters, row: int, spec: ViewSpec) -> Tensor:
-    """One normalised view [3, size, size] of an upright RGB image, rounded to bytes where DALI rounds."""
+    """One normalised view [3, size, size] of an upright RGB image."""
     top, left = view.roi_start[row]
     bottom, right = view.roi_end[row]
     box = (float(left), float(top), float(right), float(bottom))
@@ -44,9 +44,9 @@ def make_view(image: Image.Image, view: ViewParameters, row: int, spec: ViewSpec
             *(float(a[row]) for a in (view.brightness, view.contrast, view.saturation, view.hue))
         )
         x = torch.einsum("ij,jhw->ihw", torch.from_numpy(matrix).float(), x) + offset
-        x = x.clamp_(0, 255).round_()
+        x = x.clamp_(0, 255)
     if spec.blur and view.sigma[row] > 0:
-        x = gaussian_blur(x, float(view.sigma[row])).clamp_(0, 255).round_()
+        x = gaussian_blur(x, float(view.sigma[row]))
     if view.flip[row]:
         x = x.flip(2)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
