@@ -102,7 +102,7 @@ class DaliBackend:
         self._build()
 
     def _build(self) -> None:
-        self._pipeline = _view_pipeline(
+        self._pipeline: Any = _view_pipeline(
             self._feed,
             self.spec,
             batch_size=self.spec.batch_size,
@@ -197,4 +197,4 @@ class DaliBackend:
         """See :class:`fastuft.data.backend.Backend`."""
         self._requests = iter(())
         self._under_way.clear()
-        del self._pipeline
+        self._pipeline = None

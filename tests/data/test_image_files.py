@@ -197,6 +197,7 @@ BAD = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes the package's own filter
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_refused_before_decoding(tmp_path, name):
     make, reason = BAD[name]

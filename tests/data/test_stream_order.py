@@ -149,6 +149,8 @@ def test_an_epoch_that_is_left_leaves_nothing_behind(manifest, loader, taken):
     ours, theirs = list(stream.epoch(1)), list(make(manifest, loader).epoch(1))
     assert len(ours) == len(theirs) == 4
     assert all(torch.equal(a.query, b.query) for a, b in zip(ours, theirs, strict=True))
+    stream.close()
+    stream.close()  # twice does no harm
 
 
 def test_prefill_draws_no_view_of_training(manifest):
