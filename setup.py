@@ -17,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CHOICES = ("auto", "cpu", "cuda", "none")
+AGAIN = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def say(message: str) -> None:
@@ -26,49 +27,68 @@ def say(message: str) -> None:
 class CMakeBuild(build_ext):
     """Builds both libraries into fastuft/mix; without a compiler the package still installs, and says what it lacks."""
 
+    @property
+    def place(self) -> Path:
+        return (ROOT if self.inplace else Path(self.build_lib).resolve()) / "fastuft" / "mix"
+
+    def clear(self) -> None:
+        """Remove what an earlier build left, which may have had more parts."""
+        for stale in self.place.glob("_C*.so"):
+            stale.unlink()
+
     def run(self) -> None:
         choice = os.environ.get("FASTUFT_BUILD", "auto")
         if choice not in CHOICES:
             raise SystemExit(f"FASTUFT_BUILD={choice!r} is not allowed; choose one of {', '.join(CHOICES)}")
         if choice == "none":
+            self.clear()
             say("FASTUFT_BUILD=none: the extension is left out, mixing runs in plain PyTorch")
             return
+        if choice != "auto":
+            self.build({"cpu": "off", "cuda": "on"}[choice])
+            return
         try:
-            self.build(choice)
+            try:
+                self.build("auto")
+            except subprocess.CalledProcessError:
+                say("the build with CUDA failed; trying without")
+                self.build("off")
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
-            if choice != "auto":
-                raise
+            self.clear()
             say(
                 f"the extension could not be built ({error}); mixing will run in plain PyTorch, which is slower. "
-                "Install a C++20 compiler and run: pip install --no-build-isolation --force-reinstall --no-deps ."
+                f"Install a C++20 compiler, cmake and torch, and run: {AGAIN}"
             )
 
-    def build(self, choice: str) -> None:
+    def build(self, cuda: str) -> None:
         import torch
 
-        cmake = shutil.which("cmake")
+        # Those of this Python's environment come first, whether or not it is activated.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
         if cmake is None:
             raise OSError("cmake was not found")
+        options = [f"-DTORCH_FOLDER={Path(torch.__file__).parent}", f"-DFASTUFT_CUDA={cuda}"]
+        if ninja:
+            options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        # CMake remembers tools and paths, which in an isolated build are gone the next time: then start afresh.
+        tools = [cmake, torch.__version__, *(os.environ.get(name) for name in ("CC", "CXX", "CUDACXX"))]
+        memory = repr([*options, *tools, shutil.which("nvcc")])
         work = Path(self.build_temp).resolve() / "cmake"
+        note = work / "configured.txt"
+        if not note.is_file() or note.read_text() != memory:
+            shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
-        cuda = {"auto": "auto", "cpu": "off", "cuda": "on"}[choice]
-        options = [
-            f"-DTORCH_FOLDER={Path(torch.__file__).parent}",
-            f"-DFASTUFT_CUDA={cuda}",
-            "-DCMAKE_BUILD_TYPE=Release",
-        ]
-        if shutil.which("ninja"):
-            options += ["-G", "Ninja"]
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(work), *options], check=True)
+        note.write_text(memory)
         subprocess.run([cmake, "--build", str(work), "--parallel"], check=True)
-        place = ROOT if self.inplace else Path(self.build_lib).resolve()
-        subprocess.run([cmake, "--install", str(work), "--prefix", str(place / "fastuft" / "mix")], check=True)
-        if not any((place / "fastuft" / "mix").glob("_C_cuda.*so")):
-            say("built for the CPU only; the CUDA part needs nvcc on PATH")
+        self.clear()
+        subprocess.run([cmake, "--install", str(work), "--prefix", str(self.place)], check=True)
+        if not (self.place / "_C_cuda.so").is_file():
+            say(f"built for the CPU only; the CUDA part needs nvcc on PATH, then run: {AGAIN}")
 
     def get_outputs(self) -> list[str]:
-        place = Path(self.build_lib) / "fastuft" / "mix"
-        return [str(path) for path in place.glob("_C*.so")]
+        return [str(path) for path in self.place.glob("_C*.so")]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -8,48 +8,95 @@
 
 #include "tensors.h"
 
+// Arithmetic is compiled twice on x86-64, for any processor and for those with AVX2, and chosen when loaded.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define FASTUFT_VECTORIZED __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define FASTUFT_VECTORIZED
+#endif
+
 namespace fastuft {
 namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 Box box_at(const int32_t* boxes, int64_t row) {
   return Box{boxes[4 * row], boxes[4 * row + 1], boxes[4 * row + 2], boxes[4 * row + 3]};
 }
 
-template <class Function>
-void for_each_row(const Region& region, Function function) {
-  const int64_t rows = region.run > 0 ? region.rows() : 0;
+// Values are checked here again, before anything is written: compiled programs and direct calls of the operators come
+// without the Python side's checks.
+void check_boxes(const int32_t* boxes, int64_t rows, const Layout& layout) {
   for (int64_t row = 0; row < rows; ++row) {
-    function(region.row_start(row));
+    const Box box = box_at(boxes, row);
+    STD_TORCH_CHECK(0 <= box.top && box.top <= box.bottom && box.bottom <= layout.height && 0 <= box.left &&
+                        box.left <= box.right && box.right <= layout.width,
+                    "boxes[", row, "] does not fit the images");
   }
 }
 
-void copy_region(char* to, const char* from, const Region& region, int64_t itemsize) {
-  for_each_row(region, [&](int64_t start) {
-    std::memcpy(to + start * itemsize, from + start * itemsize, region.run * itemsize);
-  });
+void check_partners(const int64_t* partner, int64_t batch) {
+  for (int64_t i = 0; i < batch; ++i) {
+    STD_TORCH_CHECK(0 <= partner[i] && partner[i] < batch, "partner[", i, "] is out of range");
+  }
 }
 
-void swap_region(char* a, char* b, const Region& region, int64_t itemsize) {
+void check_weights(const float* lam, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    STD_TORCH_CHECK(lam[row] >= 0 && lam[row] <= 1, "lam[", row, "] is not in [0, 1]");
+  }
+}
+
+// One pass over a sample in memory order: runs of its own pixels and runs of the partner's alternate, so that each
+// element is written once.
+void compose(char* to, const char* own, const char* other, const Region<int64_t>& all, const Region<int64_t>& box,
+             int64_t itemsize) {
+  const auto copy = [&](const char* from, int64_t begin, int64_t end) {
+    std::memcpy(to + begin * itemsize, from + begin * itemsize, (end - begin) * itemsize);
+  };
+  int64_t box_row = 0;
+  const int64_t box_rows = box.rows();
+  for (int64_t row = 0; row < all.rows(); ++row) {
+    int64_t cursor = all.row_start(row);
+    const int64_t end = cursor + all.run;
+    for (; box_row < box_rows; ++box_row) {
+      const int64_t start = box.row_start(box_row);
+      if (start >= end) {
+        break;
+      }
+      copy(own, cursor, start);
+      cursor = start + box.run;
+      copy(other, start, cursor);
+    }
+    copy(own, cursor, end);
+  }
+}
+
+void swap_regions(char* a, char* b, const Region<int64_t>& region, int64_t itemsize) {
   constexpr int64_t kBuffer = 4096;
   char buffer[kBuffer];
-  for_each_row(region, [&](int64_t start) {
-    char* x = a + start * itemsize;
-    char* y = b + start * itemsize;
-    for (int64_t left = region.run * itemsize; left > 0; left -= kBuffer) {
-      const int64_t size = left < kBuffer ? left : kBuffer;
-      std::memcpy(buffer, x, size);
-      std::memcpy(x, y, size);
-      std::memcpy(y, buffer, size);
-      x += size;
-      y += size;
+  for (int64_t row = 0; row < region.rows(); ++row) {
+    const int64_t start = region.row_start(row) * itemsize;
+    const int64_t end = start + region.run * itemsize;
+    for (int64_t at = start; at < end; at += kBuffer) {
+      const int64_t size = std::min(kBuffer, end - at);
+      std::memcpy(buffer, a + at, size);
+      std::memcpy(a + at, b + at, size);
+      std::memcpy(b + at, buffer, size);
     }
-  });
+  }
 }
 
-Tensor cutmix(const Tensor& images, const Tensor& boxes, const Tensor& partner) {
+Tensor cutmix(const Tensor& given, const Tensor& boxes, const Tensor& partner) {
+  const Tensor images = dense(given);
   const Layout layout = layout_of(images);
   check_companion(boxes, ScalarType::Int, 4 * layout.batch, "boxes");
   check_companion(partner, ScalarType::Long, layout.batch, "partner");
+  const int32_t* box = boxes.const_data_ptr<int32_t>();
+  const int64_t* other = partner.const_data_ptr<int64_t>();
+  check_boxes(box, layout.batch, layout);
+  check_partners(other, layout.batch);
   Tensor out = torch::stable::empty_like(images);
   if (images.numel() == 0) {
     return out;
@@ -58,14 +105,11 @@ Tensor cutmix(const Tensor& images, const Tensor& boxes, const Tensor& partner) 
   const int64_t sample = layout.batch_stride * itemsize;
   const char* source = static_cast<const char*>(images.const_data_ptr());
   char* target = static_cast<char*>(out.mutable_data_ptr());
-  const int32_t* box = boxes.const_data_ptr<int32_t>();
-  const int64_t* other = partner.const_data_ptr<int64_t>();
-  const Region all = region_of(layout, whole(layout));
+  const Region<int64_t> all = region_of<int64_t>(layout, whole(layout));
   torch::stable::parallel_for(0, layout.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      // The box is written twice, the second time while its lines are still in the cache.
-      copy_region(target + i * sample, source + i * sample, all, itemsize);
-      copy_region(target + i * sample, source + other[i] * sample, region_of(layout, box_at(box, i)), itemsize);
+      const Region<int64_t> region = region_of<int64_t>(layout, box_at(box, i));
+      compose(target + i * sample, source + i * sample, source + other[i] * sample, all, region, itemsize);
     }
   });
   return out;
@@ -75,17 +119,18 @@ void cutmix_(Tensor images, const Tensor& boxes) {
   const Layout layout = layout_of(images);
   const int64_t pairs = layout.batch / 2;
   check_companion(boxes, ScalarType::Int, 4 * pairs, "boxes");
+  const int32_t* box = boxes.const_data_ptr<int32_t>();
+  check_boxes(box, pairs, layout);
   if (images.numel() == 0) {
     return;
   }
   const int64_t itemsize = images.element_size();
   const int64_t sample = layout.batch_stride * itemsize;
   char* data = static_cast<char*>(images.mutable_data_ptr());
-  const int32_t* box = boxes.const_data_ptr<int32_t>();
   torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Region region = region_of(layout, box_at(box, i));
-      swap_region(data + i * sample, data + (layout.batch - 1 - i) * sample, region, itemsize);
+      const Region<int64_t> region = region_of<int64_t>(layout, box_at(box, i));
+      swap_regions(data + i * sample, data + (layout.batch - 1 - i) * sample, region, itemsize);
     }
   });
 }
@@ -95,7 +140,7 @@ template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T>
-T blend(T x, T y, Compute<T> lam, Compute<T> rest) {
+inline T blend(T x, T y, Compute<T> lam, Compute<T> rest) {
   const Compute<T> mixed = lam * static_cast<Compute<T>>(x) + rest * static_cast<Compute<T>>(y);
   if constexpr (std::is_same_v<T, uint8_t>) {
     // Adding 2^23 leaves no fraction bits, so the sum is rounded half to even; unlike a library call it vectorizes.
@@ -106,44 +151,58 @@ T blend(T x, T y, Compute<T> lam, Compute<T> rest) {
   }
 }
 
+// A run of each dtype. (target_clones does not reach into templates.) `result` overlaps neither x nor y.
+#define FASTUFT_BLEND_RUNS(T)                                                                                          \
+  FASTUFT_VECTORIZED void blend_run(const T* __restrict x, const T* __restrict y, T* __restrict result, int64_t count, \
+                                    Compute<T> lam, Compute<T> rest) {                                                 \
+    for (int64_t e = 0; e < count; ++e) {                                                                              \
+      result[e] = blend<T>(x[e], y[e], lam, rest);                                                                     \
+    }                                                                                                                  \
+  }                                                                                                                    \
+  FASTUFT_VECTORIZED void blend_run_pair(T* __restrict x, T* __restrict y, int64_t count, Compute<T> lam,              \
+                                         Compute<T> rest) {                                                            \
+    for (int64_t e = 0; e < count; ++e) {                                                                              \
+      const T first = x[e], last = y[e];                                                                               \
+      x[e] = blend<T>(first, last, lam, rest);                                                                         \
+      y[e] = blend<T>(last, first, lam, rest);                                                                         \
+    }                                                                                                                  \
+  }
+FASTUFT_BLEND_RUNS(uint8_t)
+FASTUFT_BLEND_RUNS(Half)
+FASTUFT_BLEND_RUNS(BFloat16)
+FASTUFT_BLEND_RUNS(float)
+FASTUFT_BLEND_RUNS(double)
+#undef FASTUFT_BLEND_RUNS
+
 template <class T>
-void mixup_samples(const Tensor& images, Tensor& out, const float* lam, const int64_t* other) {
-  const Layout layout = layout_of(images);
-  const Region all = region_of(layout, whole(layout));
+void mixup_samples(const Tensor& images, Tensor& out, const Layout& layout, const float* lam, const int64_t* other) {
+  const Region<int64_t> all = region_of<int64_t>(layout, whole(layout));
   const T* source = static_cast<const T*>(images.const_data_ptr());
   T* target = static_cast<T*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, layout.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Compute<T> weight = lam[i], rest = 1 - weight;
-      for_each_row(all, [&](int64_t start) {
-        const T* x = source + i * layout.batch_stride + start;
-        const T* y = source + other[i] * layout.batch_stride + start;
-        T* result = target + i * layout.batch_stride + start;
-        for (int64_t e = 0; e < all.run; ++e) {
-          result[e] = blend<T>(x[e], y[e], weight, rest);
-        }
-      });
+      const Compute<T> weight = lam[i];
+      for (int64_t row = 0; row < all.rows(); ++row) {
+        const int64_t start = all.row_start(row);
+        blend_run(source + i * layout.batch_stride + start, source + other[i] * layout.batch_stride + start,
+                  target + i * layout.batch_stride + start, all.run, weight, 1 - weight);
+      }
     }
   });
 }
 
 template <class T>
-void mixup_pairs(Tensor& images, const float* lam) {
-  const Layout layout = layout_of(images);
-  const Region all = region_of(layout, whole(layout));
+void mixup_pairs(Tensor& images, const Layout& layout, const float* lam) {
+  const Region<int64_t> all = region_of<int64_t>(layout, whole(layout));
   T* data = static_cast<T*>(images.mutable_data_ptr());
   torch::stable::parallel_for(0, layout.batch / 2, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Compute<T> weight = lam[i], rest = 1 - weight;
-      for_each_row(all, [&](int64_t start) {
-        T* x = data + i * layout.batch_stride + start;
-        T* y = data + (layout.batch - 1 - i) * layout.batch_stride + start;
-        for (int64_t e = 0; e < all.run; ++e) {
-          const T first = x[e], last = y[e];
-          x[e] = blend<T>(first, last, weight, rest);
-          y[e] = blend<T>(last, first, weight, rest);
-        }
-      });
+      const Compute<T> weight = lam[i];
+      for (int64_t row = 0; row < all.rows(); ++row) {
+        const int64_t start = all.row_start(row);
+        blend_run_pair(data + i * layout.batch_stride + start, data + (layout.batch - 1 - i) * layout.batch_stride + start,
+                       all.run, weight, 1 - weight);
+      }
     }
   });
 }
@@ -154,9 +213,9 @@ void dispatch(ScalarType type, Function function) {
     case ScalarType::Byte:
       return function(uint8_t{});
     case ScalarType::Half:
-      return function(torch::headeronly::Half{});
+      return function(Half{});
     case ScalarType::BFloat16:
-      return function(torch::headeronly::BFloat16{});
+      return function(BFloat16{});
     case ScalarType::Float:
       return function(float{});
     case ScalarType::Double:
@@ -166,22 +225,30 @@ void dispatch(ScalarType type, Function function) {
   }
 }
 
-Tensor mixup(const Tensor& images, const Tensor& lam, const Tensor& partner) {
-  check_companion(lam, ScalarType::Float, images.size(0), "lam");
-  check_companion(partner, ScalarType::Long, images.size(0), "partner");
+Tensor mixup(const Tensor& given, const Tensor& lam, const Tensor& partner) {
+  const Tensor images = dense(given);
+  const Layout layout = layout_of(images);
+  check_companion(lam, ScalarType::Float, layout.batch, "lam");
+  check_companion(partner, ScalarType::Long, layout.batch, "partner");
+  const float* weights = lam.const_data_ptr<float>();
+  const int64_t* other = partner.const_data_ptr<int64_t>();
+  check_weights(weights, layout.batch);
+  check_partners(other, layout.batch);
   Tensor out = torch::stable::empty_like(images);
   if (images.numel() > 0) {
-    dispatch(images.scalar_type(), [&](auto zero) {
-      mixup_samples<decltype(zero)>(images, out, lam.const_data_ptr<float>(), partner.const_data_ptr<int64_t>());
-    });
+    dispatch(images.scalar_type(),
+             [&](auto zero) { mixup_samples<decltype(zero)>(images, out, layout, weights, other); });
   }
   return out;
 }
 
 void mixup_(Tensor images, const Tensor& lam) {
-  check_companion(lam, ScalarType::Float, images.size(0) / 2, "lam");
+  const Layout layout = layout_of(images);
+  check_companion(lam, ScalarType::Float, layout.batch / 2, "lam");
+  const float* weights = lam.const_data_ptr<float>();
+  check_weights(weights, layout.batch / 2);
   if (images.numel() > 0) {
-    dispatch(images.scalar_type(), [&](auto zero) { mixup_pairs<decltype(zero)>(images, lam.const_data_ptr<float>()); });
+    dispatch(images.scalar_type(), [&](auto zero) { mixup_pairs<decltype(zero)>(images, layout, weights); });
   }
 }
 

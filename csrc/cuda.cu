@@ -1,5 +1,7 @@
 // CUDA kernels of the mixing operators. Nothing here waits for the device or looks at values on the host: boxes are
 // clamped to the image, a partner out of range poisons the box, no access leaves the batch. Capturable in a CUDA graph.
+//
+// A grid's second dimension runs over samples (or pairs), its first over the 16-byte vectors of one sample.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -7,6 +9,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstring>
 #include <type_traits>
 
 #include "tensors.h"
@@ -16,7 +19,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
-constexpr int kBlocksPerSample = 32;
+constexpr int kVectorsPerThread = 4;
+constexpr int64_t kMaxGridY = 65535;
+// Samples below this many elements are indexed in 32 bits: sums of offset and step stay below 2^31 then.
+constexpr int64_t kMax32BitExtent = int64_t{1} << 29;
 
 cudaStream_t current_stream(const Tensor& images) {
   void* stream = nullptr;
@@ -29,19 +35,90 @@ void check_launch(const char* name) {
   STD_TORCH_CHECK(error == cudaSuccess, name, " failed to launch: ", cudaGetErrorString(error));
 }
 
-// Elements a vector access may hold: 16 bytes where the data and the distance between samples are aligned to it, so
-// that a run starts at the same alignment in every sample; otherwise single elements.
-template <class T>
-bool vectorizable(const void* data, const void* other, const Layout& layout) {
-  const int64_t sample = layout.batch_stride * static_cast<int64_t>(sizeof(T));
-  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && reinterpret_cast<uintptr_t>(other) % kVectorBytes == 0 &&
-         sample % kVectorBytes == 0;
+// Division by a number known before the launch. In 32 bits by one multiplication and a shift (Granlund and Montgomery
+// 1994), for dividends below 2^31.
+template <class Index>
+struct Divisor;
+
+template <>
+struct Divisor<uint32_t> {
+  uint32_t value, magic, shift;
+
+  explicit Divisor(int64_t divisor) : value(static_cast<uint32_t>(divisor)), shift(0) {
+    while ((uint64_t{1} << shift) < value) {
+      ++shift;
+    }
+    magic = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - value)) / value + 1);
+  }
+
+  __device__ uint32_t quotient(uint32_t dividend) const { return (__umulhi(dividend, magic) + dividend) >> shift; }
+};
+
+template <>
+struct Divisor<int64_t> {
+  int64_t value;
+
+  explicit Divisor(int64_t divisor) : value(divisor) {}
+
+  __device__ int64_t quotient(int64_t dividend) const { return dividend / value; }
+};
+
+// How a dense sample crosses a box. The nearer of H and W in memory and what lies below it form rows of `length`
+// elements; a row crosses the box in one span, or not at all, as its place along the other of H and W tells.
+template <class Index>
+struct Crossing {
+  Divisor<Index> length;
+  Divisor<Index> rows_per_step;  // rows between two places of the outer dimension
+  Divisor<Index> steps;          // size of the outer dimension
+  Index unit;                    // stride of the inner dimension
+  bool inner_is_width;
+};
+
+template <class Index>
+Crossing<Index> crossing_of(const Layout& layout) {
+  const Dimension* inner = nullptr;
+  const Dimension* outer = nullptr;
+  for (const Dimension& dimension : layout.dimensions) {
+    if (dimension.axis != Axis::kChannel) {
+      (inner == nullptr ? inner : outer) = &dimension;
+    }
+  }
+  const int64_t length = inner->size * inner->stride;
+  // A dimension of one element has no stride of its own: the outer one is then one step, or follows the row.
+  const int64_t rows_per_step = outer->size == 1 ? 1 : outer->stride / length;
+  return {Divisor<Index>(length), Divisor<Index>(rows_per_step), Divisor<Index>(outer->size),
+          static_cast<Index>(inner->stride), inner->axis == Axis::kWidth};
 }
 
-template <class T, int N>
-struct alignas(sizeof(T) * N) Vector {
-  T values[N];
+template <class T, int M>
+struct Values {
+  T at[M];
 };
+
+template <class T, int M>
+__device__ Values<T, M> load(const T* from) {
+  Values<T, M> values;
+  if constexpr (M == 1) {
+    values.at[0] = *from;
+  } else {
+    static_assert(sizeof(T) * M == kVectorBytes);
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    memcpy(&values, &bits, kVectorBytes);
+  }
+  return values;
+}
+
+template <class T, int M>
+__device__ void store(T* to, const Values<T, M>& values) {
+  if constexpr (M == 1) {
+    *to = values.at[0];
+  } else {
+    static_assert(sizeof(T) * M == kVectorBytes);
+    uint4 bits;
+    memcpy(&bits, &values, kVectorBytes);
+    *reinterpret_cast<uint4*>(to) = bits;
+  }
+}
 
 __device__ Box clamped(const int32_t* boxes, int64_t row, const Layout& layout) {
   const int height = static_cast<int>(layout.height);
@@ -55,129 +132,112 @@ __device__ Box clamped(const int32_t* boxes, int64_t row, const Layout& layout) 
 
 // Calls function(offset, count) for the pieces of a region, spread over the blocks of one sample: whole aligned vectors
 // of N elements (count == N), and the elements before and after them in each run (count == 1).
-template <int N, class Function>
-__device__ void for_each_vector(const Region& region, Function function) {
-  if (region.run <= 0 || region.rows() <= 0) {
+template <int N, class Index, class Function>
+__device__ void for_each_vector(const Region<Index>& region, Function function) {
+  const Index rows = region.rows();
+  if (rows == 0) {
     return;
   }
-  const int64_t per_row = region.run / N + 2;  // vectors that a run may touch
-  const int64_t total = per_row * region.rows();
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; index < total; index += step) {
-    int64_t row, place;
-    if (total <= UINT32_MAX) {  // a 32-bit division is several times cheaper
-      row = static_cast<uint32_t>(index) / static_cast<uint32_t>(per_row);
-      place = index - row * per_row;
-    } else {
-      row = index / per_row;
-      place = index - row * per_row;
-    }
-    const int64_t first = region.row_start(row);
-    const int64_t last = first + region.run;
-    const int64_t begin = (first / N + place) * N;
-    if (begin >= last) {
-      continue;
-    }
+  const Index per_row = (region.run + N - 2) / N + 1;  // vectors that a run touches at most
+  const Index total = per_row * rows;
+  const Index step = static_cast<Index>(gridDim.x) * kThreads;
+  for (Index index = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x; index < total; index += step) {
+    const Index row = rows == 1 ? 0 : index / per_row;
+    const Index first = region.row_start(row);
+    const Index last = first + region.run;
+    const Index begin = (first / N + (index - row * per_row)) * N;
     if (begin >= first && begin + N <= last) {
       function(begin, std::integral_constant<int, N>{});
-    } else {
-      for (int64_t e = begin > first ? begin : first; e < begin + N && e < last; ++e) {
+    } else if constexpr (N > 1) {
+      for (Index e = max(begin, first); e < min(begin + N, last); ++e) {
         function(e, std::integral_constant<int, 1>{});
       }
     }
   }
 }
 
-template <class T, int N>
-__device__ Vector<T, N>& vector_at(T* data, int64_t offset) {
-  return *reinterpret_cast<Vector<T, N>*>(data + offset);
-}
-
-template <class T, int N>
-__device__ const Vector<T, N>& vector_at(const T* data, int64_t offset) {
-  return *reinterpret_cast<const Vector<T, N>*>(data + offset);
-}
-
-template <class T, int N>
-__global__ void __launch_bounds__(kThreads) cutmix_swap_kernel(T* data, const int32_t* boxes, Layout layout) {
-  const int64_t pair = blockIdx.y;
-  const Region region = region_of(layout, clamped(boxes, pair, layout));
-  T* a = data + pair * layout.batch_stride;
-  T* b = data + (layout.batch - 1 - pair) * layout.batch_stride;
-  for_each_vector<N>(region, [&](int64_t offset, auto count) {
-    constexpr int M = decltype(count)::value;
-    const Vector<T, M> x = vector_at<T, M>(a, offset);
-    const Vector<T, M> y = vector_at<T, M>(b, offset);
-    vector_at<T, M>(a, offset) = y;
-    vector_at<T, M>(b, offset) = x;
-  });
-}
-
-// Whether the pixel at an offset within a sample lies in the box; divisions are by the strides of a dense sample.
-__device__ bool in_box(int64_t offset, const Layout& layout, const Box& box) {
-  bool inside = true;
-  for (int d = 0; d < 3; ++d) {
-    const Dimension& dimension = layout.dimensions[d];
-    if (dimension.kind == 0) {
-      continue;
-    }
-    int64_t at;
-    if (offset <= UINT32_MAX && dimension.stride <= UINT32_MAX && dimension.size <= UINT32_MAX) {
-      at = (static_cast<uint32_t>(offset) / static_cast<uint32_t>(dimension.stride)) % static_cast<uint32_t>(dimension.size);
-    } else {
-      at = (offset / dimension.stride) % dimension.size;
-    }
-    inside = inside && (dimension.kind == 1 ? at >= box.top && at < box.bottom : at >= box.left && at < box.right);
-  }
-  return inside;
-}
-
-template <class T>
-__device__ T poison(uint64_t pattern) {
-  T value;
-  const T* bits = reinterpret_cast<const T*>(&pattern);
-  value = *bits;
-  return value;
-}
-
-template <class T, int N>
+template <class T, int N, class Index>
 __global__ void __launch_bounds__(kThreads)
-    cutmix_kernel(const T* data, T* out, const int32_t* boxes, const int64_t* partner, Layout layout, uint64_t pattern) {
-  const int64_t sample = blockIdx.y;
-  const Box box = clamped(boxes, sample, layout);
-  const int64_t chosen = partner[sample];
-  const bool valid = chosen >= 0 && chosen < layout.batch;
-  const T* own = data + sample * layout.batch_stride;
-  const T* other = data + (valid ? chosen : sample) * layout.batch_stride;
-  T* target = out + sample * layout.batch_stride;
-  for_each_vector<N>(region_of(layout, whole(layout)), [&](int64_t offset, auto count) {
-    constexpr int M = decltype(count)::value;
-    bool inside[M];
-    bool any = false, all = true;
-#pragma unroll
-    for (int i = 0; i < M; ++i) {
-      inside[i] = in_box(offset + i, layout, box);
-      any = any || inside[i];
-      all = all && inside[i];
-    }
-    // Each source is read only where it is needed.
-    Vector<T, M> result;
-    if (!all) {
-      result = vector_at<T, M>(own, offset);
-    }
-    if (any) {
-      const Vector<T, M> y = vector_at<T, M>(other, offset);
-#pragma unroll
-      for (int i = 0; i < M; ++i) {
-        if (inside[i]) {
-          result.values[i] = valid ? y.values[i] : poison<T>(pattern);
+    cutmix_swap_kernel(T* __restrict__ data, const int32_t* __restrict__ boxes, const Layout layout) {
+  for (int64_t pair = blockIdx.y; pair < layout.batch / 2; pair += gridDim.y) {
+    T* a = data + pair * layout.batch_stride;
+    T* b = data + (layout.batch - 1 - pair) * layout.batch_stride;
+    for_each_vector<N>(region_of<Index>(layout, clamped(boxes, pair, layout)), [&](Index offset, auto count) {
+      constexpr int M = decltype(count)::value;
+      const Values<T, M> x = load<T, M>(a + offset);
+      const Values<T, M> y = load<T, M>(b + offset);
+      store<T, M>(a + offset, y);
+      store<T, M>(b + offset, x);
+    });
+  }
+}
+
+template <class T, int N, class Index>
+__global__ void __launch_bounds__(kThreads)
+    cutmix_kernel(const T* __restrict__ data, T* __restrict__ out, const int32_t* __restrict__ boxes,
+                  const int64_t* __restrict__ partner, const Layout layout, const Crossing<Index> crossing,
+                  const T poison) {
+  const Region<Index> all = region_of<Index>(layout, whole(layout));
+  for (int64_t sample = blockIdx.y; sample < layout.batch; sample += gridDim.y) {
+    const Box box = clamped(boxes, sample, layout);
+    const Index inner_begin = static_cast<Index>(crossing.inner_is_width ? box.left : box.top) * crossing.unit;
+    const Index inner_end = static_cast<Index>(crossing.inner_is_width ? box.right : box.bottom) * crossing.unit;
+    const Index outer_begin = static_cast<Index>(crossing.inner_is_width ? box.top : box.left);
+    const Index outer_end = static_cast<Index>(crossing.inner_is_width ? box.bottom : box.right);
+    const int64_t chosen = partner[sample];
+    const bool valid = chosen >= 0 && chosen < layout.batch;
+    const T* own = data + sample * layout.batch_stride;
+    const T* other = data + (valid ? chosen : sample) * layout.batch_stride;
+    T* target = out + sample * layout.batch_stride;
+
+    const auto mix = [&](Index offset, auto count) {
+      constexpr int M = decltype(count)::value;
+      const Index row = crossing.length.quotient(offset);
+      const Index place = offset - row * crossing.length.value;
+      if constexpr (M > 1) {
+        if (place + M > crossing.length.value) {  // the vector reaches into the next row
+          return false;
         }
       }
-    }
-    vector_at<T, M>(target, offset) = result;
-  });
+      const Index step = crossing.rows_per_step.quotient(row);
+      const Index outer = step - crossing.steps.quotient(step) * crossing.steps.value;
+      const bool crosses = outer >= outer_begin && outer < outer_end && place < inner_end && place + M > inner_begin;
+      if (!crosses) {
+        store<T, M>(target + offset, load<T, M>(own + offset));
+        return true;
+      }
+      Values<T, M> result;
+      if (valid) {
+        result = load<T, M>(other + offset);
+      } else {
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+          result.at[i] = poison;
+        }
+      }
+      if (place < inner_begin || place + M > inner_end) {
+        const Values<T, M> x = load<T, M>(own + offset);
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+          if (place + i < inner_begin || place + i >= inner_end) {
+            result.at[i] = x.at[i];
+          }
+        }
+      }
+      store<T, M>(target + offset, result);
+      return true;
+    };
+    for_each_vector<N>(all, [&](Index offset, auto count) {
+      if (!mix(offset, count)) {
+        for (int i = 0; i < decltype(count)::value; ++i) {
+          mix(offset + i, std::integral_constant<int, 1>{});
+        }
+      }
+    });
+  }
 }
 
+// Conversions between a dtype and what it is mixed in; bytes round half to even.
 template <class T>
 struct Arithmetic {
   using Compute = float;
@@ -199,60 +259,59 @@ struct Arithmetic<uint8_t> {
   static __device__ uint8_t round(float x) { return static_cast<uint8_t>(__float2int_rn(x)); }
 };
 
-// lam x + (1 - lam) y, rounded once; a weight outside [0, 1] gives NaN (0 for bytes).
-template <class T, int M>
-__device__ Vector<T, M> blend(const Vector<T, M>& x, const Vector<T, M>& y, float lam, bool valid) {
+// A weight that is not in [0, 1], or a partner that is not in the batch, gives NaN (0 for bytes).
+template <class T>
+__device__ typename Arithmetic<T>::Compute weight_of(float lam, bool known) {
   using Compute = typename Arithmetic<T>::Compute;
-  const Compute weight = valid ? static_cast<Compute>(lam) : static_cast<Compute>(NAN);
-  const Compute rest = 1 - weight;
-  Vector<T, M> result;
+  return known && lam >= 0 && lam <= 1 ? static_cast<Compute>(lam) : static_cast<Compute>(NAN);
+}
+
+// lam x + (1 - lam) y, rounded once.
+template <class T, int M>
+__device__ Values<T, M> blend(const Values<T, M>& x, const Values<T, M>& y, typename Arithmetic<T>::Compute lam) {
+  const typename Arithmetic<T>::Compute rest = 1 - lam;
+  Values<T, M> result;
 #pragma unroll
   for (int i = 0; i < M; ++i) {
-    const Compute mixed = weight * Arithmetic<T>::widen(x.values[i]) + rest * Arithmetic<T>::widen(y.values[i]);
-    result.values[i] = Arithmetic<T>::round(mixed);
+    result.at[i] = Arithmetic<T>::round(lam * Arithmetic<T>::widen(x.at[i]) + rest * Arithmetic<T>::widen(y.at[i]));
   }
   return result;
 }
 
-template <class T, int N>
+template <class T, int N, class Index>
 __global__ void __launch_bounds__(kThreads)
-    mixup_kernel(const T* data, T* out, const float* lam, const int64_t* partner, Layout layout) {
-  const int64_t sample = blockIdx.y;
-  const int64_t chosen = partner[sample];
-  const bool known = chosen >= 0 && chosen < layout.batch;
-  const float weight = lam[sample];
-  const bool valid = known && weight >= 0 && weight <= 1;
-  const T* own = data + sample * layout.batch_stride;
-  const T* other = data + (known ? chosen : sample) * layout.batch_stride;
-  T* target = out + sample * layout.batch_stride;
-  for_each_vector<N>(region_of(layout, whole(layout)), [&](int64_t offset, auto count) {
-    constexpr int M = decltype(count)::value;
-    vector_at<T, M>(target, offset) = blend<T, M>(vector_at<T, M>(own, offset), vector_at<T, M>(other, offset), weight, valid);
-  });
+    mixup_kernel(const T* __restrict__ data, T* __restrict__ out, const float* __restrict__ lam,
+                 const int64_t* __restrict__ partner, const Layout layout) {
+  const Region<Index> all = region_of<Index>(layout, whole(layout));
+  for (int64_t sample = blockIdx.y; sample < layout.batch; sample += gridDim.y) {
+    const int64_t chosen = partner[sample];
+    const bool known = chosen >= 0 && chosen < layout.batch;
+    const auto weight = weight_of<T>(lam[sample], known);
+    const T* own = data + sample * layout.batch_stride;
+    const T* other = data + (known ? chosen : sample) * layout.batch_stride;
+    T* target = out + sample * layout.batch_stride;
+    for_each_vector<N>(all, [&](Index offset, auto count) {
+      constexpr int M = decltype(count)::value;
+      store<T, M>(target + offset, blend<T, M>(load<T, M>(own + offset), load<T, M>(other + offset), weight));
+    });
+  }
 }
 
-template <class T, int N>
-__global__ void __launch_bounds__(kThreads) mixup_pair_kernel(T* data, const float* lam, Layout layout) {
-  const int64_t pair = blockIdx.y;
-  const float weight = lam[pair];
-  const bool valid = weight >= 0 && weight <= 1;
-  T* a = data + pair * layout.batch_stride;
-  T* b = data + (layout.batch - 1 - pair) * layout.batch_stride;
-  for_each_vector<N>(region_of(layout, whole(layout)), [&](int64_t offset, auto count) {
-    constexpr int M = decltype(count)::value;
-    const Vector<T, M> x = vector_at<T, M>(a, offset);
-    const Vector<T, M> y = vector_at<T, M>(b, offset);
-    vector_at<T, M>(a, offset) = blend<T, M>(x, y, weight, valid);
-    vector_at<T, M>(b, offset) = blend<T, M>(y, x, weight, valid);
-  });
-}
-
-// A launch over samples (or pairs); the grid's second dimension holds 65535 at most.
-template <class Launch>
-void over_samples(int64_t samples, Launch launch) {
-  STD_TORCH_CHECK(samples <= 65535, "images has ", samples, " samples to mix; the most is 65535 a call");
-  if (samples > 0) {
-    launch(dim3(kBlocksPerSample, static_cast<unsigned>(samples)));
+template <class T, int N, class Index>
+__global__ void __launch_bounds__(kThreads)
+    mixup_pair_kernel(T* __restrict__ data, const float* __restrict__ lam, const Layout layout) {
+  const Region<Index> all = region_of<Index>(layout, whole(layout));
+  for (int64_t pair = blockIdx.y; pair < layout.batch / 2; pair += gridDim.y) {
+    const auto weight = weight_of<T>(lam[pair], true);
+    T* a = data + pair * layout.batch_stride;
+    T* b = data + (layout.batch - 1 - pair) * layout.batch_stride;
+    for_each_vector<N>(all, [&](Index offset, auto count) {
+      constexpr int M = decltype(count)::value;
+      const Values<T, M> x = load<T, M>(a + offset);
+      const Values<T, M> y = load<T, M>(b + offset);
+      store<T, M>(a + offset, blend<T, M>(x, y, weight));
+      store<T, M>(b + offset, blend<T, M>(y, x, weight));
+    });
   }
 }
 
@@ -291,7 +350,30 @@ void by_type(const Tensor& images, Function function) {
   }
 }
 
-uint64_t nan_pattern(ScalarType type) {
+// Calls function(N, zero of the index type): vectors of 16 bytes where the data and the distance between samples are
+// aligned to them, so that a run starts at the same alignment in every sample; single elements and 64-bit indices
+// otherwise need no alignment and no limit.
+template <class T, class Function>
+void by_access(const void* data, const void* other, const Layout& layout, Function function) {
+  const int64_t sample = layout.batch_stride * static_cast<int64_t>(sizeof(T));
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
+                       reinterpret_cast<uintptr_t>(other) % kVectorBytes == 0 && sample % kVectorBytes == 0;
+  if (layout.extent() >= kMax32BitExtent) {
+    function(std::integral_constant<int, 1>{}, int64_t{});
+  } else if (aligned) {
+    function(std::integral_constant<int, kVectorBytes / sizeof(T)>{}, uint32_t{});
+  } else {
+    function(std::integral_constant<int, 1>{}, uint32_t{});
+  }
+}
+
+dim3 grid_of(const Tensor& images, int64_t samples, int vector) {
+  const int64_t per_block = int64_t{kThreads} * kVectorsPerThread * vector;
+  const int64_t blocks = (images.numel() / images.size(0) + per_block - 1) / per_block;
+  return dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 4096)), static_cast<unsigned>(std::min(samples, kMaxGridY)));
+}
+
+uint64_t nan_bits(ScalarType type) {
   switch (type) {
     case ScalarType::Half:
       return 0x7e00;
@@ -306,8 +388,9 @@ uint64_t nan_pattern(ScalarType type) {
   }
 }
 
-Tensor cutmix(const Tensor& images, const Tensor& boxes, const Tensor& partner) {
-  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+Tensor cutmix(const Tensor& given, const Tensor& boxes, const Tensor& partner) {
+  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
+  const Tensor images = dense(given);
   const Layout layout = layout_of(images);
   check_companion(boxes, ScalarType::Int, 4 * layout.batch, "boxes");
   check_companion(partner, ScalarType::Long, layout.batch, "partner");
@@ -317,15 +400,14 @@ Tensor cutmix(const Tensor& images, const Tensor& boxes, const Tensor& partner) 
   }
   by_size(images, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int N = kVectorBytes / sizeof(T);
     const T* data = static_cast<const T*>(images.const_data_ptr());
     T* target = static_cast<T*>(out.mutable_data_ptr());
-    const bool wide = vectorizable<T>(data, target, layout);
-    const auto kernel = wide ? cutmix_kernel<T, N> : cutmix_kernel<T, 1>;
-    over_samples(layout.batch, [&](dim3 grid) {
-      kernel<<<grid, kThreads, 0, current_stream(images)>>>(data, target, boxes.const_data_ptr<int32_t>(),
-                                                            partner.const_data_ptr<int64_t>(), layout,
-                                                            nan_pattern(images.scalar_type()));
+    by_access<T>(data, target, layout, [&](auto vector, auto index) {
+      using Index = decltype(index);
+      constexpr int N = decltype(vector)::value;
+      cutmix_kernel<T, N, Index><<<grid_of(images, layout.batch, N), kThreads, 0, current_stream(images)>>>(
+          data, target, boxes.const_data_ptr<int32_t>(), partner.const_data_ptr<int64_t>(), layout,
+          crossing_of<Index>(layout), static_cast<T>(nan_bits(images.scalar_type())));
     });
   });
   check_launch("cutmix");
@@ -336,23 +418,25 @@ void cutmix_(Tensor images, const Tensor& boxes) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Layout layout = layout_of(images);
   check_companion(boxes, ScalarType::Int, 4 * (layout.batch / 2), "boxes");
-  if (images.numel() == 0) {
+  if (images.numel() == 0 || layout.batch < 2) {
     return;
   }
   by_size(images, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int N = kVectorBytes / sizeof(T);
     T* data = static_cast<T*>(images.mutable_data_ptr());
-    const auto kernel = vectorizable<T>(data, data, layout) ? cutmix_swap_kernel<T, N> : cutmix_swap_kernel<T, 1>;
-    over_samples(layout.batch / 2, [&](dim3 grid) {
-      kernel<<<grid, kThreads, 0, current_stream(images)>>>(data, boxes.const_data_ptr<int32_t>(), layout);
+    by_access<T>(data, data, layout, [&](auto vector, auto index) {
+      constexpr int N = decltype(vector)::value;
+      cutmix_swap_kernel<T, N, decltype(index)>
+          <<<grid_of(images, layout.batch / 2, N), kThreads, 0, current_stream(images)>>>(
+              data, boxes.const_data_ptr<int32_t>(), layout);
     });
   });
   check_launch("cutmix_");
 }
 
-Tensor mixup(const Tensor& images, const Tensor& lam, const Tensor& partner) {
-  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+Tensor mixup(const Tensor& given, const Tensor& lam, const Tensor& partner) {
+  const torch::stable::accelerator::DeviceGuard guard(given.get_device_index());
+  const Tensor images = dense(given);
   const Layout layout = layout_of(images);
   check_companion(lam, ScalarType::Float, layout.batch, "lam");
   check_companion(partner, ScalarType::Long, layout.batch, "partner");
@@ -362,13 +446,12 @@ Tensor mixup(const Tensor& images, const Tensor& lam, const Tensor& partner) {
   }
   by_type(images, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int N = kVectorBytes / sizeof(T);
     const T* data = static_cast<const T*>(images.const_data_ptr());
     T* target = static_cast<T*>(out.mutable_data_ptr());
-    const auto kernel = vectorizable<T>(data, target, layout) ? mixup_kernel<T, N> : mixup_kernel<T, 1>;
-    over_samples(layout.batch, [&](dim3 grid) {
-      kernel<<<grid, kThreads, 0, current_stream(images)>>>(data, target, lam.const_data_ptr<float>(),
-                                                            partner.const_data_ptr<int64_t>(), layout);
+    by_access<T>(data, target, layout, [&](auto vector, auto index) {
+      constexpr int N = decltype(vector)::value;
+      mixup_kernel<T, N, decltype(index)><<<grid_of(images, layout.batch, N), kThreads, 0, current_stream(images)>>>(
+          data, target, lam.const_data_ptr<float>(), partner.const_data_ptr<int64_t>(), layout);
     });
   });
   check_launch("mixup");
@@ -379,16 +462,17 @@ void mixup_(Tensor images, const Tensor& lam) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Layout layout = layout_of(images);
   check_companion(lam, ScalarType::Float, layout.batch / 2, "lam");
-  if (images.numel() == 0) {
+  if (images.numel() == 0 || layout.batch < 2) {
     return;
   }
   by_type(images, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int N = kVectorBytes / sizeof(T);
     T* data = static_cast<T*>(images.mutable_data_ptr());
-    const auto kernel = vectorizable<T>(data, data, layout) ? mixup_pair_kernel<T, N> : mixup_pair_kernel<T, 1>;
-    over_samples(layout.batch / 2, [&](dim3 grid) {
-      kernel<<<grid, kThreads, 0, current_stream(images)>>>(data, lam.const_data_ptr<float>(), layout);
+    by_access<T>(data, data, layout, [&](auto vector, auto index) {
+      constexpr int N = decltype(vector)::value;
+      mixup_pair_kernel<T, N, decltype(index)>
+          <<<grid_of(images, layout.batch / 2, N), kThreads, 0, current_stream(images)>>>(
+              data, lam.const_data_ptr<float>(), layout);
     });
   });
   check_launch("mixup_");

@@ -11,11 +11,13 @@
 
 namespace fastuft {
 
-// One of the dimensions C, H, W of a sample. `kind` is 0 for C, 1 for H, 2 for W.
+enum class Axis { kChannel, kHeight, kWidth };
+
+// One of the dimensions C, H, W of a sample.
 struct Dimension {
   int64_t size;
   int64_t stride;
-  int kind;
+  Axis axis;
 };
 
 // A batch of images; dimensions sorted by stride, smallest first. Sizes and strides count elements.
@@ -25,22 +27,14 @@ struct Layout {
   int64_t height;
   int64_t width;
   Dimension dimensions[3];
-};
 
-// The pixels of a box of one sample: `run` consecutive elements at
-// start + i0 strides[0] + i1 strides[1] + i2 strides[2] for all indices below counts.
-struct Region {
-  int64_t start;
-  int64_t run;
-  int64_t counts[3];
-  int64_t strides[3];
-
-  FASTUFT_HOST_DEVICE int64_t rows() const { return counts[0] * counts[1] * counts[2]; }
-
-  FASTUFT_HOST_DEVICE int64_t row_start(int64_t row) const {
-    const int64_t i0 = row % counts[0];
-    const int64_t rest = row / counts[0];
-    return start + i0 * strides[0] + (rest % counts[1]) * strides[1] + (rest / counts[1]) * strides[2];
+  // One more than the largest offset of an element within a sample.
+  int64_t extent() const {
+    int64_t last = 0;
+    for (const Dimension& dimension : dimensions) {
+      last += (dimension.size - 1) * dimension.stride;
+    }
+    return last + 1;
   }
 };
 
@@ -48,28 +42,51 @@ struct Box {
   int64_t top, left, bottom, right;
 };
 
-FASTUFT_HOST_DEVICE inline Region region_of(const Layout& layout, const Box& box) {
-  Region region{0, 1, {1, 1, 1}, {0, 0, 0}};
-  int loops = 0;
+// The pixels of a box of one sample: `run` consecutive elements at
+// start + i0 strides[0] + i1 strides[1] + i2 strides[2] for all indices below counts, i0 varying fastest.
+// Offsets grow with the row, because strides are sorted.
+template <class Index>
+struct Region {
+  Index start;
+  Index run;
+  Index counts[3];
+  Index strides[3];
+
+  // Rows with pixels in them.
+  FASTUFT_HOST_DEVICE Index rows() const { return run > 0 ? counts[0] * counts[1] * counts[2] : 0; }
+
+  FASTUFT_HOST_DEVICE Index row_start(Index row) const {
+    // Divisions are dear, and seldom is there more than one loop.
+    const Index i12 = counts[0] == 1 ? row : row / counts[0];
+    const Index i2 = counts[1] == 1 ? i12 : i12 / counts[1];
+    return start + (row - i12 * counts[0]) * strides[0] + (i12 - i2 * counts[1]) * strides[1] + i2 * strides[2];
+  }
+};
+
+template <class Index>
+FASTUFT_HOST_DEVICE Region<Index> region_of(const Layout& layout, const Box& box) {
+  Region<Index> region{0, 1, {1, 1, 1}, {0, 0, 0}};
+  bool gapless = true;
   for (int d = 0; d < 3; ++d) {
     const Dimension& dimension = layout.dimensions[d];
-    int64_t first = 0;
-    int64_t count = dimension.size;
-    if (dimension.kind == 1) {
-      first = box.top;
-      count = box.bottom - box.top;
-    } else if (dimension.kind == 2) {
-      first = box.left;
-      count = box.right - box.left;
+    Index first = 0;
+    Index count = static_cast<Index>(dimension.size);
+    if (dimension.axis == Axis::kHeight) {
+      first = static_cast<Index>(box.top);
+      count = static_cast<Index>(box.bottom - box.top);
+    } else if (dimension.axis == Axis::kWidth) {
+      first = static_cast<Index>(box.left);
+      count = static_cast<Index>(box.right - box.left);
     }
-    region.start += first * dimension.stride;
-    // A dimension that continues the run without a gap lengthens it; the others become loops.
-    if (loops == 0 && dimension.stride == region.run) {
+    const Index stride = static_cast<Index>(dimension.stride);
+    region.start += first * stride;
+    // A dimension that continues the run without a gap lengthens it; the others are loops.
+    gapless = gapless && stride == region.run;
+    if (gapless) {
       region.run *= count;
     } else {
-      region.counts[loops] = count;
-      region.strides[loops] = dimension.stride;
-      ++loops;
+      region.counts[d] = count;
+      region.strides[d] = stride;
     }
   }
   return region;

@@ -22,12 +22,44 @@ inline Layout layout_of(const Tensor& images) {
   for (int d = 0; d < 3; ++d) {
     // The stride of a dimension of size 1 means nothing; 1 lets it join any run.
     const int64_t size = images.size(d + 1);
-    layout.dimensions[d] = Dimension{size, size == 1 ? 1 : images.stride(d + 1), d};
+    layout.dimensions[d] = Dimension{size, size == 1 ? 1 : images.stride(d + 1), static_cast<Axis>(d)};
   }
   std::stable_sort(layout.dimensions, layout.dimensions + 3, [](const Dimension& a, const Dimension& b) {
     return a.stride != b.stride ? a.stride < b.stride : a.size < b.size;
   });
   return layout;
+}
+
+// Whether the elements fill a block of memory, each once, in any order of dimensions.
+inline bool is_dense(const Tensor& images) {
+  int left = 0;
+  for (int d = 0; d < 4; ++d) {
+    left += images.size(d) != 1;
+  }
+  int64_t expected = 1;
+  for (bool found = true; found && left > 0;) {
+    found = false;
+    for (int d = 0; d < 4 && !found; ++d) {
+      if (images.size(d) != 1 && images.stride(d) == expected) {
+        expected *= images.size(d);
+        --left;
+        found = true;
+      }
+    }
+  }
+  return left == 0;
+}
+
+// The images themselves where they are dense, else a copy with the strides that empty_like gives: so an output made by
+// empty_like has the layout of what this returns.
+inline Tensor dense(const Tensor& images) {
+  STD_TORCH_CHECK(images.dim() == 4, "images must be [B, C, H, W]");
+  if (images.numel() == 0 || is_dense(images)) {
+    return images;
+  }
+  Tensor copy = torch::stable::empty_like(images);
+  torch::stable::copy_(copy, images);
+  return copy;
 }
 
 // Boxes, partners and weights are small: the Python side hands them over contiguous.

@@ -10,16 +10,6 @@ from fastuft.mix import ops  # noqa: F401 (registers torch.ops.fastuft.cutmix an
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _is_dense(images: Tensor) -> bool:
-    """Whether the elements fill a block of memory, each once, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted((images.stride(d), images.shape[d]) for d in range(4) if images.shape[d] != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _overlaps(images: Tensor) -> bool:
     """Whether two elements may share memory."""
     reach = 0
@@ -89,8 +79,10 @@ def _check_lam(lam: Tensor, rows: int, images: Tensor) -> None:
         raise ValueError(f"lam has values from {float(lam.min()):g} to {float(lam.max()):g}; allowed: 0 to 1")
 
 
-def _dense(images: Tensor) -> Tensor:
-    return images if _is_dense(images) else images.contiguous()
+def _announce_write(images: Tensor) -> None:
+    """Let autograd know that the images change: a backward pass that needs them as they were then raises."""
+    if not torch.compiler.is_compiling():  # compiled programs write mutated inputs back through copy_, which tells it
+        torch.autograd.graph.increment_version(images)
 
 
 def cutmix(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
@@ -110,7 +102,7 @@ def cutmix(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
     _check_images(images, in_place=False)
     _check_boxes(boxes, images.shape[0], images)
     _check_partner(partner, images)
-    return torch.ops.fastuft.cutmix(_dense(images), boxes, partner)
+    return torch.ops.fastuft.cutmix(images, boxes, partner)
 
 
 def cutmix_(images: Tensor, boxes: Tensor) -> Tensor:
@@ -130,6 +122,7 @@ def cutmix_(images: Tensor, boxes: Tensor) -> Tensor:
     """
     _check_images(images, in_place=True)
     _check_boxes(boxes, images.shape[0] // 2, images)
+    _announce_write(images)
     torch.ops.fastuft.cutmix_(images, boxes)
     return images
 
@@ -151,7 +144,7 @@ def mixup(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
     _check_images(images, in_place=False)
     _check_lam(lam, images.shape[0], images)
     _check_partner(partner, images)
-    return torch.ops.fastuft.mixup(_dense(images), lam, partner)
+    return torch.ops.fastuft.mixup(images, lam, partner)
 
 
 def mixup_(images: Tensor, lam: Tensor) -> Tensor:
@@ -169,5 +162,6 @@ def mixup_(images: Tensor, lam: Tensor) -> Tensor:
     """
     _check_images(images, in_place=True)
     _check_lam(lam, images.shape[0] // 2, images)
+    _announce_write(images)
     torch.ops.fastuft.mixup_(images, lam)
     return images

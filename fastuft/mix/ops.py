@@ -44,6 +44,8 @@ HAS_CUDA_EXTENSION = HAS_CPU_EXTENSION and torch.cuda.is_available() and _load("
 
 
 def _with_warning(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference as an operator's kernel: warns once, and lays its result out as the extension does."""
+
     def run(*arguments: Any) -> Any:
         global _warned
         if not _warned:
@@ -55,7 +57,11 @@ def _with_warning(function: Callable[..., Any]) -> Callable[..., Any]:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return function(*arguments)
+        result = function(*arguments)
+        if result is None:
+            return None
+        like = torch.empty_like(arguments[0])
+        return result if result.stride() == like.stride() else like.copy_(result)
 
     return run
 
@@ -92,18 +98,24 @@ def _save_boxes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
+def _add_to_partners(own: Tensor, partner: Tensor, grad: Tensor) -> Tensor:
+    """own[partner[i]] += grad[i]; what a partner out of range was to get is dropped (its images are NaN already)."""
+    known = ((partner >= 0) & (partner < len(own))).view(-1, 1, 1, 1)
+    return own.index_add(0, partner.clamp(0, len(own) - 1), torch.where(known, grad, 0))
+
+
 def _cutmix_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     boxes, partner = ctx.saved_tensors
     mask = reference.box_mask(boxes, grad.shape[2], grad.shape[3])
     own = torch.where(mask, 0, grad)
-    return own.index_add(0, partner, torch.where(mask, grad, 0)), None, None
+    return _add_to_partners(own, partner, torch.where(mask, grad, 0)), None, None
 
 
 def _mixup_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     lam, partner = ctx.saved_tensors
     weight = lam.to(torch.promote_types(grad.dtype, torch.float32)).view(-1, 1, 1, 1)
     own = (weight * grad).to(grad.dtype)
-    return own.index_add(0, partner, ((1 - weight) * grad).to(grad.dtype)), None, None
+    return _add_to_partners(own, partner, ((1 - weight) * grad).to(grad.dtype)), None, None
 
 
 torch.library.register_autograd("fastuft::cutmix", _cutmix_backward, setup_context=_save_boxes, lib=_library)
