@@ -160,7 +160,7 @@ def test_extension_not_built_and_not_loading(machine, tmp_path, monkeypatch):
     found = machine.findings()
     assert "install a C++ compiler" in found["extension _C"].remedy
     assert "not needed without a GPU" in found["extension _C_cuda"].remedy
-    (tmp_path / "mix" / "_C.abi3.so").touch()
+    (tmp_path / "mix" / "_C.so").touch()
     machine.torch = machine.make_torch("2.13.0", cuda=None, gpus=(), load_error="undefined symbol: x")
     found = machine.findings()["extension _C"]
     assert found.state == "problem" and "undefined symbol" in found.found

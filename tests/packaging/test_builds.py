@@ -84,7 +84,7 @@ def test_wheel_serves_every_python_and_holds_everything(built, tmp_path):
     for needed in (
         "fastuft/kernels/queue_sweep.py",
         "fastuft/kernels/launch_table.py",
-        "fastuft/mix/_C.abi3.so",
+        "fastuft/mix/_C.so",
         "fastuft/report/paper_tables.csv",
         "fastuft/py.typed",
     ):
@@ -92,7 +92,7 @@ def test_wheel_serves_every_python_and_holds_everything(built, tmp_path):
     assert any(name.startswith("fastuft/report/templates/") for name in names)
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
     if shutil.which("nvcc"):
-        assert "fastuft/mix/_C_cuda.abi3.so" in names
+        assert "fastuft/mix/_C_cuda.so" in names
     else:
         assert "built for the CPU only" in log
     site = tmp_path / "site"
@@ -102,13 +102,13 @@ def test_wheel_serves_every_python_and_holds_everything(built, tmp_path):
 
 def test_cuda_library_names_what_it_needs(built, tmp_path):
     wheel, _, _ = built
-    if "fastuft/mix/_C_cuda.abi3.so" not in zipfile.ZipFile(wheel).namelist():
+    if "fastuft/mix/_C_cuda.so" not in zipfile.ZipFile(wheel).namelist():
         pytest.skip("built without nvcc")
     readelf = shutil.which("readelf")
     if readelf is None:
         pytest.skip("no readelf")
-    zipfile.ZipFile(wheel).extract("fastuft/mix/_C_cuda.abi3.so", tmp_path)
-    library = tmp_path / "fastuft/mix/_C_cuda.abi3.so"
+    zipfile.ZipFile(wheel).extract("fastuft/mix/_C_cuda.so", tmp_path)
+    library = tmp_path / "fastuft/mix/_C_cuda.so"
     dynamic = subprocess.run([readelf, "-d", library], capture_output=True, text=True, check=True).stdout
     assert "[libtorch_cpu.so]" in dynamic and "[libtorch_cuda.so]" in dynamic
     assert "libpython" not in dynamic
