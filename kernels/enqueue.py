@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastuft.kernels.queue_sweep import load_rows, unit_rows
+from fastuft.kernels.rows import load_rows, unit_rows
 
 _ROWS = 4
 
