@@ -191,7 +191,7 @@ def bare_dali(paths: list[str]) -> Pass:
     peer("nvidia.dali", "nvidia-dali-cuda130")
     from nvidia.dali import fn, pipeline_def, types
 
-    @pipeline_def(batch_size=min(32, len(paths)), num_threads=1, device_id=None, exec_dynamic=True)
+    @pipeline_def(batch_size=min(32, len(paths)), num_threads=1, device_id=None, exec_dynamic=True, seed=0)
     def pipeline():
         encoded, _ = fn.readers.file(files=paths, name="files")
         image = fn.decoders.image(encoded, device="cpu")
@@ -224,7 +224,7 @@ def test_two_views(benchmark, make, photos):
     one_pass = make(photos)
     queries, keys = (torch.cat(views) for views in zip(*one_pass(), strict=True))
     assert queries.shape == keys.shape == (len(photos), 3, 224, 224) and queries.dtype == torch.float32
-    assert 0.5 < queries.std() < 2 and abs(queries.mean() - keys.mean()) < 0.5
+    assert all(0.5 < views.std() < 2 and abs(views.mean()) < 1.5 for views in (queries, keys))
     group = f"two MoCoV2 views at 224 of {len(photos)} JPEGs, a core"
     measure_core(benchmark, one_pass, photos, group, baseline=make is fastuft_dali)
 
