@@ -1,7 +1,9 @@
 """The queue loss, forward and backward, beside every other way to compute the identical loss.
 
-Claim: one sweep that stores no logits is at least twice as fast as MoCo's expression on one CPU thread and ten times as
-fast as eager fp32 on a GPU, within 5% of scaled-dot-product attention used as a log-sum-exp or faster, in under 10 MB.
+Claim: one sweep that stores no logits beats MoCo's expression, in under 10 MB instead of more than 200. On one CPU
+thread it comes within 5% of scaled-dot-product attention used as a log-sum-exp, and both near the rate of the matrix
+products alone; the aim on an H200 is ten times eager fp32. Half precision on a CPU is computed in fp32: exact, but on
+chips with bf16 instructions the textbook expression in bf16, with its rounded logits, takes less time there.
 
 Rows of Eq. 4 (one positive): ours; facebookresearch/moco's expression with and without its clone of the queue; the
 textbook expression, eager and compiled; an online softmax over chunks, eager and compiled; attention with V = K, whose
@@ -15,12 +17,14 @@ Each row is first held against float64. Counts: two products of [B, D] with the 
 from __future__ import annotations
 
 import functools
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
-from harness import interleaved_ratio, measure, peak_extra_bytes, peer
+from harness import measure, peak_extra_bytes, peer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,8 +36,7 @@ CHUNK = 1024
 SIZES = {"smoke": [(32, 2048, 64)], "cpu": [(256, 65536, 128)], "cuda": [(256, 65536, 128), (4096, 65536, 128)]}
 DTYPES = {"smoke": ["float32"], "cpu": ["float32", "bfloat16"], "cuda": ["float32", "bfloat16"]}
 CLAIM_SIZE = (256, 65536, 128)
-LEAST_OVER_MOCO = 1.3  # fails continuous integration below; busy machines measure less than an idle one's 2
-LEAST_OVER_ATTENTION = 0.85  # likewise; 0.95 on an idle one
+LEAST_OVER = {"moco": 1.2, "attention": 0.9}  # ratios of processor time; 1.5 and 0.98 were measured
 MOST_EXTRA_BYTES = 10e6
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, queue) -> mean loss
@@ -362,7 +365,7 @@ def test_host_time(benchmark, device, what):
 
 @pytest.mark.parametrize("rival", ["moco", "attention"])
 def test_claims_on_a_cpu(benchmark, rival):
-    """Ratios in alternating rounds at the paper's size, and the extra memory."""
+    """Ratios of processor time (other load matters less to it) in alternating rounds at the paper's size; memory."""
     problem = Problem(*CLAIM_SIZE, torch.float32, torch.device("cpu"))
     q, k, queue = problem.inputs()
     transposed = queue.T.contiguous()
@@ -376,9 +379,16 @@ def test_claims_on_a_cpu(benchmark, rival):
     def our_step() -> object:
         return with_backward(ours)(q, k, queue)
 
-    ratio = interleaved_ratio(our_step, rivals[rival], rounds=5)
+    times: dict[Callable[[], object], list[float]] = {our_step: [], rivals[rival]: []}
+    for turn in range(6):
+        for step, own in times.items():
+            begin = time.process_time()
+            step()
+            if turn:  # the first is the warm-up
+                own.append(time.process_time() - begin)
+    ratio = statistics.median(times[rivals[rival]]) / statistics.median(times[our_step])
     peak = peak_extra_bytes(our_step)
     benchmark.extra_info.update(ratio=ratio, extra_bytes=peak)
     measure(benchmark, our_step, group=f"ours over {rival}: {ratio:.2f}x", device="cpu", rounds=3)
     assert peak <= MOST_EXTRA_BYTES
-    assert ratio >= (LEAST_OVER_MOCO if rival == "moco" else LEAST_OVER_ATTENTION)
+    assert ratio >= LEAST_OVER[rival]
