@@ -107,7 +107,8 @@ benchmark() { # NAME SECONDS
 
 part build 120 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$work/site" .
 part gpu-tests 120 "${pytest[@]}" tests -m 'gpu and not slow' --timeout=100
-benchmark loss 70
+benchmark loss 60
+benchmark loss_sweep 40
 benchmark mix 30
 benchmark enqueue 20
 benchmark momentum 20

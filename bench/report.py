@@ -244,22 +244,22 @@ def _ceiling_plot(entries: list[dict[str, Any]], path: Path) -> bool:
     return True
 
 
-def _breakdown_plot(entries: list[dict[str, Any]], path: Path) -> bool:
+def _throughput_plot(entries: list[dict[str, Any]], path: Path) -> bool:
+    """Images a second of the loader, the encoders, the step on synthetic images, and end to end."""
     import matplotlib.pyplot as plt
 
-    rows = [entry for entry in entries if isinstance(entry.get("parts"), dict) and entry["parts"]]
-    if not rows:
+    groups = by_group(entry for entry in entries if (entry["group"] or "").startswith("images a second"))
+    if not groups:
         return False
-    figure, axes = plt.subplots(figsize=(6, 0.45 * len(rows) + 1.2))
-    names = [f"{entry['group']}: {label(entry)}" if entry["group"] else label(entry) for entry in rows]
-    left = [0.0] * len(rows)
-    for part in dict.fromkeys(part for entry in rows for part in entry["parts"]):
-        widths = [1e3 * entry["parts"].get(part, 0.0) for entry in rows]
-        axes.barh(names, widths, left=left, label=part)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.invert_yaxis()
-    axes.set(xlabel="ms a step")
-    axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35), fontsize=8)
+    figure, panels = plt.subplots(len(groups), squeeze=False, figsize=(5.5, 1.7 * len(groups)))
+    for axes, (group, members) in zip(panels[:, 0], groups.items(), strict=True):
+        rates = {label(e).split("[")[-1].split("]")[0].replace("_", " "): e["items_per_second"] for e in members}
+        bars = axes.barh(list(rates), list(rates.values()), color="#4878a8")
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+        axes.invert_yaxis()
+        axes.set_title(group, fontsize=8)
+        axes.set(xlabel="images a second")
+    figure.tight_layout()
     _save(figure, path)
     plt.close(figure)
     return True
@@ -272,7 +272,7 @@ def _plots(name: str, result: dict[str, Any], folder: Path) -> list[tuple[str, s
     matplotlib.use("svg")
     folder.mkdir(parents=True, exist_ok=True)
     every = result["benchmarks"]
-    loss = [entry for entry in every if entry["file"] == "bench_loss.py"]
+    loss = [entry for entry in every if entry["file"].startswith("bench_loss")]
     made = []
     with matplotlib.rc_context(_STYLE):
         for title, stem, draw in (
@@ -284,7 +284,7 @@ def _plots(name: str, result: dict[str, Any], folder: Path) -> list[tuple[str, s
                 lambda p: _sweep_plot(loss, "K", "peak_extra_bytes", p, "Extra memory", "MB"),
             ),
             ("Share of the ceiling", "ceilings", lambda p: _ceiling_plot(every, p)),
-            ("Where a step's time goes", "step", lambda p: _breakdown_plot(every, p)),
+            ("Images a second, part by part", "throughput", lambda p: _throughput_plot(every, p)),
         ):
             file = f"{name}-{stem}.svg"
             if draw(folder / file):

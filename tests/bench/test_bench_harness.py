@@ -259,7 +259,7 @@ def test_table_of_groups():
     assert report.table_lines([]) == []
 
 
-def test_plots_of_sweeps_and_breakdown(tmp_path):
+def test_plots_of_sweeps_and_throughput(tmp_path):
     entries = [
         entry(
             f"test_{impl}[{k}]", group=f"K={k}", impl=impl, B=256, K=k, D=128, median=k * 1e-6, peak_extra_bytes=k * 100
@@ -268,10 +268,13 @@ def test_plots_of_sweeps_and_breakdown(tmp_path):
         for k in (1024, 4096, 16384)
     ]
     entries += [entry(f"test_b{b}", impl="fused", B=b, K=65536, D=128) for b in (32, 256)]
-    entries.append(entry("test_step", group="step", parts={"data": 0.1, "forward": 0.3}) | {"file": "bench_step.py"})
+    entries += [
+        entry(f"test_images[{part}]", group="images a second, resnet50", items_per_second=rate)
+        for part, rate in (("loader", 900.0), ("end_to_end", 400.0))
+    ]
     result = {"device": "CPU", "benchmarks": entries}
     made = {file for _, file in report._plots("cpu", result, tmp_path)}
-    assert made == {f"cpu-{stem}.svg" for stem in ("loss-time-k", "loss-time-b", "loss-memory-k", "step")}
+    assert made == {f"cpu-{stem}.svg" for stem in ("loss-time-k", "loss-time-b", "loss-memory-k", "throughput")}
     first = (tmp_path / "cpu-loss-time-k.svg").read_bytes()
     report._plots("cpu", result, tmp_path)
     assert (tmp_path / "cpu-loss-time-k.svg").read_bytes() == first
