@@ -165,21 +165,24 @@ def _file_section(file: str, results: dict[str, dict[str, Any]]) -> list[str]:
     lines = [f"## {title}", ""]
     lines += [text, ""] if text else []
     lines += [f"`pytest bench/{file} --benchmark-only`, or `fastuft bench {file[6:-3]}`", ""]
-    for name, result in results.items():
+    for result in results.values():
         groups = by_group(entry for entry in result["benchmarks"] if entry["file"] == file)
         if groups:
             lines += [f"### On {result['device']}", ""]
         for group, members in groups.items():
             lines += [f"**{group or title}**", ""]
             lines += [*_markdown_table(("", *HEADERS), [(label(e), *cells(e, members)) for e in members]), ""]
-        if not groups and name != "cpu":
+        if not groups:
             lines += [f"### On {result['device']}", "", NOT_MEASURED.capitalize() + ".", ""]
+    if "cpu" not in results:
+        lines += ["### On a CPU", "", NOT_MEASURED.capitalize() + ".", ""]
     if all(name == "cpu" for name in results):
         names = dict.fromkeys(
             label(entry) for result in results.values() for entry in result["benchmarks"] if entry["file"] == file
         )
         rows = [(entry, *[NOT_MEASURED] * len(HEADERS)) for entry in names]
-        lines += ["### On a GPU", "", *_markdown_table(("", *HEADERS), rows), ""]
+        table = _markdown_table(("", *HEADERS), rows) if rows else [NOT_MEASURED.capitalize() + "."]
+        lines += ["### On a GPU", "", *table, ""]
     return lines
 
 
@@ -336,7 +339,7 @@ def write_page(results_folder: Path, page: Path) -> None:
         if plots:
             lines += [f"## Plots: {result['device']}", ""]
             lines += [f"![{title}](benchmarks/{file})" for title, file in plots] + [""]
-    files = dict.fromkeys(entry["file"] for result in results.values() for entry in result["benchmarks"])
+    files = sorted(path.name for path in (ROOT / "bench").glob("bench_*.py"))
     for file in files:
         lines += _file_section(file, results)
     page.parent.mkdir(parents=True, exist_ok=True)

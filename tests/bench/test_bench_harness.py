@@ -81,7 +81,8 @@ def test_figures_table_and_page(bench, tmp_path):
     (saved,) = (results / "cpu").glob("*.json")
     assert report.main(["page", "--results", str(results), "--out", str(page)]) == 0
     text = page.read_text()
-    assert "| twice (baseline) |" in text and "NVIDIA GPU | not measured yet" in text
+    assert "NVIDIA GPU | not measured yet" in text
+    assert "bench/bench_mix.py" in text and "Not measured yet." in text
     assert (page.parent / "benchmarks" / "cpu-ceilings.svg").exists()
     assert json.loads(saved.read_text())["left_out"] == {"no_such_peer": "not installed (pip install no-such-package)"}
 
@@ -278,6 +279,19 @@ def test_plots_of_sweeps_and_throughput(tmp_path):
     first = (tmp_path / "cpu-loss-time-k.svg").read_bytes()
     report._plots("cpu", result, tmp_path)
     assert (tmp_path / "cpu-loss-time-k.svg").read_bytes() == first
+
+
+def test_page_shows_figures_and_what_is_not_measured(tmp_path):
+    entries = [entry("test_mix", group="g", median=2e-3) | {"file": "bench_mix.py"}]
+    result = {"device": "Some CPU", "date": "2026-01-02", "versions": {"torch": "2.13"}, "left_out": {}}
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "2026-01-02.json").write_text(json.dumps(result | {"benchmarks": entries}))
+    page = tmp_path / "page.md"
+    report.write_page(tmp_path, page)
+    text = page.read_text()
+    assert "| mix | 2 ms |" in text and "| mix | not measured yet |" in text
+    report.write_page(tmp_path / "nothing", page)
+    assert "| CPU | not measured yet |" in page.read_text() and "### On a CPU" in page.read_text()
 
 
 def test_device_folders():
