@@ -334,33 +334,35 @@ def test_mixed_logaddexp(benchmark, problem, ceilings):
 # --- host time, and the claims ---
 
 
-@pytest.mark.parametrize("what", ["info_nce", "operations"])
-def test_host_time(benchmark, device, what):
-    """A call so small that only the host's work counts, beside the bare operations that it must start."""
-    q = torch.randn(4, 16, device=device, requires_grad=True)
-    k, queue = torch.randn(4, 16, device=device), torch.randn(8, 16, device=device)
-    detached = q.detach()
+@pytest.mark.parametrize("what", ["forward", "forward_and_backward", "allocations"])
+def test_host_time(benchmark, device, monkeypatch, what):
+    """Checks, dispatch and autograd of 100 calls: the sweep itself is replaced by the allocation of its outputs."""
+    batch, width, calls = 256, 128, 100
+    q = torch.randn(batch, width, device=device, requires_grad=True)
+    k, queue = torch.randn(batch, width, device=device), torch.randn(64, width, device=device)
+    upstream = torch.ones(batch, device=device)
 
-    def call() -> Tensor:
-        return fastuft.info_nce(q, k, queue, reduction="none")
+    def allocate(*_: object) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape, device=device) for shape in ((batch,), (batch, width), *[(batch,)] * 3))
 
-    def operations() -> object:
-        if device.type == "cuda":
-            from fastuft.kernels import queue_sweep
+    if device.type == "cuda":
+        from fastuft.kernels import queue_sweep
 
-            return queue_sweep.mixed_info_nce_forward(detached, k, None, None, queue, TEMPERATURE, True, True)
-        return portable.mixed_info_nce(detached, k, None, None, queue, TEMPERATURE, True, True)
+        monkeypatch.setattr(queue_sweep, "mixed_info_nce_forward", allocate)
+    else:
+        monkeypatch.setattr(portable, "mixed_info_nce", allocate)
 
-    function = call if what == "info_nce" else operations
-    measure(
-        benchmark,
-        function,
-        group="host time of a forward call",
-        baseline=what == "operations",
-        device="cpu",
-        memory=False,
-        rounds=2000,
-    )
+    def call() -> None:
+        for _ in range(calls):
+            if what == "allocations":
+                allocate()
+                continue
+            loss = fastuft.info_nce(q, k, queue, TEMPERATURE, reduction="none")
+            if what == "forward_and_backward":
+                torch.autograd.grad(loss, q, upstream)
+
+    group = f"host time of {calls} calls"
+    measure(benchmark, call, group=group, baseline=what == "allocations", device="cpu", memory=False, items=calls)
 
 
 @pytest.mark.parametrize("rival", ["moco", "attention"])
