@@ -14,7 +14,7 @@ import torch
 def pytest_addoption(parser):
     group = parser.getgroup("fastuft benchmarks")
     group.addoption("--smoke", action="store_true", help="smallest sizes, each benchmark once (continuous integration)")
-    group.addoption("--seconds", type=float, default=2.0, help="time for the rounds of one benchmark (default 2)")
+    group.addoption("--seconds", type=float, default=1.0, help="time for the rounds of one benchmark (default 1)")
     group.addoption("--threads", type=int, default=1, help="CPU threads of PyTorch (default 1)")
     group.addoption("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda when present")
     group.addoption(

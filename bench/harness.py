@@ -54,7 +54,7 @@ from torch import Tensor
 
 LEFT_OUT: dict[str, str] = {}  # peers that could not be imported, with the reason; printed in the summary
 SMOKE = False  # set by conftest from --smoke
-SECONDS = 2.0  # time for the rounds of one benchmark; set by conftest from --seconds
+SECONDS = 1.0  # time for the rounds of one benchmark; set by conftest from --seconds
 
 _MAX_SETS = 32
 _MIN_CALLS = 10  # calls in one CUDA graph, so that event resolution does not matter

@@ -109,7 +109,7 @@ class BenchOptions:
     json: str | None = None
     device: Literal["auto", "cuda", "cpu"] = "auto"
     threads: int = 1
-    seconds: float = 2.0
+    seconds: float = 1.0
 
     def __post_init__(self) -> None:
         check_range("threads", self.threads, 1)
