@@ -29,7 +29,7 @@ SETTINGS = {
     "data.batch_size": 16,
     "data.threads": 1,
     "data.replay_fraction": 0.5,
-    "data.loader": "dali",
+    "data.loader": "torch",
     "optim.lr": 0.03,
     "runtime.log_every": 1,
     "runtime.tensorboard": "false",
