@@ -1,9 +1,9 @@
 """The whole training step beside other MoCo steps and beside its encoders alone; loader and end-to-end rates.
 
 Claim: a step costs little more than its encoders. What is outside them (loss, its gradient, optimiser, moving average,
-queue) takes about half the processor time that it takes in facebookresearch/moco's step on a CPU; a GPU's target is 3% of
-the step outside, and end to end within 5% of synthetic images. The peers run at the same precision, layout and BatchNorm mode (plain), from the same
-weights, and their first losses must agree with ours. On a CPU without mixing; on a GPU with and without.
+queue) takes about half the processor time that it takes in facebookresearch/moco's step on a CPU; a GPU's target is 3%
+of the step outside, and end to end within 5% of synthetic images. The peers run at the same precision, layout and
+BatchNorm mode (plain), from the same weights, and their first losses must agree with ours.
 """
 
 from __future__ import annotations
