@@ -173,7 +173,7 @@ def test_operators_check_values_too(name, rest):
     """Compiled programs come without the Python side's checks of values."""
     images = torch.rand(4, 3, 4, 4)
     before = images.clone()
-    with pytest.raises(RuntimeError, match="boxes|partner|lam"):
+    with pytest.raises(RuntimeError, match=r"boxes|partner|lam"):
         getattr(torch.ops.fastuft, name)(images, *rest())
     assert torch.equal(images, before)
 
