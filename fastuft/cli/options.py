@@ -40,7 +40,7 @@ class VerifyOptions:
         paths: folders, list files or images.
         decode: also decode every image (slower; finds damage inside).
         bad_list: file to write bad files and reasons to.
-        workers: threads; 0 takes four a processor.
+        workers: threads; 0 takes four a processor, at most 32.
         max_megapixels: larger images count as bad.
     """
 
