@@ -47,11 +47,11 @@ def _finetune(config: TrainConfig) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    from fastuft.trainer import EXIT_PREEMPTED, NonFiniteLossError, train
+    from fastuft.trainer import EXIT_PREEMPTED, LostRankError, NonFiniteLossError, train
 
     try:
         result = train(config)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, LostRankError) as error:
         print(f"fastuft: {error}", file=sys.stderr)
         return EXIT_FAILED
     if result.interrupted:
