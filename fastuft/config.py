@@ -382,6 +382,9 @@ class EvalConfig:
         fewshot_backbone_lr: learning rate of the backbone.
         fewshot_crop_scale: area range of the random resized crop; (1, 1) leaves the crop out (small images).
         fewshot_flip_p: probability of the horizontal flip; 0 leaves it out (digits, letters).
+        semi_shots: labelled images a class of the FixMatch runs; empty leaves them out.
+        semi_epochs: passes over the unlabelled images of each FixMatch run.
+        semi_batch: labelled images a step of FixMatch; seven times as many unlabelled ones join.
         kmeans_restarts: K-means restarts, the lowest inertia is kept.
         tsne_points: images of the t-SNE map; 0 leaves it out.
         gallery: query images of the report's gallery; 0 leaves it out.
@@ -410,6 +413,9 @@ class EvalConfig:
     fewshot_backbone_lr: float = 1e-4
     fewshot_crop_scale: tuple[float, float] = (0.08, 1.0)
     fewshot_flip_p: float = 0.5
+    semi_shots: list[int] = field(default_factory=list)
+    semi_epochs: int = 30
+    semi_batch: int = 64
     kmeans_restarts: int = 5
     tsne_points: int = 1000
     gallery: int = 24
@@ -438,3 +444,7 @@ class EvalConfig:
         check_range("fewshot_crop_scale[1]", high, low, 1.0)
         for shot in self.shots:
             check_range("shots", shot, 1)
+        for shot in self.semi_shots:
+            check_range("semi_shots", shot, 1)
+        check_range("semi_epochs", self.semi_epochs, 1)
+        check_range("semi_batch", self.semi_batch, 1)
