@@ -448,3 +448,80 @@ class EvalConfig:
             check_range("semi_shots", shot, 1)
         check_range("semi_epochs", self.semi_epochs, 1)
         check_range("semi_batch", self.semi_batch, 1)
+
+
+TABLES = ("1", "2", "3", "4", "5", "6", "text")
+FIGURES = (1,)
+DATASETS = ("caltech101", "pet", "cifar100", "food101")
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Pretrained checkpoints; a missing one is trained on the source where the scale has a recipe for it.
+
+    Args:
+        unsupervised_resnet50: MoCoV2 ResNet-50, 800 epochs (Tables 1, 2, 5, 6).
+        supervised_bit_resnet50: BiT-S-R50x1.npz (Table 3).
+        supervised_bit_resnet101: BiT-S-R101x1.npz (Table 4).
+    """
+
+    unsupervised_resnet50: str | None = None
+    supervised_bit_resnet50: str | None = None
+    supervised_bit_resnet101: str | None = None
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Rerun the paper's tables (Li et al. 2021) and set the figures beside the paper's.
+
+    Args:
+        out: folder for runs, evaluations and tables; finished parts are kept.
+        tables: which tables; text is the forgetting of the source.
+        figure: which figures.
+        datasets: which target data sets.
+        data: folder of the data sets as published; the tiny scale makes its own.
+        source: source set, in class folders or .tar shards; by default DATA/imagenet/train.
+        forgetting: labelled source images that are clustered; by default all of the source.
+        weights: pretrained checkpoints.
+        scale: paper, or tiny: the same grid on embedded images, on a CPU.
+        trials: draws and starts a figure.
+        seeds: trainings a backbone; trials multiply.
+        processes: processes of each training on this machine, one a GPU.
+        stage: pretrain (pretrained backbones only), runs (trainings and evaluations), tables (from what is there), all.
+        task: index of this task in a job array, which shares the work of a stage.
+        tasks: tasks of the job array.
+        dry_run: print the plan and stop.
+        rate: training images a second that `fastuft bench step` measured; the plan then shows hours.
+        loader: dali, torch or auto.
+    """
+
+    out: str = "runs/reproduce"
+    tables: list[str] = field(default_factory=lambda: list(TABLES))
+    figure: list[int] = field(default_factory=lambda: list(FIGURES))
+    datasets: list[str] = field(default_factory=lambda: list(DATASETS))
+    data: str | None = None
+    source: str | None = None
+    forgetting: str | None = None
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    scale: Literal["paper", "tiny"] = "paper"
+    trials: int = 3
+    seeds: int = 1
+    processes: int = 1
+    stage: Literal["all", "pretrain", "runs", "tables"] = "all"
+    task: int = 0
+    tasks: int = 1
+    dry_run: bool = False
+    rate: float | None = None
+    loader: Literal["auto", "dali", "torch"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("tables", TABLES), ("figure", FIGURES), ("datasets", DATASETS)):
+            for value in getattr(self, name):
+                check_choice(name, value, allowed)
+        check_choice("scale", self.scale, ("paper", "tiny"))
+        check_choice("stage", self.stage, ("all", "pretrain", "runs", "tables"))
+        for name in ("trials", "seeds", "processes", "tasks"):
+            check_range(name, getattr(self, name), 1)
+        check_range("task", self.task, 0, self.tasks - 1)
+        if self.rate is not None:
+            check_range("rate", self.rate, 0.0, low_open=True)

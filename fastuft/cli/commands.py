@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastuft.cli import options
-from fastuft.config import EvalConfig, TrainConfig
+from fastuft.config import EvalConfig, ReproduceConfig, TrainConfig
 
 EXIT_FAILED = 1
 
@@ -123,8 +123,14 @@ def _verify(config: options.VerifyOptions) -> int:
 
 
 def _report(config: options.ReportOptions) -> int:
-    from fastuft.report import table, write_report
+    from fastuft.report import comparison_table, table, write_comparison, write_report
 
+    if all(entry.endswith(".jsonl") for entry in config.runs):
+        page = Path(config.out)
+        cells = write_comparison(page.parent, config.runs, stem=page.stem, title=config.title)
+        print(comparison_table(cells, config.format))
+        print(f"report: {page}")
+        return 0
     runs = []
     for entry in config.runs:
         name, separator, folder = entry.partition("=")
@@ -155,6 +161,12 @@ def _demo(config: options.DemoOptions) -> int:
         num_glyphs=config.num_glyphs,
     )
     return 0
+
+
+def _reproduce(config: ReproduceConfig) -> int:
+    from fastuft.reproduce.runner import reproduce
+
+    return EXIT_FAILED if reproduce(config) else 0
 
 
 def _bench(config: options.BenchOptions) -> int:
@@ -203,6 +215,13 @@ COMMANDS = {
         _evaluate,
         "retrieval, clustering, few-shot and forgetting; without labels, what can be known without them",
         "fastuft eval --checkpoint runs/photos --train pets/train --test pets/test --out runs/photos/eval",
+        {},
+    ),
+    "reproduce": Command(
+        ReproduceConfig,
+        _reproduce,
+        "rerun the paper's tables and set the figures beside the paper's",
+        "fastuft reproduce --data datasets/ --weights.unsupervised_resnet50 moco_v2_800ep.pth.tar --tables 1,2,5,6",
         {},
     ),
     "report": Command(

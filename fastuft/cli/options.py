@@ -59,10 +59,11 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Put runs side by side on one page.
+    """Put runs side by side on one page, or reproduced figures beside the paper's.
 
     Args:
-        runs: run or evaluation folders, as FOLDER or NAME=FOLDER; equal names are trials of one arm.
+        runs: run or evaluation folders, as FOLDER or NAME=FOLDER; equal names are trials of one arm. Or the results.jsonl
+            of reproductions.
         out: HTML file to write.
         title: of the page.
         format: of the table that is printed.

@@ -167,6 +167,7 @@ class ResNetV2(nn.Module):
         widths: planes of each stage.
         stem: imagenet (7x7 stride 2, zero-padded max-pool) or small (3x3 stride 1, no max-pool).
         groups: groups of each GroupNorm.
+        first_stride: stride of the first stage.
 
     Attributes:
         num_features: width of the pooled features.
@@ -182,6 +183,7 @@ class ResNetV2(nn.Module):
         widths: Sequence[int] = (64, 128, 256, 512),
         stem: Stem = "imagenet",
         groups: int = 32,
+        first_stride: int = 1,
     ) -> None:
         super().__init__()
         small = stem == "small"
@@ -194,7 +196,8 @@ class ResNetV2(nn.Module):
         for stage, (depth, planes) in enumerate(zip(depths, widths, strict=True)):
             blocks = []
             for index in range(depth):
-                blocks.append(PreActBottleneck(inputs, planes, 2 if stage > 0 and index == 0 else 1, groups))
+                stride = 1 if index else 2 if stage else first_stride
+                blocks.append(PreActBottleneck(inputs, planes, stride, groups))
                 inputs = planes * 4
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.norm = nn.GroupNorm(groups, inputs)
@@ -216,7 +219,7 @@ ARCHS: dict[str, Callable[[Stem], ResNet | ResNetV2]] = {
     "resnet_tiny": lambda stem: ResNet(BasicBlock, (1, 1, 1), (16, 32, 64), stem=stem, first_stride=2),
     "bit_resnet50": lambda stem: ResNetV2((3, 4, 6, 3), stem=stem),
     "bit_resnet101": lambda stem: ResNetV2((3, 4, 23, 3), stem=stem),
-    "bit_resnet_tiny": lambda stem: ResNetV2((1, 1, 1), (16, 32, 64), stem=stem, groups=8),
+    "bit_resnet_tiny": lambda stem: ResNetV2((1, 1, 1), (16, 32, 64), stem=stem, groups=8, first_stride=2),
 }
 
 

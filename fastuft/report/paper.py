@@ -178,15 +178,17 @@ def write_comparison(
     folder: Path | str,
     results: Path | str | Sequence[Path | str],
     *,
+    stem: str = "comparison",
     title: str = "Reproduction beside the paper",
     notes: Sequence[str] = (),
     missing: bool = True,
 ) -> list[Comparison]:
-    """Write comparison.txt, .csv, .md and .html into ``folder`` from results.jsonl files.
+    """Write the comparison as .txt, .csv, .md and .html into ``folder`` from results.jsonl files.
 
     Args:
         folder: where to write; links to run folders are relative to it.
         results: results.jsonl, one or several; see :func:`read_results`.
+        stem: name of the files, without suffix.
         title: heading of the page.
         notes: sentences shown above the tables, such as the scale of the grid.
         missing: also show the paper's cells that have no result yet.
@@ -199,8 +201,8 @@ def write_comparison(
     root.mkdir(parents=True, exist_ok=True)
     suffixes: dict[str, Format] = {"txt": "text", "csv": "csv", "md": "markdown"}
     for suffix, format in suffixes.items():
-        (root / f"comparison.{suffix}").write_text(comparison_table(cells, format), encoding="utf-8")
+        (root / f"{stem}.{suffix}").write_text(comparison_table(cells, format), encoding="utf-8")
     links = {run: quote(os.path.relpath(run, root)) for cell in cells for run in cell.runs}
     page = render("comparison.html", title=title, notes=notes, sections=sections(cells), links=links, slips=SLIPS)
-    (root / "comparison.html").write_text(page, encoding="utf-8")
+    (root / f"{stem}.html").write_text(page, encoding="utf-8")
     return cells

@@ -7,11 +7,13 @@ they read a user's own folders. Sizes are checked against the paper's (Li et al.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import tarfile
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -28,7 +30,7 @@ Entry = tuple[str, "Path | Callable[[Path], None]", str]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
-class DatasetMissing(FileNotFoundError):
+class DatasetMissing(ValueError):
     """A data set is not where its published layout puts it; the message says what to download and where to."""
 
 
@@ -258,6 +260,11 @@ def read_splits(name: str, folder: Path, *, caltech_per_class: int, seed: int) -
     return {"pet": read_pet, "cifar100": read_cifar100, "food101": read_food101}[name](folder)
 
 
+def _partial(place: Path) -> Path:
+    """Where a file is written before it takes its place; tasks of a job array may write the same one at once."""
+    return place.with_name(f"{place.name}.{uuid.uuid4().hex}.partial")
+
+
 def _lay_out(entries: Iterable[Entry], folder: Path) -> None:
     for class_name, origin, file_name in entries:
         place = folder / class_name / file_name
@@ -265,11 +272,12 @@ def _lay_out(entries: Iterable[Entry], folder: Path) -> None:
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         if callable(origin):
-            partial = place.with_suffix(".partial")
+            partial = _partial(place)
             origin(partial)
             partial.replace(place)
         elif origin.is_file():
-            place.symlink_to(origin.resolve())
+            with contextlib.suppress(FileExistsError):  # made by another task of a job array
+                place.symlink_to(origin.resolve())
         else:
             raise DatasetMissing(f"{origin} is listed by the data set's split file but does not exist; unpack it again")
 
@@ -327,7 +335,7 @@ def prepare_dataset(
     prepared = PreparedDataset(
         name, str(place / "train"), str(place / "test"), layout.metric, len(train), len(test), found[1]
     )
-    partial = stamp_file.with_suffix(".partial")
+    partial = _partial(stamp_file)
     partial.write_text(json.dumps({"request": request, **asdict(prepared)}))
     os.replace(partial, stamp_file)
     return prepared
@@ -374,7 +382,7 @@ def extract_tar_sample(shards: str | Path, place: str | Path, *, fraction: float
                 assert content is not None  # only regular files were listed
                 # The path inside the archive is flattened, so no member can be written elsewhere.
                 target = folder / name.replace("/", "_").lstrip(".")
-                partial = target.with_suffix(".partial")
+                partial = _partial(target)
                 partial.write_bytes(content.read())
                 partial.replace(target)
     stamp_file.write_text(json.dumps(stamp))

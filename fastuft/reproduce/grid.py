@@ -1,0 +1,198 @@
+"""The paper's tables as a grid: cells (one published figure each), the backbones and the evaluations they need.
+
+The cells are the keys of the packaged figures of the paper, so that nothing about a table is written twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastuft.report.paper import Key, paper_figures
+
+PRETRAINED = ("unsup_S", "sup_S")  # methods that evaluate a pretrained backbone as it comes
+SOURCE = "imagenet"
+# The text quotes clustering of the source beside that of Pet, so its backbones are the ones finetuned on Pet.
+FORGETTING_TARGET = "pet"
+# "With SDR" may mean SDR and Mix in the text (its figure for Pet is the full method's in Table 2): both are measured.
+FORGETTING_OF_OURS: tuple[Key, ...] = (
+    ("text", "unsupervised", "resnet50", "ours", SOURCE, "cluster"),
+    ("text", "unsupervised", "resnet50", "ours", FORGETTING_TARGET, "cluster"),
+)
+# Figure 1: t-SNE of one target's features from scratch, pretrained, naive, with replaying; the full method beside them.
+FIGURE_1_TARGET = "pet"
+FIGURE_1 = {
+    "from scratch": "unsup_T",
+    "pretrained": "unsup_S",
+    "naive": "naive",
+    "+ SDR": "naive_sdr",
+    "+ SDR + Mix": "ours",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Backbone:
+    """One set of weights: a pretrained one, or one trained on a data set's training images.
+
+    Args:
+        pretraining: unsupervised or supervised_bit.
+        network: resnet50 or resnet101, as the paper's tables say.
+        method: unsup_S and sup_S (as pretrained), unsup_T (from scratch), naive, naive_sdr or ours.
+        dataset: target; empty for a pretrained backbone, which serves every data set.
+        seed: of its training.
+    """
+
+    pretraining: str
+    network: str
+    method: str
+    dataset: str = ""
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        parts = (self.pretraining, self.network, self.method, self.dataset)
+        return "-".join([part for part in parts if part] + [f"seed{self.seed}"])
+
+    @property
+    def pretrained(self) -> Backbone:
+        """Where training starts (itself, for a pretrained backbone)."""
+        return Backbone(self.pretraining, self.network, "unsup_S" if self.pretraining == "unsupervised" else "sup_S")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The evaluation of one backbone on one data set.
+
+    Args:
+        backbone: what is evaluated.
+        dataset: on what.
+        seed: of draws and starts.
+        shots: labelled images a class of the few-shot runs.
+        semi_shots: labelled images a class of the FixMatch runs.
+        source: whether the source set is clustered too.
+        tsne: whether a map is drawn.
+    """
+
+    backbone: Backbone
+    dataset: str
+    seed: int
+    shots: tuple[int, ...] = ()
+    semi_shots: tuple[int, ...] = ()
+    source: bool = False
+    tsne: bool = False
+
+
+def select_cells(tables: Iterable[str], datasets: Iterable[str]) -> list[Key]:
+    """The cells of the named tables and data sets, in the paper's order."""
+    wanted, targets = list(tables), list(datasets)
+    cells = [*paper_figures(), *FORGETTING_OF_OURS]
+    return [key for key in cells if key[0] in wanted and _place(key)[1] in targets]
+
+
+def _place(key: Key) -> tuple[str, str]:
+    """(method, target data set) of a cell."""
+    _, _, _, method, dataset, _ = key
+    return method, FORGETTING_TARGET if dataset == SOURCE else dataset
+
+
+def _backbone(key: Key, seed: int) -> Backbone:
+    method, dataset = _place(key)
+    if method in PRETRAINED:
+        return Backbone(key[1], key[2], method)
+    return Backbone(key[1], key[2], method, dataset, seed)
+
+
+def _metric(key: Key) -> tuple[str, int]:
+    """(fewshot, K), (semi, K), (retrieval, 0) or (cluster, 0)."""
+    found = re.fullmatch(r"([a-z]+)(\d*)", key[5])
+    assert found is not None, f"metric of {key}"
+    return found[1], int(found[2] or 0)
+
+
+def measurements(
+    cells: Iterable[Key], figures: Iterable[int], datasets: Iterable[str], seeds: int
+) -> list[Measurement]:
+    """Every evaluation that cells and figures need, each once, with all it has to measure."""
+    wanted: dict[tuple[Backbone, str, int], list[Key]] = {}
+    mapped: set[Backbone] = set()
+    for seed in range(seeds):
+        for key in cells:
+            place = (_backbone(key, seed), _place(key)[1], seed)
+            wanted.setdefault(place, []).append(key)
+    if 1 in figures and FIGURE_1_TARGET in datasets:
+        for method in FIGURE_1.values():
+            backbone = figure_backbone(method)
+            mapped.add(backbone)
+            wanted.setdefault((backbone, FIGURE_1_TARGET, 0), [])
+    result = []
+    for (backbone, dataset, seed), keys in wanted.items():
+        metrics = [_metric(key) for key in keys]
+        result.append(
+            Measurement(
+                backbone,
+                dataset,
+                seed,
+                shots=tuple(sorted({k for kind, k in metrics if kind == "fewshot"})),
+                semi_shots=tuple(sorted({k for kind, k in metrics if kind == "semi"})),
+                source=any(key[4] == SOURCE for key in keys),
+                tsne=backbone in mapped and dataset == FIGURE_1_TARGET and seed == 0,
+            )
+        )
+    return result
+
+
+def figure_backbone(method: str) -> Backbone:
+    """The backbone of one map of Figure 1."""
+    return Backbone("unsupervised", "resnet50", method, "" if method in PRETRAINED else FIGURE_1_TARGET)
+
+
+def backbones(needed: Iterable[Measurement]) -> list[Backbone]:
+    """Every backbone that has to exist, pretrained ones first, each once."""
+    found: dict[Backbone, None] = {}
+    for measurement in needed:
+        if measurement.backbone.method != "unsup_T":
+            found[measurement.backbone.pretrained] = None
+        found[measurement.backbone] = None
+    return sorted(found, key=lambda backbone: backbone.method not in PRETRAINED)
+
+
+def values(key: Key, evaluation: Mapping[str, Any], accuracy: str) -> list[float]:
+    """A cell's figures by trial, as fractions, from what ``fastuft eval`` wrote.
+
+    Args:
+        key: the cell.
+        evaluation: content of eval.json.
+        accuracy: mean_class or top1, as the data set's protocol has it.
+    """
+    kind, shots = _metric(key)
+    if key[4] == SOURCE:
+        return evaluation["forgetting"]["after"]["trials"]
+    if kind == "retrieval":
+        return [evaluation["retrieval"]]
+    if kind == "cluster":
+        return evaluation["clustering"]["trials"]
+    return evaluation["fewshot" if kind == "fewshot" else "fixmatch"][str(shots)][accuracy]["trials"]
+
+
+def result_rows(key: Key, measured: Mapping[int, tuple[Mapping[str, Any], str]], accuracy: str) -> list[dict[str, Any]]:
+    """Rows of results.jsonl of one cell, per cent.
+
+    Args:
+        key: the cell.
+        measured: (content of eval.json, run folder) by seed.
+        accuracy: mean_class or top1.
+    """
+    names = ("table", "pretraining", "backbone", "method", "dataset", "metric")
+    rows: list[dict[str, Any]] = []
+    for evaluation, folder in measured.values():
+        for value in values(key, evaluation, accuracy):
+            rows.append({**dict(zip(names, key, strict=True)), "trial": len(rows), "value": 100 * value, "run": folder})
+    return rows
+
+
+def cell_backbone(key: Key, seed: int) -> tuple[Backbone, str]:
+    """(backbone, data set) that a cell is measured on."""
+    return _backbone(key, seed), _place(key)[1]
