@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 
-from fastuft.config import EvalConfig, ReproduceConfig, TrainConfig
+from fastuft.config import DATASETS, EvalConfig, ReproduceConfig, TrainConfig
 from fastuft.evaluate import evaluate_backbone, write_evaluation
 from fastuft.model import BACKBONE_FILE, load_backbone
 from fastuft.report import load_run, write_comparison, write_report
@@ -350,7 +350,8 @@ class Grid:
                 "comparable with the paper's, which are printed beside them."
             )
         if rows:
-            write_comparison(self.out, self.out / RESULTS, notes=notes)
+            everything = set(self.config.datasets) == set(DATASETS)
+            write_comparison(self.out, self.out / RESULTS, notes=notes, missing=everything)
         if self.config.figure:
             self._write_figure(notes)
 
