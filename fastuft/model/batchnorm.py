@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -32,24 +33,47 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 f"batch of {x.shape[0]} images does not divide into statistics groups of {self.group}; "
                 "set model.bn_group to a divisor of the batch of one device, or model.bn to plain"
             )
-        # A view in channels_last too: [groups, group, C, H, W].
-        grouped = x.unflatten(0, (-1, self.group))
-        variance, mean = torch.var_mean(grouped.float(), dim=(1, 3, 4), keepdim=True, correction=0)
+        normalised, means, variances = (_fused if torch.compiler.is_compiling() else _by_group)(self, x)
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
-                count = grouped[0].numel() // grouped.shape[2]
                 self.num_batches_tracked += 1
                 # momentum=None asks for the cumulative average, as in nn.BatchNorm2d
                 moved = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean.mean(0).flatten(), moved)
-                self.running_var.lerp_(variance.mean(0).flatten() * (count / max(count - 1, 1)), moved)
-        scale = torch.rsqrt(variance + self.eps)
-        if self.affine:
-            scale = scale * self.weight.view(-1, 1, 1)
-            shift = self.bias.view(-1, 1, 1) - mean * scale
-        else:
-            shift = -mean * scale
-        return torch.addcmul(shift, grouped.float(), scale).to(x.dtype).flatten(0, 1)
+                self.running_mean.lerp_(means.mean(0), moved)
+                self.running_var.lerp_(variances.mean(0), moved)
+        return normalised
+
+
+def _by_group(bn: SplitBatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalised x, means, unbiased variances [groups, C]) by the backend's own BatchNorm of each group.
+
+    Eagerly several times faster than the formula of ``_fused``, each of whose steps would walk over all of x in fp32.
+    """
+    parts = x.split(bn.group)
+    means = torch.zeros(len(parts), bn.num_features, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    variances = torch.zeros_like(means)
+    # With momentum 1 the "running" statistics are this batch's.
+    normalised = [
+        F.batch_norm(part, means[i], variances[i], bn.weight, bn.bias, True, 1.0, bn.eps)
+        for i, part in enumerate(parts)
+    ]
+    return torch.cat(normalised), means, variances
+
+
+def _fused(bn: SplitBatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as one formula, which a compiler turns into two kernels for all groups."""
+    grouped = x.unflatten(0, (-1, bn.group))  # a view in channels_last too: [groups, group, C, H, W]
+    variance, mean = torch.var_mean(grouped.float(), dim=(1, 3, 4), keepdim=True, correction=0)
+    scale = torch.rsqrt(variance + bn.eps)
+    if bn.affine:
+        scale = scale * bn.weight.view(-1, 1, 1)
+        shift = bn.bias.view(-1, 1, 1) - mean * scale
+    else:
+        shift = -mean * scale
+    count = grouped[0].numel() // grouped.shape[2]
+    unbiased = variance.detach() * (count / max(count - 1, 1))
+    normalised = torch.addcmul(shift, grouped.float(), scale).to(x.dtype).flatten(0, 1)
+    return normalised, mean.detach().flatten(1), unbiased.flatten(1)
 
 
 def has_batchnorm(module: nn.Module) -> bool:
