@@ -151,17 +151,18 @@ def test_split_batchnorm_on_half_precision_accumulates_in_fp32():
 
 
 def test_the_compiled_formula_of_split_batchnorm_is_the_eager_one(monkeypatch):
-    x = torch.randn(8, 3, 5, 5, dtype=torch.float64) * 3 + 1
+    x = torch.randn(8, 3, 5, 5) * 3 + 1
+    weights = torch.randn(8, 3, 5, 5)
     results = []
     for compiling in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=compiling: value)
-        split = set_batchnorm_mode(nn.BatchNorm2d(3).double(), "split", 4)
+        split = set_batchnorm_mode(nn.BatchNorm2d(3), "split", 4)
         given = x.clone().requires_grad_()
         out = split(given)
-        out.square().mul(torch.arange(out.numel()).view_as(out)).sum().backward()
+        out.square().mul(weights).sum().backward()
         results.append((out, given.grad, split.weight.grad, split.bias.grad, split.running_mean, split.running_var))
     for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-4)
 
 
 def test_split_batchnorm_keeps_keys_and_goes_back():
