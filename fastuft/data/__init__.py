@@ -11,7 +11,8 @@ from fastuft.data.files import (
     write_bad_list,
 )
 from fastuft.data.manifest import Manifest
-from fastuft.data.streams import Batch, EvalStream, LabelledTrainStream, TrainStream
+from fastuft.data.streams import Batch, EvalStream, LabelledTrainStream, TrainStream, WeakStrongStream
+from fastuft.data.strong import StrongConfig
 from fastuft.data.views import SMALL_IMAGES
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "EvalStream",
     "LabelledTrainStream",
     "Manifest",
+    "StrongConfig",
     "TrainStream",
+    "WeakStrongStream",
     "image_size",
     "labelled_folder",
     "list_images",

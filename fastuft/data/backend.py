@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastuft.data.strong import StrongConfig, StrongParameters
 from fastuft.data.views import ViewParameters
 
 
@@ -22,11 +23,13 @@ class Request:
         paths: [n] files.
         views: parameters of each view of them, in order.
         index: int64 [n] which files of the stream they are; handed back with the result.
+        strong: what is done to the last view after its crop, where the spec has a strong view.
     """
 
     paths: list[str]
     views: tuple[ViewParameters, ...]
     index: np.ndarray
+    strong: StrongParameters | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class ViewSpec:
         prefetch: batches made ahead.
         hw_decoder_load: share of JPEGs for a GPU's hardware decoder.
         largest: (width, height) to reserve memory for in a GPU's hardware decoder; larger images still work.
+        strong: RandAugment and Cutout of the last view; None has no strong view.
     """
 
     size: int
@@ -64,6 +68,7 @@ class ViewSpec:
     prefetch: int = 2
     hw_decoder_load: float = 0.9
     largest: tuple[int, int] = (0, 0)
+    strong: StrongConfig | None = None
 
     @property
     def num_threads(self) -> int:

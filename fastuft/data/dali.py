@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from nvidia import nvimgcodec
 from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.auto_aug import augmentations
+from nvidia.dali.auto_aug.core import select, signed_bin
 from torch import Tensor
 
 from fastuft.data.backend import DecodeError, Request, ViewSpec
+from fastuft.data.strong import BINS, FILL, RANGES
 
 _TWIST = ("brightness", "contrast", "saturation", "hue")
 
@@ -24,6 +27,34 @@ def _used(spec: ViewSpec) -> list[str]:
     names += ["twisted", *_TWIST] if spec.colour else []
     names += ["sigma"] if spec.blur else []
     return [*names, "flip"]
+
+
+_STRONG = ("op", "magnitude_bin", "negate", "erase_start", "erase_shape")
+
+
+def _operator(name: str) -> Any:
+    """DALI's operator of a RandAugment name, with the range of magnitudes that both loaders have."""
+    low, high, signed = RANGES[name]
+    if low == high:
+        return getattr(augmentations, name)
+    return getattr(augmentations, name).augmentation(mag_range=(low, high), randomly_negate=signed)
+
+
+def _strong(x: Any, spec: ViewSpec, drawn: dict[str, Any]) -> Any:
+    """RandAugment and Cutout of uint8 images [size, size, 3]."""
+    assert spec.strong is not None
+    operators = [_operator(name) for name in spec.strong.ops]
+    for place in range(spec.strong.num_ops):
+        x = select(
+            operators,
+            drawn["op"][place],
+            x,
+            magnitude_bin=signed_bin(drawn["magnitude_bin"][place], random_sign=drawn["negate"][place]),
+            num_magnitude_bins=BINS,
+            fill_value=FILL,
+            shape=[spec.size, spec.size],
+        )
+    return fn.erase(x, anchor=drawn["erase_start"], shape=drawn["erase_shape"], fill_value=FILL)
 
 
 def _decoded(path: Any, spec: ViewSpec) -> Any:
@@ -43,7 +74,8 @@ def _decoded(path: Any, spec: ViewSpec) -> Any:
 def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
     """Bytes -> decode once -> for each view: crop and resize, rotate, colour, blur where drawn, flip and normalise."""
     used = _used(spec)
-    inputs = fn.external_source(source=source, num_outputs=1 + len(used) * spec.num_views, batch=True)
+    strong = _STRONG if spec.strong is not None else ()
+    inputs = fn.external_source(source=source, num_outputs=1 + len(used) * spec.num_views + len(strong), batch=True)
     image = _decoded(inputs[0], spec)
     # DALI knows no bfloat16; half precision is finer there (views stay within +-3) and half the traffic of a GPU.
     half = spec.dtype == torch.float16 or (spec.dtype == torch.bfloat16 and spec.device.type == "cuda")
@@ -54,6 +86,9 @@ def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
         x = fn.resize(image, **roi, size=[spec.size, spec.size], interp_type=types.INTERP_LINEAR)
         if spec.rotation:
             x = fn.rotate(x, angle=drawn["angle"], keep_size=True, fill_value=0)
+        if spec.strong is not None and view == spec.num_views - 1:
+            first = 1 + spec.num_views * len(used)
+            x = _strong(x, spec, {name: inputs[first + place] for place, name in enumerate(strong)})
         # The outer conditions below are Python's, about the pipeline; the inner ones DALI's, about each sample.
         # Samples that drew neither jitter nor greyscale, or no blur, skip the operator: the dearest on a CPU, where
         # they also cost half as much again when they round their results to bytes.
@@ -123,7 +158,9 @@ class DaliBackend:
             raise StopIteration from error
         self._under_way.append(request)
         names = [_encoded(path) for path in request.paths]
-        return [names, *(getattr(view, name) for view in request.views for name in _used(self.spec))]
+        drawn = [getattr(view, name) for view in request.views for name in _used(self.spec)]
+        strong = [getattr(request.strong, name) for name in _STRONG] if self.spec.strong is not None else []
+        return [names, *drawn, *strong]
 
     def run(self, requests: Iterator[Request]) -> Iterator[tuple[Request, list[Tensor]]]:
         """See :class:`fastuft.data.backend.Backend`."""

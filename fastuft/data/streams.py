@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from fastuft.data.feed import BadFileRule, Feed, Loader
 from fastuft.data.files import BadFile, BadImageError, image_size
 from fastuft.data.manifest import Manifest
 from fastuft.data.order import EpochPlan
+from fastuft.data.strong import StrongConfig, draw_strong, draws_of
 from fastuft.data.views import centre_views, draw_views, uniforms
 from fastuft.randomness import keyed_generator
 
@@ -313,6 +315,94 @@ class LabelledTrainStream:
 
         for _, made, (images,) in self._feed.batches(request, range(-(-len(order) // self.batch_size))):
             yield images, self.labels[made.index]
+
+    def close(self) -> None:
+        """Give back threads and memory."""
+        self._feed.close()
+
+
+class WeakStrongStream:
+    """A weak and a strong view of unlabelled images, for consistency training (FixMatch).
+
+    Weak: crop and flip. Strong: another crop and flip, then RandAugment and Cutout. The file is decoded once for both.
+    Order and draws are functions of (seed, epoch, position).
+
+    Args:
+        paths: files.
+        augment: crop and flip of both views; it may hold no colour, blur or rotation.
+        strong: RandAugment and Cutout.
+        batch_size: images a batch; the last partial batch is kept.
+        seed: seed of order and views.
+        device: where they are wanted.
+        dtype: of the images.
+        mean: normalisation for pixels in [0, 1].
+        std: likewise.
+        loader: auto, dali or torch.
+        threads: decoding threads; 0 derives it.
+
+    Raises:
+        ValueError: no images, or an ``augment`` that changes colours.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        augment: AugmentConfig,
+        strong: StrongConfig,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        mean: Triple,
+        std: Triple,
+        loader: Loader = "auto",
+        threads: int = 0,
+    ) -> None:
+        if augment.jitter_p or augment.greyscale_p or augment.blur_p:
+            raise ValueError(
+                "augment.jitter_p, greyscale_p and blur_p must be 0 here: RandAugment works on whole grey levels, and "
+                "the weak view keeps its colours"
+            )
+        self.paths = list(paths)
+        _labels(self.paths, None)
+        self.augment, self.strong, self.batch_size, self.seed = augment, strong, batch_size, seed
+        spec = _spec(
+            augment,
+            num_views=2,
+            mean=mean,
+            std=std,
+            batch_size=min(batch_size, len(self.paths)),
+            device=torch.device(device),
+            dtype=dtype,
+            threads=threads,
+        )
+        self._feed = Feed(self.paths, dataclasses.replace(spec, strong=strong), loader)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.paths) // self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(weak, strong) views [b, 3, size, size] each of one shuffled pass.
+
+        Raises:
+            BadImageError: a bad file; it names the file and the remedy.
+        """
+        order = keyed_generator(self.seed, "order", epoch).permutation(len(self.paths))
+
+        def request(step: int) -> Request:
+            positions = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(order)))
+            index = self._feed.usable(order[positions])
+            sizes = self._feed.sizes[index]
+            views = tuple(
+                draw_views(self.augment, sizes, uniforms(self.seed, epoch, view, positions)) for view in range(2)
+            )
+            u = uniforms(self.seed, epoch, "strong", positions, draws_of(self.strong))
+            return Request(self._feed.names(index), views, index, draw_strong(self.strong, self.augment.size, u))
+
+        for _, _, (weak, strong) in self._feed.batches(request, range(len(self))):
+            yield weak, strong
 
     def close(self) -> None:
         """Give back threads and memory."""

@@ -9,12 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastuft.data.backend import DecodeError, Request, ViewSpec
 from fastuft.data.files import BadImageError, open_rgb, verify_files
+from fastuft.data.strong import FILL, StrongConfig, StrongParameters, magnitude
 from fastuft.data.views import ViewParameters, colour_matrix
 
 
@@ -30,7 +31,54 @@ def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
     return x[:, 0]
 
 
-def make_view(image: Image.Image, view: ViewParameters, row: int, spec: ViewSpec) -> Tensor:
+def distort(image: Image.Image, name: str, value: float) -> Image.Image:
+    """One operator of RandAugment by Pillow; ``value`` is in the units of ``fastuft.data.strong.RANGES``."""
+    enhancers = {
+        "brightness": ImageEnhance.Brightness,
+        "color": ImageEnhance.Color,
+        "contrast": ImageEnhance.Contrast,
+        "sharpness": ImageEnhance.Sharpness,
+    }
+    # Where each pixel of the result comes from: x = a x' + b y' + c, y = d x' + e y' + f.
+    maps = {
+        "shear_x": (1, -value, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, -value, 1, 0),
+        "translate_x": (1, 0, -value * image.width, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, -value * image.height),
+    }
+    fill = (FILL, FILL, FILL)
+    if name in enhancers:
+        return enhancers[name](image).enhance(1 + value)
+    if name in maps:
+        return image.transform(
+            image.size, Image.Transform.AFFINE, maps[name], Image.Resampling.BILINEAR, fillcolor=fill
+        )
+    if name == "rotate":
+        return image.rotate(value, Image.Resampling.BILINEAR, fillcolor=fill)
+    if name == "posterize":
+        return ImageOps.posterize(image, max(1, round(value)))
+    if name == "solarize":
+        return ImageOps.solarize(image, math.ceil(value))
+    if name == "auto_contrast":
+        return ImageOps.autocontrast(image)
+    return ImageOps.equalize(image) if name == "equalize" else image
+
+
+def strong_view(image: Image.Image, config: StrongConfig, drawn: StrongParameters, row: int) -> Image.Image:
+    """RandAugment and Cutout of one cropped image."""
+    for place in range(config.num_ops):
+        name = config.ops[drawn.op[row, place]]
+        image = distort(image, name, magnitude(name, drawn.magnitude_bin[row, place], drawn.negate[row, place]))
+    (top, left), (height, width) = drawn.erase_start[row].astype(int), drawn.erase_shape[row].astype(int)
+    if height and width:
+        image = image.copy()
+        image.paste((FILL, FILL, FILL), (left, top, left + width, top + height))
+    return image
+
+
+def make_view(
+    image: Image.Image, view: ViewParameters, row: int, spec: ViewSpec, strong: StrongParameters | None = None
+) -> Tensor:
     """One normalised view [3, size, size] of an upright RGB image."""
     top, left = view.roi_start[row]
     bottom, right = view.roi_end[row]
@@ -38,6 +86,9 @@ def make_view(image: Image.Image, view: ViewParameters, row: int, spec: ViewSpec
     cropped = image.resize((spec.size, spec.size), Image.Resampling.BILINEAR, box=box)
     if spec.rotation and view.angle[row]:
         cropped = cropped.rotate(float(view.angle[row]), Image.Resampling.BILINEAR)
+    if strong is not None:
+        assert spec.strong is not None
+        cropped = strong_view(cropped, spec.strong, strong, row)
     x = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float()
     if spec.colour and view.twisted[row]:
         matrix, offset = colour_matrix(
@@ -62,7 +113,11 @@ class TorchBackend:
 
     def _sample(self, request: Request, row: int) -> list[Tensor]:
         image = open_rgb(request.paths[row])
-        return [make_view(image, view, row, self.spec) for view in request.views]
+        plain = [None] * (len(request.views) - 1)
+        return [
+            make_view(image, view, row, self.spec, strong)
+            for view, strong in zip(request.views, [*plain, request.strong], strict=True)
+        ]
 
     def run(self, requests: Iterator[Request]) -> Iterator[tuple[Request, list[Tensor]]]:
         """See :class:`fastuft.data.backend.Backend`."""

@@ -70,17 +70,17 @@ class ViewParameters:
 
 
 @lru_cache(maxsize=64)
-def _block(seed: int, epoch: int, view: int, block: int) -> np.ndarray:
-    return keyed_generator(seed, "view", view, epoch, block).random((_BLOCK, _DRAWS))
+def _block(seed: int, epoch: int, view: int | str, block: int, draws: int) -> np.ndarray:
+    return keyed_generator(seed, "view", view, epoch, block).random((_BLOCK, draws))
 
 
-def uniforms(seed: int, epoch: int, view: int, positions: np.ndarray) -> np.ndarray:
+def uniforms(seed: int, epoch: int, view: int | str, positions: np.ndarray, draws: int = _DRAWS) -> np.ndarray:
     """Uniform draws [n, draws] of one view for global positions of an epoch."""
     blocks = positions // _BLOCK
-    out = np.empty((len(positions), _DRAWS))
+    out = np.empty((len(positions), draws))
     for block in np.unique(blocks):
         rows = blocks == block
-        out[rows] = _block(seed, epoch, view, int(block))[positions[rows] % _BLOCK]
+        out[rows] = _block(seed, epoch, view, int(block), draws)[positions[rows] % _BLOCK]
     return out
 
 

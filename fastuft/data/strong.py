@@ -1,0 +1,112 @@
+"""The strong view of consistency training: RandAugment and Cutout, with every number drawn on the host.
+
+Operators and ranges are those of FixMatch (Sohn et al. 2020, Table 12); a magnitude is drawn for each operator of each
+image, uniformly over its range. The DALI loader applies them by DALI's own ``auto_aug`` operators, the PyTorch loader by
+Pillow's; what is drawn is the same for both, for any number of threads, and after a restart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastuft.config import check_choice, check_range
+
+# (weakest, strongest magnitude, whether the sign is drawn too), in the units of the operator's parameter: a factor less
+# one, degrees, shares of the side, bits less, or a threshold.
+RANGES: dict[str, tuple[float, float, bool]] = {
+    "auto_contrast": (0, 0, False),
+    "brightness": (-0.05, -0.95, False),
+    "color": (-0.05, -0.95, False),
+    "contrast": (-0.05, -0.95, False),
+    "equalize": (0, 0, False),
+    "identity": (0, 0, False),
+    "posterize": (8, 4, False),
+    "rotate": (0, 30, True),
+    "sharpness": (-0.05, -0.95, False),
+    "shear_x": (0, 0.3, True),
+    "shear_y": (0, 0.3, True),
+    "solarize": (255, 0, False),
+    "translate_x": (0, 0.3, True),
+    "translate_y": (0, 0.3, True),
+}
+BINS = 31  # magnitudes are drawn from so many evenly spaced ones
+FILL = 128  # grey, where nothing of the image is left
+
+
+@dataclass(frozen=True)
+class StrongConfig:
+    """RandAugment and Cutout.
+
+    Args:
+        ops: operators to draw from.
+        num_ops: operators applied to each image, drawn with replacement.
+        cutout: side of the erased square as a share of the image's, centred anywhere and clipped.
+    """
+
+    ops: tuple[str, ...] = tuple(RANGES)
+    num_ops: int = 2
+    cutout: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.ops:
+            raise ValueError(f"ops is empty; choose from {', '.join(RANGES)}")
+        for name in self.ops:
+            check_choice("ops", name, tuple(RANGES))
+        check_range("num_ops", self.num_ops, 0)
+        check_range("cutout", self.cutout, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class StrongParameters:
+    """What happens to each image of a batch after its crop.
+
+    Args:
+        op: int32 [n, N] positions in ``StrongConfig.ops``.
+        magnitude_bin: int32 [n, N] in 0..BINS-1.
+        negate: int32 [n, N] 1 turns the sign of operators that have one.
+        erase_start: [n, 2] (y, x) of the erased square's first corner, pixels.
+        erase_shape: [n, 2] its sides, pixels.
+    """
+
+    op: np.ndarray[Any, np.dtype[np.int32]]
+    magnitude_bin: np.ndarray[Any, np.dtype[np.int32]]
+    negate: np.ndarray[Any, np.dtype[np.int32]]
+    erase_start: np.ndarray[Any, np.dtype[np.float32]]
+    erase_shape: np.ndarray[Any, np.dtype[np.float32]]
+
+
+def draws_of(config: StrongConfig) -> int:
+    """Uniform draws that one image takes."""
+    return 3 * config.num_ops + 2
+
+
+def draw_strong(config: StrongConfig, size: int, u: np.ndarray) -> StrongParameters:
+    """Parameters of one strong view of each image.
+
+    Args:
+        config: operators, their number, and the erased share.
+        size: side of the view, pixels.
+        u: uniform draws [n, draws_of(config)].
+    """
+    count = config.num_ops
+    op, level, sign = (u[:, i * count : (i + 1) * count] for i in range(3))
+    side = round(config.cutout * size)
+    centre = np.floor(u[:, 3 * count :] * size)
+    start, end = np.clip(centre - side // 2, 0, size), np.clip(centre - side // 2 + side, 0, size)
+    return StrongParameters(
+        op=(op * len(config.ops)).astype(np.int32),
+        magnitude_bin=(level * BINS).astype(np.int32),
+        negate=(sign < 0.5).astype(np.int32),
+        erase_start=start.astype(np.float32),
+        erase_shape=(end - start).astype(np.float32),
+    )
+
+
+def magnitude(name: str, magnitude_bin: int, negate: int) -> float:
+    """An operator's magnitude, in the units of ``RANGES``."""
+    low, high, signed = RANGES[name]
+    value = low + (high - low) * magnitude_bin / (BINS - 1)
+    return -value if signed and negate else value
