@@ -41,7 +41,8 @@ def state_of(folder):
 
 def assert_as_one(tiny, tmp_path, world_size, **changes):
     """A run of several processes equals that of one, to rounding."""
-    base = {"model": {"bn": "split", "bn_group": 4}, "optim": {"epochs": 1}, **changes}
+    # Statistics over four images amplify rounding from step to step; a low rate keeps it rounding.
+    base = {"model": {"bn": "split", "bn_group": 4}, "optim": {"epochs": 1, "lr": 0.005}, **changes}
     one = train(tiny(out=str(tmp_path / "one"), **base)).run_dir
     results = run(write(tiny(out=str(tmp_path / "many"), **base), tmp_path / "many.yaml"), world_size)
     assert [status for status, _ in results] == [0] * world_size, results
