@@ -26,7 +26,9 @@ constexpr int64_t kMax32BitExtent = int64_t{1} << 29;
 
 cudaStream_t current_stream(const Tensor& images) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(images.get_device_index(), &stream));
+  // Without a macro: torch 2.11 and later torches name theirs differently.
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(images.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                  "no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 
