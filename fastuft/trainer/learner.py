@@ -191,7 +191,12 @@ def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.opt
     optim = config.optim
     options: dict[str, Any] = {"momentum": optim.momentum, "weight_decay": optim.weight_decay, "lr": optim.lr}
     if optim.optimizer == "sgd":
-        return torch.optim.SGD(parameters, fused=True, **options)
+        optimizer = torch.optim.SGD(parameters, fused=True, **options)
+        # Left to itself it takes uninitialised memory for momentum, which stays so where the gradient scaler skips the
+        # first step (fp16 overflows there). From zeros the first step is the same.
+        for parameter in parameters if optim.momentum else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     try:
         from apex.optimizers import FusedSGD
     except ImportError as error:

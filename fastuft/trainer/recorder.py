@@ -166,8 +166,10 @@ class PartTimes:
         self._marks.append((part, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the last read. On a GPU call it where the host has waited for the step already."""
+        """Seconds by part since the last read; on a GPU the host waits for the last mark."""
         seconds: dict[str, float] = {}
+        if self._cuda and self._marks:
+            self._marks[-1][1].synchronize()
         for (_, before), (part, after) in zip(self._marks, self._marks[1:], strict=False):
             if part:
                 passed = before.elapsed_time(after) / 1000 if self._cuda else after - before

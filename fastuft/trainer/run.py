@@ -314,7 +314,8 @@ class _Run:
                 save = stop or look or self.global_step == self.limit or (epoch_done and not runtime.save_every)
                 save = save or bool(runtime.save_every and self.global_step % runtime.save_every == 0)
                 if save or epoch_done or filled == runtime.log_every:
-                    self._log(rows[:filled], lr, time.perf_counter() - since, waited, parts.read())
+                    seconds = parts.read()  # waits for the device, whose time the next line counts
+                    self._log(rows[:filled], lr, time.perf_counter() - since, waited, seconds)
                     if epoch_done:
                         self.epoch, self.step = self.epoch + 1, 0
                     if save:

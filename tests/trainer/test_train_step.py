@@ -20,6 +20,7 @@ from fastuft.randomness import keyed_seed
 from fastuft.trainer import distributed, learner, schedule, step
 from fastuft.trainer.distributed import KeyShuffle, Ranks
 from fastuft.trainer.learner import build_learner
+from fastuft.trainer.recorder import PartTimes
 from fastuft.trainer.step import RECORD, train_step
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -171,6 +172,47 @@ def test_nothing_on_the_steps_path_reads_a_tensor(part):
 def test_the_step_fits_a_screen():
     body = ast.parse(inspect.getsource(train_step)).body[0].body[1:]
     assert body[-1].end_lineno - body[0].lineno < 50
+
+
+def test_momentum_starts_clean_where_the_scaler_skips_the_first_step(tiny):
+    made, _ = build_learner(tiny(optim={"lr": 0.1}), ALONE)
+    parameters = list(made.moco.query_encoder.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    scaler.step(made.optimizer)
+    assert all(map(torch.equal, parameters, before))
+    assert all((made.optimizer.state[parameter]["momentum_buffer"] == 0).all() for parameter in parameters)
+
+
+def test_times_are_read_after_the_device_is_done(monkeypatch):
+    class Event:
+        count, done = 0, -1
+
+        def __init__(self, enable_timing):
+            self.number = Event.count
+            Event.count += 1
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            Event.done = self.number
+
+        def elapsed_time(self, end):
+            assert end.number <= Event.done, "CUDA refuses the time of an event that is under way"
+            return 1000.0 * (end.number - self.number)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    times = PartTimes(torch.device("cuda"))
+    assert times.read() == {}
+    for _ in range(2):
+        times.start()
+        times.mark("keys")
+        times.mark("loss")
+    assert times.read() == {"keys": 2.0, "loss": 2.0}
 
 
 @pytest.mark.gpu
