@@ -151,8 +151,7 @@ def combine_kernel(
         splits = start + tl.arange(0, BLOCK_S)
         m = tl.load(m_ptr + splits.to(tl.int64) * num_rows + row, splits < num_splits, -float("inf"))
         top = tl.maximum(top, tl.max(m, 0))
-    empty = top == -float("inf")
-    reference = tl.where(empty, 0.0, top)
+    reference = tl.where(top == -float("inf"), 0.0, top)
     total = 0.0
     mu = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, num_splits, BLOCK_S):
@@ -165,6 +164,7 @@ def combine_kernel(
             m_acc = m_splits[:, None] & inside[None, :]
             part = tl.load(acc_ptr + place[:, None] * width + columns[None, :], m_acc, 0.0)
             mu += tl.sum(weight[:, None] * part, 0)
+    empty = total == 0.0  # K = 0; NaN where a query is, whose maxima are -inf too
     lse = tl.where(empty, -float("inf"), (reference + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)  # (3)
     mu = mu / tl.where(empty, 1.0, total)
     tl.store(lse_ptr + row, lse)
@@ -239,7 +239,8 @@ def _chip(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return 90, 4  # the interpreter runs anywhere; few splits keep it quick
     properties = torch.cuda.get_device_properties(device)
-    return properties.major * 10, properties.multi_processor_count
+    # Consumer Blackwell (12.x) has neither tensor memory nor the shared memory of 9.0 and 10.0.
+    return 80 if properties.major == 12 else properties.major * 10, properties.multi_processor_count
 
 
 def plan_splits(num_rows: int, num_keys: int, config: Launch, multiprocessors: int) -> tuple[int, int]:
@@ -293,6 +294,7 @@ def _run(
     k_b = k_a if k_b is None else _rows(k_b)
     two_keys = lam is not None
     weights = lse if lam is None else lam
+    lam_stride = weights.stride(0) if weights.numel() > 1 else 0
     sweep_kernel[(triton.cdiv(num_rows, config.block_b), num_splits)](
         q, queue, m, total, acc, q.stride(0), queue.stride(0), num_rows, num_keys, keys_per_split, width,
         LOG2_E / temperature, normalize, need_mu, _triton_dtype(dtype), config.branch, config.block_b, config.block_k, block_d,
@@ -300,8 +302,8 @@ def _run(
     )  # fmt: skip
     combine_kernel[(num_rows,)](
         m, total, acc, q, k_a, k_b, weights, loss, grad, a, b, lse, q.stride(0), k_a.stride(0), k_b.stride(0),
-        int(weights.numel() > 1), num_rows, num_splits, width, 1 / temperature, keys is not None, two_keys, normalize,
-        need_mu, 32, block_d, num_warps=4,
+        lam_stride, num_rows, num_splits, width, 1 / temperature, keys is not None, two_keys, normalize, need_mu, 32,
+        block_d, num_warps=4,
     )  # fmt: skip
     return loss, grad, a, b, lse
 

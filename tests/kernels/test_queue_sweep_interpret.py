@@ -156,6 +156,23 @@ def test_strided_inputs():
     check(wide[:, ::2], k_a.T.contiguous().T, k_b, lam, torch.cat([queue, queue], 1)[:, :32])
 
 
+def test_weights_with_gaps():
+    q, k_a, k_b, lam, queue = make(9, 60, 32, torch.float32)
+    gaps = torch.stack([lam, torch.full_like(lam, torch.nan)], 1)[:, 0]
+    run = sweep().mixed_info_nce_forward
+    dense, found = (run(q, k_a, k_b, weight, queue, 0.2, True, True) for weight in (lam, gaps))
+    assert all(map(torch.equal, found, dense))
+
+
+def test_a_query_that_is_no_number_gives_none():
+    z, _, _, _, queue = make(5, 60, 32, torch.float32)
+    expected = sweep().queue_lse_forward(z, queue, 0.2, True)
+    z[2] = torch.nan
+    for found, good in zip(sweep().queue_lse_forward(z, queue, 0.2, True), expected, strict=True):
+        assert found[2].isnan().all()
+        torch.testing.assert_close(found[[0, 1, 3, 4]], good[[0, 1, 3, 4]], rtol=1e-6, atol=1e-6)
+
+
 def test_splits_agree_and_reruns_are_bitwise_equal():
     q, k_a, k_b, lam, queue = make(20, 640, 32, torch.float32)
     exact = run_reference(q, k_a, k_b, lam, queue, 0.2, torch.float64)
