@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from nvidia import nvimgcodec
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.auto_aug import augmentations
-from nvidia.dali.auto_aug.core import select, signed_bin
+from nvidia.dali.auto_aug.core import augmentation, select, signed_bin
 from torch import Tensor
 
 from fastuft.data.backend import DecodeError, Request, ViewSpec
@@ -29,15 +30,29 @@ def _used(spec: ViewSpec) -> list[str]:
     return [*names, "flip"]
 
 
+# auto_aug's own operators use older names, which warn on every build of a pipeline.
+_filter, _equalize = (getattr(fn, name, None) or getattr(fn.experimental, name) for name in ("filter", "equalize"))
+
+
+@augmentation(mag_to_param=augmentations.sharpness_kernel, param_device="auto")
+def _sharpness(data: Any, kernel: Any) -> Any:
+    return _filter(data, kernel)
+
+
+@augmentation
+def _equalized(data: Any, _: Any) -> Any:
+    return _equalize(data)
+
+
+_RENAMED = {"sharpness": _sharpness, "equalize": _equalized}
 _STRONG = ("op", "magnitude_bin", "negate", "erase_start", "erase_shape")
 
 
 def _operator(name: str) -> Any:
     """DALI's operator of a RandAugment name, with the range of magnitudes that both loaders have."""
     low, high, signed = RANGES[name]
-    if low == high:
-        return getattr(augmentations, name)
-    return getattr(augmentations, name).augmentation(mag_range=(low, high), randomly_negate=signed)
+    operator = _RENAMED[name] if name in _RENAMED else getattr(augmentations, name)
+    return operator if low == high else operator.augmentation(mag_range=(low, high), randomly_negate=signed)
 
 
 def _strong(x: Any, spec: ViewSpec, drawn: dict[str, Any]) -> Any:
@@ -137,15 +152,18 @@ class DaliBackend:
         self._build()
 
     def _build(self) -> None:
-        self._pipeline: Any = _view_pipeline(
-            self._feed,
-            self.spec,
-            batch_size=self.spec.batch_size,
-            num_threads=self.spec.num_threads,
-            device_id=self._device_id,
-            prefetch_queue_depth=self.spec.prefetch,
-        )
-        self._pipeline.build()
+        with warnings.catch_warnings():
+            # A short list of operators leaves some of the draws unused.
+            warnings.filterwarnings("ignore", message=".*The external source node")
+            self._pipeline: Any = _view_pipeline(
+                self._feed,
+                self.spec,
+                batch_size=self.spec.batch_size,
+                num_threads=self.spec.num_threads,
+                device_id=self._device_id,
+                prefetch_queue_depth=self.spec.prefetch,
+            )
+            self._pipeline.build()
         self._fresh = True
 
     def _feed(self) -> list[Any]:

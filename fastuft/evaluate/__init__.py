@@ -23,6 +23,9 @@ _EXPORTS = {
     "write_evaluation": "evaluation",
     "cached_features": "features",
     "extract_features": "features",
+    "FixMatchResult": "semi",
+    "FixMatchSettings": "semi",
+    "fixmatch": "semi",
     "FewShotResult": "shots",
     "FewShotSettings": "shots",
     "draw_shots": "shots",
@@ -55,6 +58,9 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.features import extract_features as extract_features
     from fastuft.evaluate.retrieval import nearest_neighbours as nearest_neighbours
     from fastuft.evaluate.retrieval import retrieval_accuracy as retrieval_accuracy
+    from fastuft.evaluate.semi import FixMatchResult as FixMatchResult
+    from fastuft.evaluate.semi import FixMatchSettings as FixMatchSettings
+    from fastuft.evaluate.semi import fixmatch as fixmatch
     from fastuft.evaluate.shots import FewShotResult as FewShotResult
     from fastuft.evaluate.shots import FewShotSettings as FewShotSettings
     from fastuft.evaluate.shots import draw_shots as draw_shots

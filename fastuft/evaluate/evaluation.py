@@ -25,6 +25,7 @@ from fastuft.evaluate.features import autocast, cached_features, module_device, 
 from fastuft.evaluate.images import decode, random_views, thumbnail_png
 from fastuft.evaluate.inputs import quoted
 from fastuft.evaluate.retrieval import nearest_neighbours, retrieval_accuracy
+from fastuft.evaluate.semi import FixMatchResult, FixMatchSettings, fixmatch
 from fastuft.evaluate.shots import FewShotResult, FewShotSettings, draw_shots, fewshot
 from fastuft.evaluate.unlabelled import alignment_uniformity, drift, neighbour_overlap
 from fastuft.randomness import keyed_generator, keyed_seed
@@ -115,6 +116,11 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "std": std, "trials": [float(v) for v in values]}
 
 
+def _by_shots(result: FewShotResult, *figures: str) -> dict[str, Any]:
+    """Spread over trials of the named figures, by K."""
+    return {str(k): {name: _spread(getattr(result, name)[k]) for name in figures} for k in result.top1}
+
+
 class _Evaluator:
     """Features and settings shared by the sections of one evaluation."""
 
@@ -185,9 +191,9 @@ class _Evaluator:
         with self.timed("retrieval"):
             return retrieval_accuracy(gallery, train.labels, queries, test.labels, NEIGHBOURS, device=self.device)
 
-    def fewshot(self, backbone: nn.Module, train: Images, test: Images) -> FewShotResult:
+    def finetuning(self) -> FewShotSettings:
         config = self.config
-        settings = FewShotSettings(
+        return FewShotSettings(
             epochs=config.fewshot_epochs,
             lr=config.fewshot_lr,
             backbone_lr=config.fewshot_backbone_lr,
@@ -197,6 +203,9 @@ class _Evaluator:
             flip_p=config.fewshot_flip_p,
             precision=config.precision,
         )
+
+    def fewshot(self, backbone: nn.Module, train: Images, test: Images) -> FewShotResult:
+        config = self.config
         with self.timed("fewshot"), self.stream(backbone, test) as stream:
             return fewshot(
                 backbone,
@@ -208,7 +217,25 @@ class _Evaluator:
                 trials=config.trials,
                 seed=config.seed,
                 classes=train.classes,
-                settings=settings,
+                settings=self.finetuning(),
+            )
+
+    def fixmatch(self, backbone: nn.Module, train: Images, test: Images) -> FixMatchResult:
+        config = self.config
+        recipe = dataclasses.replace(self.finetuning(), epochs=config.semi_epochs, batch_size=config.semi_batch)
+        with self.timed("fixmatch"), self.stream(backbone, test) as stream:
+            return fixmatch(
+                backbone,
+                train.paths,
+                train.labels,
+                stream,
+                test.labels,
+                shots=config.semi_shots,
+                trials=config.trials,
+                seed=config.seed,
+                classes=train.classes,
+                settings=FixMatchSettings(recipe),
+                loader=config.loader,
             )
 
     def sample(self, name: str, count: int, most: int) -> np.ndarray:
@@ -343,8 +370,8 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
     if judged:
         assert test is not None
         _check_classes(train, test)
-        if config.shots:  # refused now, not after the features are extracted
-            draw_shots(train.labels, max(config.shots), seed=config.seed, classes=train.classes)
+        if wanted := [*config.shots, *config.semi_shots]:  # refused now, not after the features are extracted
+            draw_shots(train.labels, max(wanted), seed=config.seed, classes=train.classes)
     backbones = [backbone] if before is None else [backbone, before]
     arms = ("after", "before")
     train_features = [run.features(b, train) for b in backbones]
@@ -370,16 +397,11 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
         assert test is not None
         for name, x, q in zip(arms, train_features, test_features, strict=False):
             (metrics if name == "after" else earlier)["retrieval"] = run.retrieval(x, train, q, test)
+        drawn: np.ndarray | None = None
         if config.shots:
             shots = run.fewshot(backbone, train, test)
-            metrics["fewshot"] = {
-                str(k): {
-                    "top1": _spread(shots.top1[k]),
-                    "mean_class": _spread(shots.mean_class[k]),
-                    "train_loss": _spread(shots.train_loss[k]),
-                }
-                for k in config.shots
-            }
+            drawn = shots.draws
+            metrics["fewshot"] = _by_shots(shots, "top1", "mean_class", "train_loss")
             worst = max(max(losses) for losses in shots.train_loss.values())
             if worst > 0.9 * math.log(len(train.classes)):
                 statements.append(
@@ -387,12 +409,24 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
                     f"{math.log(len(train.classes)):.2f}), so its accuracies say little about the features: "
                     f"try another fewshot_lr than {config.fewshot_lr:g}."
                 )
+        if config.semi_shots:
+            semi = run.fixmatch(backbone, train, test)
+            if drawn is None or semi.draws.shape[2] > drawn.shape[2]:
+                drawn = semi.draws  # fewer images a class are the first of more
+            metrics["fixmatch"] = _by_shots(semi, "top1", "mean_class", "train_loss", "confident")
+            unused = [k for k in config.semi_shots if not max(semi.confident[k])]
+            if unused:
+                statements.append(
+                    f"FixMatch with {', '.join(map(str, unused))} labelled images a class found no confident guess among "
+                    "the unlabelled images, so it was few-shot finetuning with more views."
+                )
+        if drawn is not None:
             draws = {
                 str(trial): {
                     name: [os.path.relpath(train.paths[i], config.train) for i in row]
                     for name, row in zip(train.classes, rows, strict=True)
                 }
-                for trial, rows in enumerate(shots.draws)
+                for trial, rows in enumerate(drawn)
             }
     elif train.labelled:
         statements.append(NO_TEST)

@@ -111,6 +111,12 @@ class Classifier(nn.Module):
             self.fc.weight.copy_(torch.from_numpy(start))
             self.fc.bias.zero_()
 
+    @classmethod
+    def on(cls, backbone: nn.Module, classes: int, seed: int) -> Classifier:
+        """A classifier in training mode on a copy of ``backbone``, on its device."""
+        features: Any = backbone.num_features
+        return cls(copy.deepcopy(backbone), features, classes, seed).to(module_device(backbone)).train()
+
     def train(self, mode: bool = True) -> Classifier:
         """Training mode with BatchNorm left in eval mode: a few images are no statistics."""
         super().train(mode)
@@ -121,6 +127,19 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.backbone(images))
+
+
+def sgd(
+    model: Classifier, lr: float, backbone_lr: float, steps: int
+) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LambdaLR]:
+    """SGD with momentum 0.9 and no weight decay, and its cosine schedule to zero over ``steps``."""
+    groups = [
+        {"params": list(model.backbone.parameters()), "lr": backbone_lr},
+        {"params": list(model.fc.parameters()), "lr": lr},
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    return optimizer, schedule
 
 
 def finetune(
@@ -153,15 +172,10 @@ def finetune(
     """
     device = module_device(backbone)
     source: Any = backbone
-    model = Classifier(copy.deepcopy(backbone), source.num_features, classes, seed).to(device).train()
-    groups = [
-        {"params": list(model.backbone.parameters()), "lr": settings.backbone_lr},
-        {"params": list(model.fc.parameters()), "lr": settings.lr},
-    ]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.0)
+    model = Classifier.on(backbone, classes, seed)
     batch = min(settings.batch_size, len(images))
     steps = settings.epochs * math.ceil(len(images) / batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    optimizer, schedule = sgd(model, settings.lr, settings.backbone_lr, steps)
     total = torch.zeros((), device=device)
     for epoch in range(settings.epochs):
         total.zero_()
@@ -207,6 +221,18 @@ def predict(
         with autocast(device, precision):
             batches.append(torch.stack([model(images).argmax(1) for model in models]))
     return torch.cat(batches, dim=1).cpu().numpy()
+
+
+def accuracies(
+    shots: Sequence[int], predicted: np.ndarray, truth: np.ndarray
+) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
+    """(top-1, mean class) accuracy of each model, in order, by its K; predicted [models, N], truth [N]."""
+    top1: dict[int, list[float]] = {k: [] for k in shots}
+    mean_class: dict[int, list[float]] = {k: [] for k in shots}
+    for k, answers in zip(shots, predicted, strict=True):
+        top1[k].append(top1_accuracy(answers, truth))
+        mean_class[k].append(mean_class_accuracy(answers, truth))
+    return top1, mean_class
 
 
 def fewshot(
@@ -260,10 +286,8 @@ def fewshot(
             models.append(model)
             runs.append(k)
             losses.append(loss)
-    predicted = values[predict(models, test, recipe.precision)]
-    result = FewShotResult({k: [] for k in shots}, {k: [] for k in shots}, {k: [] for k in shots}, draws)
-    for k, loss, answers in zip(runs, losses, predicted, strict=True):
+    top1, mean_class = accuracies(runs, values[predict(models, test, recipe.precision)], truth)
+    result = FewShotResult(top1, mean_class, {k: [] for k in shots}, draws)
+    for k, loss in zip(runs, losses, strict=True):
         result.train_loss[k].append(loss)
-        result.top1[k].append(top1_accuracy(answers, truth))
-        result.mean_class[k].append(mean_class_accuracy(answers, truth))
     return result

@@ -131,11 +131,13 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
         return header, get, digits, up
 
     shots = sorted({int(k) for run in runs for k in lookup(run.evaluation, "fewshot") or ()})
+    semi = sorted({int(k) for run in runs for k in lookup(run.evaluation, "fixmatch") or ()})
     columns = [
         evaluated("retrieval %", "retrieval"),
         evaluated("clustering %", "clustering"),
         # Where test classes are equally large, mean class accuracy is top-1 accuracy; eval.json holds both.
         *(evaluated(f"{k}-shot %", "fewshot", str(k), "mean_class") for k in shots),
+        *(evaluated(f"FixMatch {k} %", "fixmatch", str(k), "mean_class") for k in semi),
         evaluated("source clustering %", "forgetting", "after"),
         evaluated("source before %", "forgetting", "before", up=None),
         evaluated("alignment", "label_free", "alignment", percent=False, digits=3, up=None),

@@ -19,9 +19,6 @@ WHOLE = AugmentConfig(
 GREY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 LOADERS = ["dali", "torch"]
 
-# DALI's own operators call an older name of one of theirs, and a single operator leaves some draws unused.
-pytestmark = pytest.mark.filterwarnings("ignore:.*nvidia.dali.fn.filter", "ignore:The external source node")
-
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
