@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -285,7 +286,8 @@ def outside(learner: Learner) -> Callable[[Tensor, Tensor], None]:
 
 def outside_moco(step: MoCoStep) -> Callable[[Tensor, Tensor], None]:
     def run(q: Tensor, k: Tensor) -> None:
-        loss = step.loss(F.normalize(q, dim=1), F.normalize(k, dim=1))
+        with step.autocast():
+            loss = step.loss(F.normalize(q, dim=1), F.normalize(k, dim=1))
         loss.backward()
         step.optimizer.step()
         step.average()
@@ -302,7 +304,8 @@ def test_outside_the_encoders(benchmark, device, size, step):
         parameter.grad = torch.randn_like(parameter) * 1e-3
 
     def embeddings() -> tuple[Tensor, Tensor]:
-        q, k = (torch.randn(size.batch, size.dim, device=device) for _ in range(2))
+        dtype = DTYPES[learner.precision]  # as the encoders give them
+        q, k = (torch.randn(size.batch, size.dim, device=device, dtype=dtype) for _ in range(2))
         return q.requires_grad_(), k
 
     functions = {"fastuft": outside(learner), "moco": outside_moco(theirs)}
@@ -325,14 +328,18 @@ def test_outside_the_encoders(benchmark, device, size, step):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory, scale) -> str:
-    """A folder of JPEGs, some batches of them, larger than the views."""
+    """A folder of JPEGs, some batches of them, larger than the views; beyond 256 they come again."""
     size = SIZES[scale][0]
     folder = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     for index in range(size.batch * (2 if scale == "smoke" else 8)):
+        path = folder / f"{index:05d}.jpg"
+        if index >= 256:
+            os.link(folder / f"{index % 256:05d}.jpg", path)
+            continue
         coarse = generator.integers(0, 256, (12, 16, 3)).astype(np.uint8)
         image = Image.fromarray(coarse).resize((size.side * 2, size.side * 3 // 2), Image.Resampling.BICUBIC)
-        image.save(folder / f"{index:05d}.jpg", quality=90)
+        image.save(path, quality=90)
     return str(folder)
 
 
@@ -346,10 +353,9 @@ def test_images_a_second(benchmark, device, scale, photos, part):
     backbone: Any = learner.moco.query_encoder.backbone
     dtype = DTYPES[learner.precision]
     options = {"seed": 0, "device": device, "dtype": dtype, "mean": backbone.mean, "std": backbone.std}
-    # On a CPU loader and encoders share the cores: threads as in training.
-    stream = TrainStream(
-        manifest, dataclasses.replace(config.data, threads=torch.get_num_threads()), config.augment, **options
-    )
+    # On a CPU loader and encoders share the cores: threads as in training. Beside a GPU the loader takes them all.
+    threads = 0 if device.type == "cuda" else torch.get_num_threads()
+    stream = TrainStream(manifest, dataclasses.replace(config.data, threads=threads), config.augment, **options)
     step, alone = ours(learner), encoders_alone(learner, passes=2)
     ready = images_of(size, device, dtype)()
     epochs = itertools.count()

@@ -80,6 +80,8 @@ def measure_core(benchmark, one_pass: Pass, paths: list[str], group: str, baseli
 
 def stream_pass(paths: list[str], augment: AugmentConfig, loader: str, **changes) -> Pass:
     """One epoch of the training stream, a new one each time."""
+    if loader == "dali":
+        peer("nvidia.dali", "nvidia-dali-cuda130")
     manifest = Manifest.build(paths)
     data = DataConfig(**{"batch_size": min(32, len(paths)), "threads": 1, "loader": loader, **changes})
     stream = TrainStream(manifest, data, augment, seed=0, mean=MEAN, std=STD)
@@ -295,6 +297,7 @@ def many(tmp_path_factory, photos, smoke) -> Manifest:
 
 
 def gpu_stream(manifest: Manifest, device: torch.device, hw_decoder_load: float) -> TrainStream:
+    peer("nvidia.dali", "nvidia-dali-cuda130")
     data = DataConfig(batch_size=256, loader="dali", hw_decoder_load=hw_decoder_load)
     return TrainStream(manifest, data, MOCO, seed=0, device=device, dtype=torch.bfloat16, mean=MEAN, std=STD)
 

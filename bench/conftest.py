@@ -115,6 +115,15 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["smoke"] = config.getoption("--smoke")
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """Benchmarks that were interrupted in their first round go, so that the others' figures are written."""
+    benchmarks = getattr(session.config, "_benchmarksession", None)
+    if benchmarks is not None:
+        benchmarks.benchmarks = [bench for bench in benchmarks.benchmarks if bench.stats.data]
+    return (yield)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
     measured = [] if session is None else [bench for bench in session.benchmarks if bench.stats.data]

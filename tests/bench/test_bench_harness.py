@@ -158,6 +158,17 @@ def test_gpu_path_rotates_inputs_and_records_event_times(bench, tmp_path):
     assert list((tmp_path / "results" / "nvidia-fake").glob("*.json"))
 
 
+def test_an_interrupted_benchmark_costs_its_own_figures_only(bench, tmp_path):
+    file = tmp_path / "bench_small.py"
+    interrupted = (
+        "\ndef test_interrupted(benchmark):\n    def stop():\n        raise KeyboardInterrupt\n    benchmark(stop)\n"
+    )
+    file.write_text(BENCH + interrupted)
+    status, output, raw = bench("--seconds=0.05", "--impl=torch:mm")
+    assert status == 2, output
+    assert len(json.loads(raw.read_text())["benchmarks"]) == 3
+
+
 @pytest.mark.parametrize("spec", ["torch", "torch:", "no_such_module:f", "torch:no_such_function", "torch:float32"])
 def test_wrong_implementations_are_refused(bench, spec):
     with pytest.raises(ValueError, match="impl="):
