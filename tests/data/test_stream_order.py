@@ -357,6 +357,7 @@ def test_soak_with_kills_covers_every_epoch_exactly(manifest, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_gpu_views_agree_with_the_cpu(jpegs, dtype):
+    pytest.importorskip("nvidia.dali")
     device = torch.device("cuda", torch.cuda.current_device())
     data = DataConfig(batch_size=8, loader="dali")
     there = TrainStream(jpegs, data, SMALL_IMAGES, seed=5, device=device, dtype=dtype, **PLAIN)
@@ -370,10 +371,10 @@ def test_gpu_views_agree_with_the_cpu(jpegs, dtype):
 
 @pytest.mark.gpu
 def test_gpu_views_do_not_make_the_host_wait(jpegs):
+    pytest.importorskip("nvidia.dali")
     device = torch.device("cuda", torch.cuda.current_device())
-    stream = TrainStream(
-        manifest, DataConfig(batch_size=8, loader="dali"), SMALL_IMAGES, seed=5, device=device, **PLAIN
-    )
+    data = DataConfig(batch_size=8, loader="dali")
+    stream = TrainStream(jpegs, data, SMALL_IMAGES, seed=5, device=device, **PLAIN)
     torch.cuda.set_sync_debug_mode("error")
     try:
         total = sum(batch.query.sum() + batch.key.sum() for batch in stream.epoch(0))
@@ -384,6 +385,7 @@ def test_gpu_views_do_not_make_the_host_wait(jpegs):
 
 @pytest.mark.gpu
 def test_gpu_pixels_do_not_depend_on_ranks(jpegs):
+    pytest.importorskip("nvidia.dali")
     device = torch.device("cuda", torch.cuda.current_device())
     data = DataConfig(batch_size=8, loader="dali")
 
