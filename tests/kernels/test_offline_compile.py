@@ -60,9 +60,9 @@ def jobs() -> list[Job]:
             found += [Job("sweep", arch, dtype, width, rows, need_mu) for need_mu in (True, False)]
     for arch in ARCHS:
         for width in WIDTHS:
-            found.append(Job("combine", arch, "bf16", width, 0, True))
-        found.append(Job("combine", arch, "fp32", 128, 0, False))
-        found.append(Job("lse", arch, "fp32", 128, 0, True))
+            found += [Job(name, arch, "bf16", width, 0, True) for name in ("combine", "combine-one-key")]
+            found.append(Job("lse", arch, "fp32", width, 0, True))
+        found += [Job(name, arch, "fp32", 128, 0, False) for name in ("combine", "combine-one-key", "lse")]
         found += [Job("enqueue", arch, dtype, 128, 0, False) for dtype in ("bf16", "fp32")]
         found.append(Job("advance", arch, "fp32", 0, 0, False))
     return found
@@ -88,11 +88,12 @@ def compile_job(job: Job) -> Compiled:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         constants = {"NORMALIZE": True, "NEED_MU": job.need_mu, "TILE_DTYPE": types[job.dtype], "BRANCH": config.branch}
         constants |= {"BLOCK_B": config.block_b, "BLOCK_K": config.block_k, "BLOCK_D": job.width}
-    elif job.name in ("combine", "lse"):
+    elif job.name in ("combine", "combine-one-key", "lse"):
         kernel = queue_sweep.combine_kernel
-        has_loss = job.name == "combine"
-        constants = {"HAS_LOSS": has_loss, "TWO_KEYS": has_loss, "NORMALIZE": has_loss, "NEED_MU": job.need_mu}
-        constants |= {"BLOCK_S": 32, "BLOCK_D": job.width}
+        has_loss = job.name != "lse"
+        options["num_warps"] = queue_sweep.COMBINE_WARPS
+        constants = {"HAS_LOSS": has_loss, "TWO_KEYS": job.name == "combine", "NORMALIZE": has_loss}
+        constants |= {"NEED_MU": job.need_mu, "BLOCK_S": queue_sweep.COMBINE_SPLITS, "BLOCK_D": job.width}
     elif job.name == "enqueue":
         kernel = enqueue.enqueue_kernel
         constants = {"NORMALIZE": True, "BLOCK_R": 4, "BLOCK_D": job.width}
@@ -134,11 +135,11 @@ def results():
     todo = jobs()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(todo, pool.map(compile_job, todo, chunksize=4), strict=True))
-    print(f"\n{'kernel':34} registers  stack   shared (limit)  matrix instructions")
+    print(f"\n{'kernel':40} registers  stack   shared (limit)  matrix instructions")
     for job, result in found.items():
         kinds = ", ".join(f"{kind} {count}" for kind, count in result.instructions.items() if count)
         limit = SHARED_BYTES[job.arch]
-        print(f"{job!s:34} {result.registers:9}  {result.stack:5}  {result.shared:7} ({limit})  {kinds}")
+        print(f"{job!s:40} {result.registers:9}  {result.stack:5}  {result.shared:7} ({limit})  {kinds}")
     return found
 
 
