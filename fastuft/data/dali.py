@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -137,7 +138,7 @@ def _decode_pipeline(source: Any, spec: ViewSpec) -> Any:
 
 
 def _encoded(path: str) -> np.ndarray:
-    return np.frombuffer(path.encode(), np.uint8)
+    return np.frombuffer(os.fsencode(path), np.uint8)
 
 
 class DaliBackend:
@@ -148,7 +149,10 @@ class DaliBackend:
         self._requests: Iterator[Request] = iter(())
         self._under_way: deque[Request] = deque()
         self._failure: BaseException | None = None
-        self._device_id = (spec.device.index or 0) if spec.device.type == "cuda" else None
+        self._device_id: int | None = None
+        if spec.device.type == "cuda":
+            index = spec.device.index
+            self._device_id = torch.cuda.current_device() if index is None else index
         self._build()
 
     def _build(self) -> None:
@@ -205,8 +209,9 @@ class DaliBackend:
     def _next(self) -> Any:
         if self._device_id is None:
             return self._pipeline.run()
-        # Results are ordered on the consumer's stream: the host does not wait for them.
-        return self._pipeline.run(cuda_stream=torch.cuda.current_stream(self.spec.device))
+        # Results are ordered on the consumer's stream: the host does not wait for them. By position: DALI takes keywords
+        # for inputs of the pipeline.
+        return self._pipeline.run(torch.cuda.current_stream(self._device_id))
 
     def _to_torch(self, result: Any) -> Tensor:
         # The dynamic executor hands out buffers that it does not write again while they are held.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastuft.config import AugmentConfig, DataConfig
-from fastuft.data import SMALL_IMAGES, Manifest, TrainStream, list_images
+from fastuft.data import SMALL_IMAGES, Manifest, StrongConfig, TrainStream, list_images
 from fastuft.data import feed as feed_module
+from fastuft.data.backend import ViewSpec
 from fastuft.data.order import EpochPlan
 from fastuft.data.views import draw_views, uniforms
 
@@ -352,6 +354,57 @@ def test_soak_with_kills_covers_every_epoch_exactly(manifest, tmp_path):
         for batch in stream.epoch(epoch):
             digest = float(batch.query.double().sum() + batch.key.double().sum())
             assert by_step[epoch, batch.step] == digest
+
+
+@pytest.mark.parametrize("strong", [None, StrongConfig()], ids=["moco", "strong"])
+def test_the_pipeline_of_a_gpu_is_well_formed(strong):
+    """Without a GPU too: arguments that DALI's operators do not have, or parameters of views on the GPU, are refused."""
+    pytest.importorskip("nvidia.dali")
+    from fastuft.data.dali import _view_pipeline
+
+    spec = ViewSpec(
+        size=32,
+        num_views=2,
+        colour=True,
+        blur=True,
+        rotation=True,
+        batch_size=4,
+        device=torch.device("cuda", 0),
+        dtype=torch.bfloat16,
+        largest=(500, 375),
+        strong=strong,
+        **PLAIN,
+    )
+    nodes = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*The external source node")
+        pipeline = _view_pipeline(lambda: None, spec, batch_size=4, num_threads=1, device_id=0)
+        pipeline.start_py_workers()  # there are none: only the graph is made
+        for operator in pipeline._ops:
+            inputs = operator.inputs if isinstance(operator.inputs, (list, tuple)) else [operator.inputs]
+            name = getattr(operator._op, "schema_name", type(operator._op).__name__)
+            nodes.append((name, operator._op.device, [node.device for node in inputs if node is not None]))
+    assert [device for name, device, _ in nodes if name == "decoders__Image"] == ["mixed"]
+    drawn = ("Resize", "Rotate", "ColorTwist", "GaussianBlur", "CropMirrorNormalize")
+    assert {name for name, _, _ in nodes} >= set(drawn)
+    for name, device, inputs in nodes:
+        if name in drawn:
+            assert (device, inputs[0], set(inputs[1:])) == ("gpu", "gpu", {"cpu"}), name
+
+
+def test_results_are_bound_to_the_consumers_stream(manifest, monkeypatch):
+    """DALI's ``run`` takes the stream by position only; as a keyword it would be an input of the pipeline."""
+    pytest.importorskip("nvidia.dali")
+    stream = make(manifest)
+    backend = stream._feed._backend
+    outputs, streams = backend._pipeline.outputs, []
+    monkeypatch.setattr(backend, "_device_id", 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: ("stream of", device))
+    monkeypatch.setattr(backend._pipeline, "outputs", lambda stream: (streams.append(stream), outputs())[1])
+    batches = list(stream.epoch(0))
+    assert streams[: len(batches)] == [("stream of", 3)] * len(batches)
+    for ours, theirs in zip(batches, make(manifest).epoch(0), strict=True):
+        assert torch.equal(ours.query, theirs.query)
 
 
 @pytest.mark.gpu
