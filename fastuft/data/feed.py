@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,11 +18,12 @@ import numpy as np
 from torch import Tensor
 
 from fastuft.data.backend import Backend, DecodeError, Request, ViewSpec
-from fastuft.data.files import BadFile, BadImageError, image_size, open_rgb
+from fastuft.data.files import BadFile, BadImageError, image_size, in_threads, open_rgb
 from fastuft.randomness import keyed_generator
 
 Loader = Literal["auto", "dali", "torch"]
 
+_LOOKERS = 16  # threads that look at new files; on network storage each waits
 _MANY_BAD = 0.5  # share of bad files at which skipping stops making sense
 _said_missing = False
 
@@ -70,13 +74,25 @@ class BadFileRule:
     pools: tuple[range, ...] = ()
 
 
+def _made_ahead(request: Callable[[int], Request], steps: range) -> Generator[Request]:
+    """``request(step)`` of each step, made by a thread while the batches before it are decoded and used."""
+    with ThreadPoolExecutor(1, "requests") as maker:
+        following = maker.submit(request, steps.start)
+        for step in steps:
+            ready = following
+            if step + 1 < steps.stop:
+                following = maker.submit(request, step + 1)
+            yield ready.result()
+
+
 class Feed:
     """Batches of views of a list of files.
 
-    Every file is looked at once before a decoder sees it (see :func:`fastuft.data.files.image_size`). Where decoding
-    fails all the same, the culprit is found by decoding the images under way one by one, and the batches that were
-    not handed out yet are made again. A file that the loader's decoder refuses and Pillow reads (DALI: some WebP files
-    with metadata) is no bad file: a lossless copy in a temporary folder takes its place, with a warning.
+    Every file is looked at once before a decoder sees it (see :func:`fastuft.data.files.image_size`), a batch ahead and
+    in parallel. Where decoding fails all the same, the culprit is found by decoding the images under way one by one,
+    and the batches that were not handed out yet are made again. A file that the loader's decoder refuses and Pillow
+    reads (DALI: some WebP files with metadata) is no bad file: a lossless copy in a temporary folder takes its place,
+    with a warning.
 
     Args:
         paths: files.
@@ -101,6 +117,7 @@ class Feed:
         self._bad: dict[int, str] = {}
         self._copies: dict[int, str] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._lock = threading.RLock()  # requests are made by a thread, failures dealt with by the consumer's
         self._backend = make_backend(loader, spec)
 
     @property
@@ -121,29 +138,37 @@ class Feed:
             ValueError: most of the files are bad.
         """
         chosen = indices.copy()
-        for row, index in enumerate(indices.tolist()):
-            if not self._good(index):
-                assert positions is not None, "only streams that know positions skip files"
-                pool = self._pool(index)
-                generator = keyed_generator(self._rule.seed, "replacement", epoch, int(positions[row]))
-                while not self._good(index):
-                    index = pool[int(generator.integers(len(pool)))]
-                chosen[row] = index
+        with self._lock:
+            self._look(indices.tolist())
+            for row, index in enumerate(indices.tolist()):
+                if index in self._bad:
+                    assert positions is not None, "only streams that know positions skip files"
+                    pool = self._pool(index)
+                    generator = keyed_generator(self._rule.seed, "replacement", epoch, int(positions[row]))
+                    while index in self._bad:
+                        index = pool[int(generator.integers(len(pool)))]
+                        self._look([index])
+                    chosen[row] = index
         return chosen
 
-    def _good(self, index: int) -> bool:
-        """Whether a file passes the cheap checks; its size is known afterwards."""
-        if index in self._bad:
-            return False
-        if not self.sizes[index, 0]:
+    def _look(self, indices: list[int]) -> None:
+        """Check those files that were not looked at before; their sizes are known afterwards, or they are bad."""
+        new = [index for index in dict.fromkeys(indices) if not self.sizes[index, 0] and index not in self._bad]
+
+        def look(index: int) -> tuple[tuple[int, int], bool] | BadImageError:
+            path = self.paths[index]
             try:
-                self.sizes[index] = image_size(self.paths[index], self._max_megapixels)
+                return image_size(path, self._max_megapixels), self._backend.parses(path)
             except BadImageError as error:
-                self._mark(index, error.reason)
-                return False
-            if not self._backend.parses(self.paths[index]):
-                return self._copy(index)
-        return True
+                return error
+
+        for index, found in zip(new, in_threads(look, new, _LOOKERS, chunk=4) if new else (), strict=True):
+            if isinstance(found, BadImageError):
+                self._mark(index, found.reason)
+                continue
+            self.sizes[index], parsed = found
+            if not parsed:
+                self._copy(index)
 
     def _pool(self, index: int) -> range:
         return next((pool for pool in self._rule.pools if index in pool), range(len(self.paths)))
@@ -170,35 +195,37 @@ class Feed:
         step = steps.start
         while step < steps.stop:
             try:
-                for made, views in self._backend.run(request(s) for s in range(step, steps.stop)):
-                    yield step, made, views
-                    step += 1
+                with closing(_made_ahead(request, range(step, steps.stop))) as requests:
+                    for made, views in self._backend.run(requests):
+                        yield step, made, views
+                        step += 1
             except DecodeError as error:
                 self._settle(error)
 
     def _settle(self, error: DecodeError) -> None:
         """Find the files behind a decoder's failure; the next request leaves them out or reads their copies."""
-        culprits = self._backend.undecodable(error.paths)
+        culprits = set(self._backend.undecodable(error.paths))
         if not culprits:
             raise error  # no file's fault
-        for path in culprits:
-            self._copy(self.paths.index(path))
+        with self._lock:
+            for index, path in enumerate(self.paths):
+                if self._copies.get(index, path) in culprits:
+                    self._copy(index)
 
-    def _copy(self, index: int) -> bool:
+    def _copy(self, index: int) -> None:
         """Put a copy that every decoder reads in a file's place; the file is bad if Pillow cannot decode it either."""
         path = self.paths[index]
         try:
             image = open_rgb(path)
         except BadImageError as error:
             self._mark(index, error.reason)
-            return False
+            return
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="fastuft-")
         copy = Path(self._folder.name) / f"{index}.png"
         image.save(copy, compress_level=1)
         self._copies[index] = str(copy)
         warnings.warn(f"{path}: DALI does not decode it, Pillow does; a temporary PNG copy is read", stacklevel=2)
-        return True
 
     def close(self) -> None:
         """Give back threads, memory and temporary files."""

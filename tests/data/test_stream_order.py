@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import warnings
@@ -22,9 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastuft.config import AugmentConfig, DataConfig
-from fastuft.data import SMALL_IMAGES, Manifest, StrongConfig, TrainStream, list_images
+from fastuft.data import SMALL_IMAGES, EvalStream, Manifest, StrongConfig, TrainStream, image_size, list_images
 from fastuft.data import feed as feed_module
-from fastuft.data.backend import ViewSpec
+from fastuft.data.backend import DecodeError, ViewSpec
 from fastuft.data.order import EpochPlan
 from fastuft.data.views import draw_views, uniforms
 
@@ -205,6 +206,77 @@ def test_too_many_bad_files_stop_even_when_skipping(manifest, tmp_path):
     damaged = dataclasses.replace(manifest, paths=tuple(paths))
     with pytest.raises(ValueError, match=r"of 15 files are bad, too many to skip .*verify-data"):
         list(make(damaged, "torch", on_bad_file="skip", drop_last=False).epoch(0))
+
+
+def test_new_files_are_looked_at_in_parallel_and_a_batch_ahead(manifest, monkeypatch):
+    """On network storage each look waits; the batch that is wanted must not."""
+    lock, under_way, most, looked = threading.Lock(), 0, 0, 0
+
+    def slow_look(path, max_megapixels):
+        nonlocal under_way, most, looked
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.05)
+        with lock:
+            under_way -= 1
+            looked += 1
+        return image_size(path, max_megapixels)
+
+    monkeypatch.setattr(feed_module, "image_size", slow_look)
+    stream = make(manifest, "torch", prefetch=1)
+    batches = stream.epoch(0)
+    next(batches)
+    assert most > 1
+    # One batch is handed out, two are being made, and one more is looked at meanwhile.
+    give_up = time.monotonic() + 10
+    while looked < 32 and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert looked == 32
+    batches.close()
+
+
+class StubbornBackend:
+    """Cannot decode one file, whose header it reads."""
+
+    refused = ""
+
+    def __init__(self, spec):
+        self.spec = spec
+
+    def run(self, requests):
+        for request in requests:
+            if self.refused in request.paths:
+                raise DecodeError(request.paths, RuntimeError("decoder"))
+            yield request, [torch.zeros(len(request.paths), 3, 8, 8)]
+
+    def parses(self, path):
+        return True
+
+    def undecodable(self, paths):
+        return [path for path in paths if path == self.refused]
+
+    def close(self):
+        pass
+
+
+def test_a_file_that_only_pillow_decodes_is_copied_wherever_it_is_named(manifest, monkeypatch):
+    """Also where a list of labelled images names it twice."""
+    monkeypatch.setattr(feed_module, "make_backend", lambda loader, spec: StubbornBackend(spec))
+    monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
+    stream = EvalStream([*manifest.paths[:3], manifest.paths[0]], [0, 1, 2, 3], size=8, batch_size=3, **PLAIN)
+    with pytest.warns(UserWarning, match=r"00\.png: DALI does not decode it"):
+        labels = [label.tolist() for _, label in stream]
+    assert labels == [[0, 1, 2], [3]]
+    stream.close()
+
+
+def test_a_failure_that_is_no_files_fault_names_the_images_under_way(manifest, monkeypatch):
+    monkeypatch.setattr(feed_module, "make_backend", lambda loader, spec: StubbornBackend(spec))
+    monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
+    monkeypatch.setattr(StubbornBackend, "undecodable", lambda self, paths: [])
+    with pytest.raises(DecodeError, match=r"(?s)decoder.*under way were: .*00\.png"):
+        list(EvalStream(manifest.paths[:3], size=8, **PLAIN))
 
 
 def test_a_missing_dali_is_said_once_and_an_asked_for_one_is_an_error(monkeypatch, capsys):
