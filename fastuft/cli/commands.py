@@ -113,7 +113,7 @@ def _verify(config: options.VerifyOptions) -> int:
             progress=bar.update,
         )
     for entry in bad[:20]:
-        print(f"{entry.path}: {entry.reason}")
+        print(entry)
     if bad:
         write_bad_list(config.bad_list, bad)
         print(f"{len(bad)} of {len(paths)} files are bad; the list is in {config.bad_list}")

@@ -29,12 +29,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def printable(path: str) -> str:
+    """A path for messages: bytes of its name that are no text are written as \\x.."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 @dataclass(frozen=True)
 class BadFile:
     """A file that cannot be used, and why."""
 
     path: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)}: {self.reason}"
 
 
 class BadImageError(ValueError):
@@ -48,7 +56,9 @@ class BadImageError(ValueError):
 
     def __init__(self, path: str, reason: str, *, skippable: bool = False) -> None:
         remedy = "Remove or replace the file (`fastuft verify-data` lists all bad ones)"
-        super().__init__(f"{path}: {reason}. {remedy}{', or set data.on_bad_file=skip' if skippable else ''}")
+        super().__init__(
+            f"{printable(path)}: {reason}. {remedy}{', or set data.on_bad_file=skip' if skippable else ''}"
+        )
         self.path = path
         self.reason = reason
 
@@ -77,6 +87,7 @@ def _scan_folder(root: str) -> tuple[list[str], dict[str, int]]:
 
     def read(folder: str) -> tuple[list[str], list[str], int]:
         inner, found = [], []
+        modified = os.stat(folder).st_mtime_ns  # before reading: a file that comes meanwhile makes it out of date
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
@@ -85,7 +96,7 @@ def _scan_folder(root: str) -> tuple[list[str], dict[str, int]]:
                     inner.append(entry.path)
                 elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                     found.append(entry.path)
-        return inner, found, os.stat(folder).st_mtime_ns
+        return inner, found, modified
 
     seen = {os.path.realpath(root)}
     level = [root]
@@ -106,7 +117,7 @@ def _scan_folder(root: str) -> tuple[list[str], dict[str, int]]:
 def _scan_cached(root: str) -> list[str]:
     """As ``_scan_folder``; a large tree is scanned again only when one of its folders has changed."""
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastuft"
-    place = base / f"scan-{hashlib.blake2b(root.encode(), digest_size=12).hexdigest()}.json"
+    place = base / f"scan-{hashlib.blake2b(os.fsencode(root), digest_size=12).hexdigest()}.json"
     try:
         known = json.loads(place.read_text())
         if known["root"] == root and all(os.stat(f).st_mtime_ns == m for f, m in known["folders"].items()):
@@ -143,7 +154,7 @@ def list_images(paths: str | Sequence[str]) -> list[str]:
         if os.path.isdir(root):
             files = _scan_cached(root)
         elif root.lower().endswith(".txt") and os.path.isfile(root):
-            lines = (line.strip() for line in Path(root).read_text().splitlines())
+            lines = (line.strip() for line in os.fsdecode(Path(root).read_bytes()).split("\n"))
             files = [os.path.join(os.path.dirname(root), line) for line in lines if line and not line.startswith("#")]
         elif os.path.isfile(root):
             files = [root]
@@ -308,4 +319,4 @@ def verify_files(
 
 def write_bad_list(path: str | Path, bad: Sequence[BadFile]) -> None:
     """Write bad files as lines of path, tab, reason."""
-    Path(path).write_text("".join(f"{entry.path}\t{entry.reason}\n" for entry in bad))
+    Path(path).write_bytes(b"".join(os.fsencode(f"{entry.path}\t{entry.reason}\n") for entry in bad))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
-from fastuft.data.files import in_threads, list_images
+from fastuft.data.files import in_threads, list_images, printable
 from fastuft.randomness import keyed_generator
 
 _READERS = 16  # threads that copy or look up files
@@ -135,7 +137,7 @@ def _digest(paths: Sequence[str]) -> str:
 
     digest = hashlib.blake2b(digest_size=16)
     for path, length in zip(paths, in_threads(size, paths, _READERS), strict=True):
-        digest.update(f"{path}\t{length}\n".encode(errors="surrogateescape"))
+        digest.update(os.fsencode(f"{path}\t{length}\n"))
     return digest.hexdigest()
 
 
@@ -146,56 +148,73 @@ def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
     with the original's size and time. A later call keeps noted copies whose originals have not changed.
 
     Returns:
-        The copies' paths, in the order given.
+        The copies' paths, in the order given; the originals' where those cannot be read.
 
     Raises:
-        ValueError: a file that cannot be copied, or a copy that differs from its original.
+        ValueError: a folder that cannot be written, or a copy that cannot be written or differs from its original.
     """
     place = Path(folder).expanduser().resolve()
-    place.mkdir(parents=True, exist_ok=True)
     index_path = place / "index.jsonl"
-    noted = _read_index(index_path)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        index_path.touch()
+    except OSError as error:
+        raise ValueError(
+            f"data.replay_cache={folder!r} cannot be written ({error.strerror or error}); name a folder on a local disk, "
+            "or none"
+        ) from error
     lock = threading.Lock()
-
-    with open(index_path, "a", encoding="utf-8") as index:
+    # Of several ranks one copies, and the others find its copies.
+    with FileLock(place / ".lock"), open(index_path, "a+", buffering=1, encoding="utf-8", errors="replace") as index:
+        for left in place.glob("*.partial"):  # by a process that was killed
+            left.unlink()
+        index.seek(0)
+        lines = index.read().split("\n")
+        if lines.pop():  # the last line was cut off
+            index.write("\n")
+        noted = _read_index(lines)
 
         def copy(path: str) -> str:
-            name = hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=12).hexdigest()
+            name = hashlib.blake2b(os.fsencode(path), digest_size=12).hexdigest()
             target = place / (name + os.path.splitext(path)[1].lower())
             try:
                 found = os.stat(path)
-                if noted.get(target.name) == [found.st_size, found.st_mtime_ns] and (
-                    target.exists() and target.stat().st_size == found.st_size
-                ):
+                state = [found.st_size, found.st_mtime_ns]
+                if noted.get(target.name) == state and target.exists() and target.stat().st_size == found.st_size:
                     return str(target)
                 content = Path(path).read_bytes()
-                partial = target.with_suffix(f"{target.suffix}.{os.getpid()}.partial")
-                partial.write_bytes(content)
-                if partial.read_bytes() != content:
-                    raise ValueError(
-                        f"data.replay_cache={folder!r}: the copy of {path} differs from it; check the disk"
-                    )
-                partial.replace(target)
+            except OSError:
+                return path  # an unreadable original is the streams' affair, under data.on_bad_file
+            try:
+                _write_compared(target, content)
             except OSError as error:
                 raise ValueError(
-                    f"data.replay_cache={folder!r}: {path} cannot be copied ({error.strerror or error}); free space or "
-                    "mend the file, and start again: what is copied stays"
+                    f"data.replay_cache={folder!r}: {printable(path)} cannot be copied ({error.strerror or error}); free "
+                    "space or mend the disk, and start again: what is copied stays"
                 ) from error
             with lock:
-                index.write(json.dumps([target.name, found.st_size, found.st_mtime_ns]) + "\n")
+                index.write(json.dumps([target.name, *state]) + "\n")
             return str(target)
 
         return list(in_threads(copy, paths, _READERS, chunk=8))
 
 
-def _read_index(path: Path) -> dict[str, list[int]]:
-    """Name -> [size, modification time] of finished copies; a last line that was cut off is passed over."""
+def _write_compared(target: Path, content: bytes) -> None:
+    """Write a file that is whole or not there, and read it back."""
+    partial = target.with_suffix(f"{target.suffix}.partial")
+    partial.write_bytes(content)
+    if partial.read_bytes() != content:
+        raise OSError(errno.EIO, "the copy differs from its original")
+    partial.replace(target)
+
+
+def _read_index(lines: Sequence[str]) -> dict[str, list[int]]:
+    """Name -> [size, modification time] of finished copies; lines that were cut off are passed over."""
     noted: dict[str, list[int]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                name, size, modified = json.loads(line)
-                noted[name] = [size, modified]
-            except (ValueError, TypeError):
-                continue
+    for line in lines:
+        try:
+            name, size, modified = json.loads(line)
+            noted[name] = [size, modified]
+        except (ValueError, TypeError):
+            continue
     return noted
