@@ -20,10 +20,10 @@ continuous integration comes from :func:`interleaved_ratio` or :func:`peak_extra
 On a CPU every round is one call, on two alternating sets of inputs (with ``cold=True`` on as many as exceed the
 last-level cache), with one thread (``--threads``) and a heap that keeps its pages, so that page faults of temporaries
 are not counted. On a GPU the calls are captured in one CUDA graph over as many sets of inputs as exceed the L2 cache
-four times; a round is one replay between two CUDA events, enqueued behind a short spin so that no launch latency is
-counted, divided by the calls. Bytes and FLOPs are written counts of what the operation must move and compute; the per
-cent of the ceiling is the larger of bytes / bandwidth and FLOPs / matrix rate, over the median, with both rates measured
-in the same session.
+four times (with ``cold=False`` over one set, which stays there if it fits); a round is one replay between two CUDA
+events, enqueued behind a short spin so that no launch latency is counted, divided by the calls. Bytes and FLOPs are
+written counts of what the operation must move and compute; the per cent of the ceiling is the larger of
+bytes / bandwidth and FLOPs / matrix rate, over the median, with both rates measured in the same session.
 """
 
 from __future__ import annotations
@@ -227,9 +227,14 @@ def _cache_bytes(device: torch.device) -> int:
 
 
 def _rotation(inputs: Callable[[], Sequence[Any]] | None, device: torch.device, cold: bool) -> list[Sequence[Any]]:
-    """Sets of inputs: with ``cold`` so many that together they exceed the last-level cache (four times a GPU's L2)."""
+    """Sets of inputs: with ``cold`` so many that together they exceed the last-level cache (four times a GPU's L2).
+
+    Otherwise two on a CPU and one on a GPU.
+    """
     if inputs is None:
         return [()]
+    if device.type == "cuda" and not cold:
+        return [inputs()]  # two sets might not fit into L2 together
     sets = [inputs(), inputs()]
     if cold and not SMOKE:
         size = max(_tensor_bytes(sets[0]), 1)
@@ -273,7 +278,7 @@ def measure(
     dtype: torch.dtype = torch.float32,
     items: float | None = None,
     graph: bool = True,
-    cold: bool = False,
+    cold: bool | None = None,
     memory: bool = True,
     rounds: int | None = None,
     info: dict[str, Any] | None = None,
@@ -293,7 +298,8 @@ def measure(
         dtype: whose matrix rate bounds the FLOPs.
         items: things done in one call (images, rows), for a rate.
         graph: capture calls in a CUDA graph; False for work that cannot be captured (host logic, data streams).
-        cold: on a CPU too, take turns over more inputs than the last-level cache holds (memory-bound work).
+        cold: take turns over more inputs than the last-level cache holds; by default on a GPU only, where a caller's
+            other work fills the cache between two calls.
         memory: measure the peak extra memory of one call.
         rounds: fixed number of rounds; by default as many as fit ``--seconds``.
         info: more to record: sizes, parameters.
@@ -304,7 +310,7 @@ def measure(
     place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if group is not None:
         benchmark.group = group
-    sets = _rotation(inputs, place, cold or place.type == "cuda")
+    sets = _rotation(inputs, place, place.type == "cuda" if cold is None else cold)
     if place.type == "cuda":
         fn(*sets[0])  # compilation and autotuning allocate; the memory of a call is that of the next one
     peak = peak_extra_bytes(fn, *sets[0], device=place) if memory else None

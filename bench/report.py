@@ -23,8 +23,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_MEASURED = "not measured yet"
-HEADERS = ("median", "speed", "ceiling", "extra MB", "rate")
-LEGEND = "speed: the baseline's median over this one's; ceiling: of the bandwidth or matrix rate measured here"
+HEADERS = ("median", "20-80 %", "speed", "ceiling", "extra MB", "rate")
+LEGEND = (
+    "20-80 %: quantiles of the rounds over their median; speed: the baseline's median over this one's; "
+    "ceiling: of the bandwidth or matrix rate measured here"
+)
 
 
 def readable_time(seconds: float) -> str:
@@ -50,11 +53,14 @@ def by_group(entries: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]
 
 
 def cells(entry: dict[str, Any], members: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """(median, speed, ceiling, extra MB, rate) of one entry beside the others of its group, as text."""
+    """(median, quantiles, speed, ceiling, extra MB, rate) of one entry beside the others of its group, as text."""
     reference = next((other["median"] for other in members if other.get("baseline")), None)
     percent, peak, rate = (entry.get(key) for key in ("percent_of_ceiling", "peak_extra_bytes", "items_per_second"))
+    quantiles = entry.get("quantiles_seconds")
+    spread = [f"{quantiles[q] / entry['median']:.2f}" for q in ("0.2", "0.8")] if quantiles else []
     return (
         readable_time(entry["median"]),
+        "-".join(spread),
         "" if reference is None else f"{reference / entry['median']:.2f}x",
         "" if percent is None else f"{percent:.0f}% {entry['ceiling']}",
         "" if peak is None else f"{peak / 1e6:.1f}",
@@ -306,9 +312,10 @@ def write_page(results_folder: Path, page: Path) -> None:
         "Each benchmark first asserts that its result is right. Compare figures within one table only: they were "
         "taken in one run, on random inputs, as medians of warm rounds.",
         "",
-        "*speed* is the baseline's median over this row's; *ceiling* is the share of the memory bandwidth or of the "
-        "matrix rate measured in the same run that the written counts of bytes and FLOPs reach; *extra MB* is the "
-        "largest memory alive during a call above what was alive before; an empty cell was not counted.",
+        "*20-80 %* are quantiles of the rounds over their median; *speed* is the baseline's median over this row's; "
+        "*ceiling* is the share of the memory bandwidth or of the matrix rate measured in the same run that the written "
+        "counts of bytes and FLOPs reach; *extra MB* is the largest memory alive during a call above what was alive "
+        "before; an empty cell was not counted.",
         "",
         "| device | date | versions | matrix rate, float32 | bandwidth | left out |",
         "|---|---|---|---:|---:|---|",

@@ -141,6 +141,11 @@ def test_uncaptured(benchmark):
     calls.clear()
     measure(benchmark, lambda x: calls.append(x.data_ptr()), inputs, device="cuda", graph=False, items=24)
     assert len(set(calls)) == 24
+
+def test_warm(benchmark):
+    calls.clear()
+    measure(benchmark, lambda x: calls.append(x.data_ptr()), inputs, device="cuda", cold=False)
+    assert len(set(calls)) == 1
 """
 
 
@@ -150,12 +155,14 @@ def test_gpu_path_rotates_inputs_and_records_event_times(bench, tmp_path):
     conftest.write_text(FAKE_CUDA + conftest.read_text().replace("from __future__ import annotations", ""))
     status, output, raw = bench("--seconds=0.05", "--benchmark-only", "--device=cuda")
     assert status == 0, output
+    sets = {"test_captured": 24, "test_uncaptured": 24, "test_warm": 1}
     for entry in json.loads(raw.read_text())["benchmarks"]:
         assert entry["options"]["timer"] == "cuda_event"
-        assert entry["extra_info"]["peak_extra_bytes"] == 250 and entry["extra_info"]["input_sets"] == 24
+        assert entry["extra_info"]["peak_extra_bytes"] == 250
+        assert entry["extra_info"]["input_sets"] == sets.pop(entry["name"])
         assert 0 < entry["stats"]["median"] < 1e-3
     assert report.main(["collect", str(raw), "--results", str(tmp_path / "results")]) == 0
-    assert list((tmp_path / "results" / "nvidia-fake").glob("*.json"))
+    assert not sets and list((tmp_path / "results" / "nvidia-fake").glob("*.json"))
 
 
 def test_an_interrupted_benchmark_costs_its_own_figures_only(bench, tmp_path):
