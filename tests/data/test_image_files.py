@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import warnings
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from fastuft.data import BadImageError, EvalStream, image_size, list_images, verify_files, write_bad_list
+from fastuft.config import AugmentConfig, DataConfig
+from fastuft.data import (
+    BadImageError,
+    EvalStream,
+    Manifest,
+    TrainStream,
+    image_size,
+    list_images,
+    verify_files,
+    write_bad_list,
+)
 from fastuft.data.files import open_rgb
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -197,7 +209,11 @@ BAD = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes the package's own filter
+# pytest undoes the package's own filter.
+ignore_bombs = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+
+
+@ignore_bombs
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_refused_before_decoding(tmp_path, name):
     make, reason = BAD[name]
@@ -206,6 +222,97 @@ def test_bad_files_are_refused_before_decoding(tmp_path, name):
     place.write_bytes(content)
     with pytest.raises(BadImageError, match=reason):
         image_size(str(place), max_megapixels=170)
+
+
+def moco_stream(paths, loader, **changes):
+    """Batches of two, all images in each epoch."""
+    manifest = Manifest.build(list(map(str, paths)))
+    data = DataConfig(batch_size=2, drop_last=False, threads=1, loader=loader, max_megapixels=170, **changes)
+    return TrainStream(manifest, data, AugmentConfig(size=32), seed=0, **PLAIN)
+
+
+@ignore_bombs
+@pytest.mark.parametrize("loader", LOADERS)
+def test_training_names_or_replaces_each_kind_of_bad_file(tmp_path, loader):
+    good = [tmp_path / f"good{index}.jpg" for index in range(len(BAD) + 2)]
+    for place in good:
+        picture().save(place)
+    bad = []
+    for name, (make_content, reason) in BAD.items():
+        place = tmp_path / name
+        place.write_bytes(make_content(place))
+        bad.append(place)
+        with pytest.raises(BadImageError, match=rf"{re.escape(str(place))}: .*{reason}.*on_bad_file=skip"):
+            list(moco_stream([*good[:3], place], loader).epoch(0))
+    assert [entry.path for entry in verify_files(map(str, [*good, *bad]), max_megapixels=170)] == list(map(str, bad))
+    stream = moco_stream([*good, *bad], loader, on_bad_file="skip")
+    batches = list(stream.epoch(0))
+    index = torch.cat([batch.index for batch in batches])
+    assert len(index) == len(good) + len(bad) and index.max() < len(good)
+    assert set(index.tolist()) == set(range(len(good)))  # each good one is there, some more than once
+    assert [(entry.path, BAD[os.path.basename(entry.path)][1] in entry.reason) for entry in stream.bad_files] == [
+        (str(place), True) for place in bad
+    ]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda place: place.unlink(), "cannot be decoded .*No such file"),
+        (lambda place: place.write_bytes(b""), "cannot be decoded"),
+        (lambda place: place.write_bytes(place.read_bytes()[:4000]), "cannot be decoded"),
+    ],
+    ids=["vanished", "emptied", "cut"],
+)
+def test_a_file_that_goes_bad_during_training_is_named_or_replaced(tmp_path, loader, spoil, reason):
+    """After the look at it, of which there is one."""
+    places = [tmp_path / f"{index}.jpg" for index in range(6)]
+    for place in places:
+        picture(320, 240).save(place, quality=95)
+    streams = [moco_stream(places, loader, on_bad_file=rule) for rule in ("error", "skip")]
+    for stream in streams:
+        list(stream.epoch(0))
+    spoil(places[4])
+    with pytest.raises(BadImageError, match=rf"4\.jpg: {reason}.*on_bad_file=skip"):
+        list(streams[0].epoch(1))
+    index = torch.cat([batch.index for batch in streams[1].epoch(1)])
+    assert len(index) == 6 and set(index.tolist()) == {0, 1, 2, 3, 5}
+    assert [entry.path for entry in streams[1].bad_files] == [str(places[4])]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_tiny_and_very_wide_images_train(tmp_path, loader):
+    """One pixel, and 30,000 in a row, beside ordinary ones."""
+    sizes = [(1, 1), (30_000, 400), (64, 48), (1, 40)]
+    for index, size in enumerate(sizes):
+        picture(*size).save(tmp_path / f"{index}.png")
+    places = sorted(tmp_path.iterdir())
+    assert verify_files(map(str, places), decode=True) == []
+    batches = list(moco_stream(places, loader).epoch(0))
+    assert sorted(torch.cat([batch.index for batch in batches]).tolist()) == [0, 1, 2, 3]
+    for batch in batches:
+        for index, view in zip(batch.index.tolist(), batch.query, strict=True):
+            assert view.isfinite().all() and (view.flatten(1).std(1) < 1e-3).all() == (index == 0)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_file_names_that_are_no_text(tmp_path, loader):
+    """Bytes of another encoding: read, listed by list files, named in messages, written to the list of bad files."""
+    for name in (b"caf\xe9.jpg", b"bad\xff.jpg"):
+        (tmp_path / os.fsdecode(name)).touch()
+    picture().save(tmp_path / os.fsdecode(b"caf\xe9.jpg"))
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9.jpg\r\n")
+    assert len(list(moco_stream([tmp_path / "list.txt"], loader).epoch(0))) == 1
+    manifest = Manifest.build(str(tmp_path))
+    manifest.save(tmp_path / "manifest.json")
+    assert Manifest.load(tmp_path / "manifest.json") == manifest
+    with pytest.raises(BadImageError, match=r"bad\\xff\.jpg: is empty"):
+        list(moco_stream([tmp_path], loader).epoch(0))
+    bad = verify_files(manifest.paths)
+    assert [str(entry) for entry in bad] == [f"{tmp_path}/bad\\xff.jpg: is empty"]
+    write_bad_list(tmp_path / "bad.txt", bad)
+    assert (tmp_path / "bad.txt").read_bytes() == os.fsencode(tmp_path) + b"/bad\xff.jpg\tis empty\n"
 
 
 @pytest.mark.parametrize("make_place", [lambda p: p / "gone.jpg", lambda p: p], ids=["vanished", "folder"])
