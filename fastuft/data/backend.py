@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from fastuft.data.strong import StrongConfig, StrongParameters
 from fastuft.data.views import ViewParameters
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time, and of the period they are for
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,13 @@ class ViewSpec:
 
 
 def processors() -> int:
-    """Processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Processors that this process may use: those it may run on, at most its container's quota."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return min(here, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups of version 2, or "max"
+        return here
 
 
 class DecodeError(RuntimeError):

@@ -24,6 +24,7 @@ from PIL import Image
 
 from fastuft.config import AugmentConfig, DataConfig
 from fastuft.data import SMALL_IMAGES, EvalStream, Manifest, StrongConfig, TrainStream, image_size, list_images
+from fastuft.data import backend as backend_module
 from fastuft.data import feed as feed_module
 from fastuft.data.backend import DecodeError, ViewSpec
 from fastuft.data.order import EpochPlan
@@ -95,6 +96,39 @@ def test_balanced_covers_the_target_once_and_the_source_evenly(num_target, num_s
             rows = order[step * batch : (step + 1) * batch]
             assert len(rows) < batch or (rows >= num_target).sum() == plan.source_rows
     assert uses.max() - uses.min() <= 1  # the passes over the source go on from epoch to epoch
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("mode", ["union", "balanced"])
+def test_ranks_take_disjoint_slices_with_the_same_pixels(manifest, loader, mode):
+    """One, two, four and eight ranks with different numbers of threads; a step's slices make up the global batch."""
+    changes = {"replay_mode": mode, "replay_share": 0.25} if mode == "balanced" else {}
+
+    def batches(rank, world_size):
+        data = DataConfig(batch_size=8, loader=loader, threads=1 + rank % 3, **changes)
+        return list(
+            TrainStream(manifest, data, SMALL_IMAGES, seed=5, rank=rank, world_size=world_size, **PLAIN).epoch(3)
+        )
+
+    whole = batches(0, 1)
+    assert len(whole) == (4 if mode == "union" else 3)
+    for world_size in (2, 4, 8):
+        ranks = [batches(rank, world_size) for rank in range(world_size)]
+        for step, batch in enumerate(whole):
+            for name in ("query", "key", "index", "is_source"):
+                parts = [getattr(rank[step], name) for rank in ranks]
+                assert {len(part) for part in parts} == {8 // world_size}
+                assert torch.equal(torch.cat(parts), getattr(batch, name))
+
+
+@pytest.mark.parametrize("changes", [{}, {"replay_mode": "balanced", "replay_share": 0.5}, {"drop_last": False}])
+def test_a_restart_at_any_step_gives_the_same_rows(manifest, changes):
+    whole = list(make(manifest, "torch", **changes).epoch(4))
+    for start in range(len(whole)):
+        rest = list(make(manifest, "torch", **changes).epoch(4, start_step=start))
+        assert [batch.step for batch in rest] == list(range(start, len(whole)))
+        for ours, theirs in zip(rest, whole[start:], strict=True):
+            assert torch.equal(ours.query, theirs.query) and torch.equal(ours.index, theirs.index)
 
 
 def test_balanced_replay_needs_source_images():
@@ -234,6 +268,29 @@ def test_new_files_are_looked_at_in_parallel_and_a_batch_ahead(manifest, monkeyp
         time.sleep(0.01)
     assert looked == 32
     batches.close()
+
+
+@pytest.mark.parametrize(
+    ("quota", "local_ranks", "threads", "expected"),
+    [
+        ("300000 100000", "1", 0, 3),
+        ("50000 100000", "1", 0, 1),
+        ("max 100000", "1", 0, 8),
+        (None, "2", 0, 4),
+        ("300000 100000", "16", 0, 1),
+        ("300000 100000", "2", 5, 5),
+    ],
+)
+def test_threads_are_derived_from_processors_quota_and_ranks(
+    tmp_path, monkeypatch, quota, local_ranks, threads, expected
+):
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(backend_module, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_ranks)
+    spec = ViewSpec(32, 2, True, True, False, batch_size=4, device=torch.device("cpu"), threads=threads, **PLAIN)
+    assert spec.num_threads == expected
 
 
 class StubbornBackend:
