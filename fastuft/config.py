@@ -39,6 +39,12 @@ def check_range(
         raise ValueError(f"{name}={value!r} is out of range; allowed: {interval}{'; ' + remedy if remedy else ''}")
 
 
+def check_paths(name: str, value: Paths | None) -> None:
+    """Raise ValueError when a path is empty: it would mean the working directory."""
+    if any(not path.strip() for path in as_paths(value)):
+        raise ValueError(f"{name}={value!r} holds an empty path; name a folder or file, '.' for the working directory")
+
+
 def as_paths(value: Paths | None) -> tuple[str, ...]:
     """A path, a list of paths or nothing, as a tuple of paths."""
     if value is None:
@@ -239,7 +245,7 @@ class OptimConfig:
         check_range("optim.weight_decay", self.weight_decay, 0.0)
         check_range("optim.epochs", self.epochs, 1)
         check_choice("optim.schedule", self.schedule, ("cosine", "constant"))
-        check_range("optim.warmup_epochs", self.warmup_epochs, 0.0)
+        check_range("optim.warmup_epochs", self.warmup_epochs, 0.0, self.epochs, remedy="it is a part of optim.epochs")
         check_range("optim.clip_grad", self.clip_grad, 0.0)
         check_choice("optim.optimizer", self.optimizer, ("sgd", "apex_fused_sgd"))
 
@@ -314,11 +320,12 @@ class TrainConfig:
     """One training run: finetuning (with ``init``) or pretraining (without).
 
     Args:
-        target: unlabelled images: a folder, a list file (.txt), or several of them.
+        target: unlabelled images: a folder, a list file (.txt), or several of them as '[a, b]'.
         out: run folder.
         init: checkpoint to start from (MoCo, torchvision, timm, lightly or fastuft layout); none starts at random.
         allow_missing: patterns of backbone tensors that ``init`` may lack.
-        source: source images for replaying: a folder, a list file, or several; none trains on the target alone.
+        source: source images for replaying: a folder, a list file, or several as '[a, b]'; none trains on the target
+            alone.
         seed: seed of initialisation, order and augmentation.
         resume: no starts afresh and refuses a folder that holds a run; auto goes on from the newest good
             checkpoint in ``out`` or starts afresh; a path names the checkpoint.
@@ -353,6 +360,13 @@ class TrainConfig:
             check_range("max_steps", self.max_steps, 1)
         if not as_paths(self.target):
             raise ValueError("target is empty; name a folder or a list file of images")
+        for name in ("target", "out", "init", "source", "resume"):
+            check_paths(name, getattr(self, name))
+        if self.allow_missing and self.init is None:
+            raise ValueError(
+                f"allow_missing={self.allow_missing!r} says what a checkpoint may lack and there is none; set init, or "
+                "leave allow_missing out"
+            )
         if self.data.replay_mode == "balanced" and not as_paths(self.source):
             raise ValueError("data.replay_mode='balanced' needs source images; set source, or use replay_mode union")
         if self.model.bn == "split" and not self.data.drop_last:
@@ -426,6 +440,11 @@ class EvalConfig:
     loader: Literal["auto", "dali", "torch"] = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("checkpoint", "train", "test", "source", "before", "out"):
+            check_paths(name, getattr(self, name))
+        if self.stem is not None:
+            check_choice("stem", self.stem, ("imagenet", "small"))
+        check_choice("loader", self.loader, ("auto", "dali", "torch"))
         check_range("size", self.size, 8)
         check_range("resize", self.resize, 0)
         check_range("batch_size", self.batch_size, 1)

@@ -78,6 +78,7 @@ def test_frozen_with_every_field_documented(config):
         (RuntimeConfig, {"precision": "fp8"}, ["runtime.precision='fp8'"]),
         (RuntimeConfig, {"log_every": 0}, ["runtime.log_every=0"]),
         (RuntimeConfig, {"keep_last": 0}, ["runtime.keep_last=0"]),
+        (OptimConfig, {"epochs": 3, "warmup_epochs": 4.0}, ["optim.warmup_epochs=4.0", "[0, 3]", "optim.epochs"]),
         (WatchConfig, {"every_epochs": 2}, ["watch.every_epochs=2", "watch.train"]),
     ],
 )
@@ -91,6 +92,10 @@ def test_impossible_values(config, values, words):
     ("values", "words"),
     [
         ({"target": []}, ["target", "folder"]),
+        ({"target": ""}, ["target=''", "empty path", "'.'"]),
+        ({"source": ["a", " "]}, ["source=['a', ' ']", "empty path"]),
+        ({"out": ""}, ["out=''", "empty path"]),
+        ({"allow_missing": ["fc.*"]}, ["allow_missing=['fc.*']", "init"]),
         ({"max_steps": 0}, ["max_steps=0"]),
         ({"data": DataConfig(replay_mode="balanced")}, ["data.replay_mode", "source"]),
         ({"model": ModelConfig(bn="split"), "data": DataConfig(drop_last=False)}, ["model.bn", "data.drop_last"]),
@@ -105,6 +110,12 @@ def test_impossible_combinations(values, words):
 def test_evaluation_values():
     with pytest.raises(ValueError, match="shots"):
         EvalConfig(checkpoint="c", train="t", shots=[0])
+    with pytest.raises(ValueError, match="stem='big'"):
+        EvalConfig(checkpoint="c", train="t", stem="big")
+    with pytest.raises(ValueError, match="out='' holds an empty path"):
+        EvalConfig(checkpoint="c", train="t", out="")
+    with pytest.raises(ValueError, match="loader='ffcv'"):
+        EvalConfig(checkpoint="c", train="t", loader="ffcv")
     with pytest.raises(ValueError, match="precision='fp16'"):
         EvalConfig(checkpoint="c", train="t", precision="fp16")
 

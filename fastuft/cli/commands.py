@@ -37,6 +37,13 @@ class Command:
     positional: str | None = None
 
 
+def _check_checkpoint(name: str, path: str) -> None:
+    if not Path(path).exists():
+        raise ValueError(
+            f"{name}={path!r} does not exist; name a run folder or a checkpoint (.pth, .safetensors, .npz)"
+        )
+
+
 def _finetune(config: TrainConfig) -> int:
     if config.init is None:
         raise ValueError(
@@ -63,6 +70,10 @@ def _train(config: TrainConfig) -> int:
 
 
 def _evaluate(config: EvalConfig) -> int:
+    _check_checkpoint("checkpoint", config.checkpoint)
+    if config.before is not None:
+        _check_checkpoint("before", config.before)
+
     from fastuft.evaluate import evaluate_backbone, write_evaluation
     from fastuft.model import load_backbone
     from fastuft.report import load_run, table, write_report
@@ -84,6 +95,8 @@ def _evaluate(config: EvalConfig) -> int:
 
 
 def _export(config: options.ExportOptions) -> int:
+    _check_checkpoint("checkpoint", config.checkpoint)
+
     from fastuft.model import export
 
     export(

@@ -28,18 +28,20 @@ OPTIONAL = {
     "openTSNE": "for faster t-SNE maps: pip install openTSNE",
     "wandb": "for runtime.wandb=true: pip install wandb",
 }
-NEEDED = (
-    "numpy",
-    "jsonargparse",
-    "PyYAML",
-    "safetensors",
-    "tensorboard",
-    "tqdm",
-    "pillow",
-    "scikit-learn",
-    "matplotlib",
-    "jinja2",
-)
+# Lowest versions, as pyproject.toml has them.
+NEEDED = {
+    "numpy": "1.26",
+    "jsonargparse": "4.49",
+    "PyYAML": "6",
+    "safetensors": "0.5",
+    "tensorboard": "2.18",
+    "tqdm": "4.66",
+    "pillow": "11",
+    "scikit-learn": "1.5",
+    "matplotlib": "3.9",
+    "jinja2": "3.1",
+}
+TORCH, TRITON, DALI = "2.11", "3.6", "2.0"
 EXTRA = "pip install 'fastuft[train-cu13]' (or -cu12, -cpu)"
 
 
@@ -68,6 +70,15 @@ def version(*names: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def older(found: str, lowest: str) -> bool:
+    """Whether the version that ends ``found`` is below ``lowest``."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", text.split()[-1].partition("+")[0])]
+
+    return numbers(found) < numbers(lowest)
 
 
 def run(*command: str) -> str | None:
@@ -109,11 +120,10 @@ def check_torch(torch: Any | None) -> Iterator[Finding]:
     if torch is None:
         yield Finding("torch", "problem", "not installed", "install torch >= 2.11 from pytorch.org for your CUDA")
         return
-    release = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     built = torch.version.cuda
     build = f"{torch.__version__} ({'CUDA ' + built if built else 'CPU build'})"
-    if release < (2, 11):
-        yield Finding("torch", "problem", build, "fastuft needs torch >= 2.11: pip install --upgrade torch")
+    if older(torch.__version__, TORCH):
+        yield Finding("torch", "problem", build, f"fastuft needs torch >= {TORCH}: pip install --upgrade torch")
     else:
         yield Finding("torch", "ok", build)
 
@@ -157,7 +167,10 @@ def check_triton(torch: Any | None) -> Iterator[Finding]:
         lacking.append("a C compiler (install gcc)")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         lacking.append("Python's headers (install python3-dev)")
-    if lacking and on_gpu:
+    if older(found, TRITON):
+        remedy = f"the kernels need triton >= {TRITON}: pip install --upgrade triton"
+        yield Finding("triton", "problem", found, remedy)
+    elif lacking and on_gpu:
         yield Finding("triton", "problem", found, f"at run time it needs {' and '.join(lacking)}")
     else:
         yield Finding("triton", "ok", found)
@@ -189,11 +202,24 @@ def check_extension(torch: Any | None) -> Iterator[Finding]:
                 yield Finding(part, "problem", f"{library.name} does not load: {reason}", f"rebuild it: {build}")
             else:
                 yield Finding(part, "ok", library.name)
-    release = re.search(r"release ([\d.]+)", nvcc or "")
-    remedy = "" if nvcc else "needed only to build the CUDA part of the extension"
-    yield Finding("nvcc", "ok" if nvcc else "missing", release[1] if release else "not found", remedy)
+    yield check_nvcc(nvcc, None if torch is None else torch.version.cuda)
     remedy = "" if compiler else "needed only to build the extension: install g++ or clang"
     yield Finding("C++ compiler", "ok" if compiler else "missing", compiler or "not found", remedy)
+
+
+def check_nvcc(answer: str | None, torch_cuda: str | None) -> Finding:
+    """The CUDA compiler, against the CUDA that torch is built for."""
+    if answer is None:
+        return Finding("nvcc", "missing", "not found", "needed only to build the CUDA part of the extension")
+    release = re.search(r"release ([\d.]+)", answer)
+    found = release[1] if release else "unknown version"
+    wanted = _major(torch_cuda)
+    if release and wanted and _major(found) != wanted:
+        remedy = (
+            f"torch is built for CUDA {torch_cuda}; build the extension with the CUDA {wanted} toolkit first on PATH"
+        )
+        return Finding("nvcc", "ok", found, remedy)
+    return Finding("nvcc", "ok", found)
 
 
 def check_dali(torch: Any | None) -> Iterator[Finding]:
@@ -215,7 +241,9 @@ def check_dali(torch: Any | None) -> Iterator[Finding]:
     dali_cuda = 12 if wheels[0].endswith("cuda120") else 13
     torch_cuda = _major(torch.version.cuda) if torch is not None else None
     driver = _major(driver_cuda())
-    if torch_cuda and torch_cuda != dali_cuda:
+    if older(found, DALI):
+        yield Finding("DALI", "problem", found, f"pip install --upgrade '{wheels[0]}>={DALI}'")
+    elif torch_cuda and torch_cuda != dali_cuda:
         remedy = f"pip uninstall {wheels[0]}; pip install nvidia-dali-cuda{torch_cuda}0"
         yield Finding("DALI", "problem", f"{found} beside torch for CUDA {torch_cuda}", remedy)
     elif driver is not None and driver < dali_cuda:
@@ -240,14 +268,18 @@ def check_apex() -> Iterator[Finding]:
 
 def check_packages() -> Iterator[Finding]:
     """What the command line needs, and optional companions."""
-    lacking = [name for name in NEEDED if version(name) is None]
-    if lacking:
-        yield Finding("packages", "problem", f"lacking {', '.join(lacking)}", EXTRA)
+    there = {name: version(name) for name in NEEDED}
+    lacking = [name for name, found in there.items() if found is None]
+    stale = [f"{found} < {NEEDED[name]}" for name, found in there.items() if found and older(found, NEEDED[name])]
+    if lacking or stale:
+        parts = [f"lacking {', '.join(lacking)}"] if lacking else []
+        parts += [f"too old: {', '.join(stale)}"] if stale else []
+        yield Finding("packages", "problem", "; ".join(parts), EXTRA)
     else:
         yield Finding("packages", "ok", "all installed")
     for name, remedy in OPTIONAL.items():
-        there = version(name, "faiss-gpu") if name == "faiss-cpu" else version(name)
-        yield Finding(name, "ok" if there else "missing", there or "not installed", "" if there else remedy)
+        found = version(name, "faiss-gpu") if name == "faiss-cpu" else version(name)
+        yield Finding(name, "ok" if found else "missing", found or "not installed", "" if found else remedy)
 
 
 def examine() -> list[Finding]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import get_type_hints
 
-from fastuft.cli.commands import COMMANDS
+from fastuft.cli.commands import COMMANDS, EXIT_FAILED
 from fastuft.cli.parsing import UsageError, allowed_values, build_parser, normalised, one_line
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
+PACKAGE = Path(__file__).resolve().parents[1]
 
 # Read when torch loads its threading runtime: threads that spin while they wait make a CPU run many times slower as soon
 # as decoding threads or other processes want the same cores.
@@ -32,8 +37,31 @@ def _without_parser(arguments: Sequence[str]) -> int:
     return EXIT_BAD_INPUT
 
 
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """The program's own warnings as one line, without the place in its code."""
+    usual = warnings.formatwarning
+
+    def shown(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if Path(filename).is_relative_to(PACKAGE):
+            return f"fastuft: warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command; returns the exit status. Errors that a user can cause are one line on stderr, status 2."""
+    """Run one sub-command; returns the exit status.
+
+    Errors that a user can cause are one line on stderr: status 2 for input that is refused, 1 for a file that cannot be
+    read or written. Anything else is a defect of the program and keeps its traceback.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
     command = COMMANDS.get(named or "")
@@ -61,7 +89,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{name}={parsed[named][name]!r} is not allowed; it takes {allowed_values(kind)}")
         config = parser.instantiate(parsed)[named]
         values = {field.name: config[field.name] for field in fields(command.config)}
-        return command.run(command.config(**values))
+        with _short_warnings():
+            return command.run(command.config(**values))
     except ValueError as error:
         print(f"{label}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"{label}: error: {where}{error.strerror}; check the path, its permissions and free space", file=sys.stderr
+        )
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"{label}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED

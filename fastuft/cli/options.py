@@ -95,7 +95,8 @@ class BenchOptions:
     """Run the benchmarks of a source checkout on this machine.
 
     Args:
-        what: all, or the name of one benchmark file: loss, mix, streams, step, momentum, enqueue, evaluate.
+        what: all, or the name of one benchmark file: loss, loss_sweep, mix, streams, step, momentum, enqueue,
+            evaluate.
         smoke: smallest sizes, once each.
         impl: other implementations of the loss to put into the table, each as MODULE:FUNCTION.
         json: file for pytest-benchmark's figures.

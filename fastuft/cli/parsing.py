@@ -98,7 +98,13 @@ def one_line(error: Exception, command: Command | None) -> str:
         return f"missing {', '.join(names)}: {missing}. Example: {command.example}"
     stray = re.search(r"[Uu]nrecognized arguments: (?!--)(\S+)", text)
     if stray:
-        return f"unexpected argument {stray[1]!r}; options are given as --NAME VALUE. Example: {command.example}"
+        return (
+            f"unexpected argument {stray[1]!r}; options are given as --NAME VALUE, several values as --NAME '[A, B]'. "
+            f"Example: {command.example}"
+        )
+    bare = re.search(r"argument --([\w.]+)\S*: expected one argument", text)
+    if bare:
+        return f"{bare[1]} needs a value; it takes {allowed_values(types.get(bare[1], str))}"
     unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text) or re.search(
         r"(?:does not accept option|[Kk]ey) ['\"]?([\w.]+)['\"]?(?: is not|$)", text
     )
@@ -112,15 +118,16 @@ def one_line(error: Exception, command: Command | None) -> str:
     if key and value and key[1] in types:
         return f"{key[1]}={value[1]} is not allowed; it takes {allowed_values(types[key[1]])}"
     if text.startswith(("Problems parsing config", "Unexpected config")):
-        return f"config is no YAML mapping of options: {text}"
+        reason = text.replace('in "<unicode string>", ', "at ")
+        return f"config is no YAML mapping of options: {reason}"
     return text
 
 
 def normalised(arguments: Sequence[str], command: Command | None) -> list[str]:
     """Arguments as the parser takes them.
 
-    ``--max-steps`` is ``--max_steps``; a bare ``--runtime.compile`` is true; one item for a list, or several with commas
-    between, need no brackets.
+    ``--max-steps`` is ``--max_steps``; a bare ``--runtime.compile`` is true; items of a list or a pair with commas
+    between need no brackets.
     """
     types = {} if command is None else _option_types(command.config)
     given = list(arguments)
@@ -137,7 +144,7 @@ def normalised(arguments: Sequence[str], command: Command | None) -> list[str]:
             positional = command is not None and command.positional is not None
             bare = not given or given[0].startswith("--") or (positional and given[0] not in ("true", "false"))
             equals, value = "=", "true" if bare else given.pop(0)
-        elif get_origin(kind) is list:
+        elif get_origin(kind) in (list, tuple):
             if not equals and given:
                 equals, value = "=", given.pop(0)
             if equals and not value.startswith("["):

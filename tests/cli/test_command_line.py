@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -84,13 +85,13 @@ def test_dash_and_underscore_flags_and_lists(received):
         ]
     )
     main(["finetune", *NEEDED, "--max_steps=3", "--data.batch_size", "64", "--runtime.compile", "true", "--seed", "4"])
-    main(["eval", "--checkpoint", "c", "--train", "t", "--shots", "4,8"])
+    main(["eval", "--checkpoint", "c", "--train", "t", "--shots", "4,8", "--fewshot-crop-scale", "0.5,1"])
     dashed, underscored, evaluated = received
     assert dashed.max_steps == underscored.max_steps == 3
     assert dashed.data.batch_size == underscored.data.batch_size == 64
     assert dashed.runtime.compile and underscored.runtime.compile
     assert dashed.allow_missing == ["*.fc"] and underscored.seed == 4
-    assert evaluated.shots == [4, 8]
+    assert evaluated.shots == [4, 8] and evaluated.fewshot_crop_scale == (0.5, 1.0)
 
 
 def test_several_targets(received):
@@ -171,8 +172,10 @@ def test_resolved_configuration_round_trip(received, tmp_path, capsys):
         (["--data.replay_mode", "balanced"], ["data.replay_mode", "set source"]),
         (["--model.bn", "split", "--data.drop_last", "false"], ["model.bn", "data.drop_last"]),
         (["--method.temperature=0"], ["method.temperature=0", "(0, inf]"]),
-        (["--seed"], ["--seed"]),
-        (["stray"], ["'stray'", "--NAME VALUE"]),
+        (["--seed"], ["seed needs a value", "a whole number"]),
+        (["stray"], ["'stray'", "--NAME VALUE", "'[A, B]'"]),
+        (["--out="], ["out=''", "empty path"]),
+        (["--optim.epochs", "3", "--optim.warmup_epochs", "4"], ["optim.warmup_epochs=4", "[0, 3]"]),
         (["--config", "absent.yaml"], ["config", "absent.yaml"]),
     ],
 )
@@ -190,7 +193,7 @@ def test_wrong_options_are_refused_in_one_line(capsys, arguments, words):
         ("optim:\n  lr: many\n", ["optim.lr=many", "a number"]),
         ("optim: 3\n", ["optim=3", "weight_decay"]),
         ("just words\n", ["config", "mapping"]),
-        ("a: [1\n", ["config"]),
+        ("a: [1\n", ["config", "at line 2"]),
     ],
 )
 def test_wrong_files_are_refused_in_one_line(capsys, tmp_path, content, words):
@@ -213,6 +216,12 @@ def test_missing_options_and_commands(capsys):
     assert "what='nothing'" in line and "evaluate" in line
     line = refused(capsys, "demo", "--seeds", "0")
     assert "seeds=0" in line
+    line = refused(capsys, "eval", "--checkpoint", "nothing.pth", "--train", "images")
+    assert "checkpoint='nothing.pth' does not exist" in line and "run folder" in line
+    line = refused(capsys, "eval", "--checkpoint", ".", "--before", "nothing.pth", "--train", "images")
+    assert "before='nothing.pth'" in line
+    line = refused(capsys, "export", "--checkpoint", "nothing.pth", "--out", "b.pth")
+    assert "checkpoint='nothing.pth'" in line
 
 
 def test_errors_of_a_run_are_one_line_and_surprises_keep_their_traceback(capsys, monkeypatch):
@@ -227,6 +236,36 @@ def test_errors_of_a_run_are_one_line_and_surprises_keep_their_traceback(capsys,
     fail_with(KeyError("surprise"))
     with pytest.raises(KeyError):
         main(["doctor"])
+
+
+def test_files_out_of_reach_and_interrupts_are_one_line(capsys, monkeypatch):
+    def run(config):
+        if config.json:
+            raise KeyboardInterrupt
+        Path("/nowhere/at/all").read_text()
+
+    monkeypatch.setitem(COMMANDS, "doctor", dataclasses.replace(COMMANDS["doctor"], run=run))
+    assert main(["doctor"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("fastuft doctor: error: /nowhere/at/all: No such file") and line.count("\n") == 1
+    assert main(["doctor", "--json"]) == 130
+    assert capsys.readouterr().err == "fastuft doctor: interrupted\n"
+
+
+def test_own_warnings_are_one_line_and_others_keep_their_place(monkeypatch):
+    shown = []
+
+    def run(config):
+        own = str(Path(commands.__file__).parent / "doctor.py")
+        shown.append(warnings.formatwarning("the queue is long", UserWarning, own, 3))
+        shown.append(warnings.formatwarning("old call", DeprecationWarning, "/elsewhere/module.py", 3))
+        return 0
+
+    before = warnings.formatwarning
+    monkeypatch.setitem(COMMANDS, "doctor", dataclasses.replace(COMMANDS["doctor"], run=run))
+    assert main(["doctor"]) == 0
+    assert shown[0] == "fastuft: warning: the queue is long\n" and "module.py:3" in shown[1]
+    assert warnings.formatwarning is before
 
 
 def test_without_the_extra_packages(capsys, monkeypatch):

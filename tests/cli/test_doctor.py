@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +17,7 @@ class Machine:
     """A faked environment: installed distributions, programs' output, and a stand-in for torch."""
 
     def __init__(self, monkeypatch):
-        self.installed = dict.fromkeys(doctor.NEEDED, "1.0")
+        self.installed = dict.fromkeys(doctor.NEEDED, "99.0")
         self.programs = {}
         self.torch = self.make_torch("2.13.0+cpu", cuda=None, gpus=())
         self.tools = {"c++": "/usr/bin/c++", "gcc": "/usr/bin/gcc"}
@@ -92,6 +95,9 @@ def test_every_missing_part_and_problem_has_a_remedy(machine):
         (lambda m: setattr(m, "torch", None), "torch", "not installed"),
         (lambda m: setattr(m, "torch", m.make_torch("2.9.1", cuda=None, gpus=())), "torch", ">= 2.11"),
         (lambda m: m.installed.pop("safetensors"), "packages", "lacking safetensors"),
+        (lambda m: m.installed.update(numpy="1.9.3"), "packages", "numpy 1.9.3 < 1.26"),
+        (lambda m: m.installed.update(triton="3.5.1"), "triton", ">= 3.6"),
+        (lambda m: m.installed.update({"nvidia-dali-cuda130": "1.52.0"}), "DALI", "nvidia-dali-cuda130>=2.0"),
         (lambda m: m.installed.update({"nvidia-dali": "0.0.1"}), "DALI", "placeholder"),
         (
             lambda m: m.installed.update({"nvidia-dali-cuda120": "2.4.0", "nvidia-dali-cuda130": "2.4.0"}),
@@ -164,6 +170,32 @@ def test_extension_not_built_and_not_loading(machine, tmp_path, monkeypatch):
     machine.torch = machine.make_torch("2.13.0", cuda=None, gpus=(), load_error="undefined symbol: x")
     found = machine.findings()["extension _C"]
     assert found.state == "problem" and "undefined symbol" in found.found
+
+
+def test_nvcc_of_another_cuda_than_torch(machine):
+    machine.torch = machine.make_torch("2.13.0+cu130", cuda="13.0", gpus=((9, 0),))
+    machine.programs["nvcc"] = "Cuda compilation tools, release 12.4, V12.4.131"
+    found = machine.findings()["nvcc"]
+    assert found.state == "ok" and "CUDA 13 toolkit" in found.remedy
+
+
+def test_lowest_versions_are_those_of_the_package():
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["train"], *extras["train-cu13"], *extras["test"]]
+    lowest = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\d.]+)", "\n".join(wanted), re.MULTILINE))
+    names = [re.match(r"[\w-]+", line)[0] for line in extras["train"]]
+    assert {name: lowest[name] for name in names} == doctor.NEEDED
+    assert (lowest["torch"], lowest["triton"], lowest["nvidia-dali-cuda130"]) == (
+        doctor.TORCH,
+        doctor.TRITON,
+        doctor.DALI,
+    )
+
+
+def test_versions_compare_as_numbers():
+    assert doctor.older("numpy 1.9", "1.26") and doctor.older("2.9.1+cu126", "2.11")
+    assert not doctor.older("2.11.0a0+git1", "2.11") and not doctor.older("PyYAML 6.0", "6")
 
 
 def test_json(machine, capsys):
