@@ -117,7 +117,7 @@ def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
         if spec.blur:
             if drawn["sigma"] > 0:
                 x = fn.gaussian_blur(x, sigma=drawn["sigma"], dtype=types.FLOAT)
-            else:
+            elif not spec.colour:  # otherwise they are floats already, and a cast would copy them
                 x = fn.cast(x, dtype=types.FLOAT)
         outputs.append(
             fn.crop_mirror_normalize(
