@@ -1,7 +1,5 @@
 // CUDA kernels of the mixing operators. Nothing here waits for the device or looks at values on the host: boxes are
 // clamped to the image, a partner out of range poisons the box, no access leaves the batch. Capturable in a CUDA graph.
-//
-// A grid's second dimension runs over samples (or pairs), its first over the 16-byte vectors of one sample.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,6 +18,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
 constexpr int kVectorsPerThread = 4;
+constexpr int64_t kMaxBlocks = 4096;  // of one sample; loops go on from there
 constexpr int64_t kMaxGridY = 65535;
 // Samples below this many elements are indexed in 32 bits: sums of offset and step stay below 2^31 then.
 constexpr int64_t kMax32BitExtent = int64_t{1} << 29;
@@ -32,7 +31,22 @@ cudaStream_t current_stream(const Tensor& images) {
   return static_cast<cudaStream_t>(stream);
 }
 
-void check_launch(const char* name) {
+// A grid's second dimension runs over samples (or pairs), its first over the vectors of one sample.
+dim3 grid_of(const Tensor& images, int64_t samples, int vector) {
+  const int64_t per_block = int64_t{kThreads} * kVectorsPerThread * vector;
+  const int64_t blocks = (images.numel() / images.size(0) + per_block - 1) / per_block;
+  return dim3(static_cast<unsigned>(std::min(blocks, kMaxBlocks)), static_cast<unsigned>(std::min(samples, kMaxGridY)));
+}
+
+// Launches on the images' current stream.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const dim3& grid, const Tensor& images,
+            const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.stream = current_stream(images);
+  cudaLaunchKernelEx(&config, kernel, arguments...);
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, name, " failed to launch: ", cudaGetErrorString(error));
 }
@@ -65,6 +79,14 @@ struct Divisor<int64_t> {
   __device__ int64_t quotient(int64_t dividend) const { return dividend / value; }
 };
 
+// A box in terms of rows and places along them.
+template <class Index>
+struct Span {
+  Index outer_begin, outer_end, inner_begin, inner_end;
+
+  __device__ bool has_row(Index outer) const { return outer >= outer_begin && outer < outer_end; }
+};
+
 // How a dense sample crosses a box. The nearer of H and W in memory and what lies below it form rows of `length`
 // elements; a row crosses the box in one span, or not at all, as its place along the other of H and W tells.
 template <class Index>
@@ -74,6 +96,24 @@ struct Crossing {
   Divisor<Index> steps;          // size of the outer dimension
   Index unit;                    // stride of the inner dimension
   bool inner_is_width;
+
+  __device__ Span<Index> span_of(const Box& box) const {
+    const int64_t outer_begin = inner_is_width ? box.top : box.left, outer_end = inner_is_width ? box.bottom : box.right;
+    const int64_t inner_begin = inner_is_width ? box.left : box.top, inner_end = inner_is_width ? box.right : box.bottom;
+    return {static_cast<Index>(outer_begin), static_cast<Index>(outer_end), static_cast<Index>(inner_begin) * unit,
+            static_cast<Index>(inner_end) * unit};
+  }
+
+  __device__ Index outer_of(Index row) const {
+    const Index step = rows_per_step.quotient(row);
+    return step - steps.quotient(step) * steps.value;
+  }
+
+  __device__ bool is_inside(const Span<Index>& span, Index offset) const {
+    const Index row = length.quotient(offset);
+    const Index place = offset - row * length.value;
+    return span.has_row(outer_of(row)) && place >= span.inner_begin && place < span.inner_end;
+  }
 };
 
 template <class Index>
@@ -92,33 +132,56 @@ Crossing<Index> crossing_of(const Layout& layout) {
           static_cast<Index>(inner->stride), inner->axis == Axis::kWidth};
 }
 
-template <class T, int M>
+template <class T, int N>
 struct Values {
-  T at[M];
+  T at[N];
 };
 
-template <class T, int M>
-__device__ Values<T, M> load(const T* from) {
-  Values<T, M> values;
-  if constexpr (M == 1) {
-    values.at[0] = *from;
-  } else {
-    static_assert(sizeof(T) * M == kVectorBytes);
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    memcpy(&values, &bits, kVectorBytes);
+// Elements low <= offset < high of a sample, all in the vector of N elements that starts at begin.
+template <class Index>
+struct Piece {
+  Index begin, low, high;
+
+  __device__ bool has(Index offset) const { return low <= offset && offset < high; }
+};
+
+// A whole vector even for a piece of it, where the sample reaches that far; what is not of the piece is never stored.
+template <class T, int N, class Index>
+__device__ Values<T, N> load(const T* sample, const Piece<Index>& piece, Index extent) {
+  Values<T, N> values{};
+  if constexpr (N > 1) {
+    static_assert(sizeof(T) * N == kVectorBytes);
+    if (piece.begin + N <= extent) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(sample + piece.begin);
+      memcpy(&values, &bits, kVectorBytes);
+      return values;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (piece.has(piece.begin + i)) {
+      values.at[i] = sample[piece.begin + i];
+    }
   }
   return values;
 }
 
-template <class T, int M>
-__device__ void store(T* to, const Values<T, M>& values) {
-  if constexpr (M == 1) {
-    *to = values.at[0];
-  } else {
-    static_assert(sizeof(T) * M == kVectorBytes);
-    uint4 bits;
-    memcpy(&bits, &values, kVectorBytes);
-    *reinterpret_cast<uint4*>(to) = bits;
+// Only the piece: another thread, or nobody, may write the rest of the vector.
+template <class T, int N, class Index>
+__device__ void store(T* sample, const Piece<Index>& piece, const Values<T, N>& values) {
+  if constexpr (N > 1) {
+    if (piece.high - piece.low == N) {
+      uint4 bits;
+      memcpy(&bits, &values, kVectorBytes);
+      *reinterpret_cast<uint4*>(sample + piece.begin) = bits;
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (piece.has(piece.begin + i)) {
+      sample[piece.begin + i] = values.at[i];
+    }
   }
 }
 
@@ -132,10 +195,10 @@ __device__ Box clamped(const int32_t* boxes, int64_t row, const Layout& layout) 
   return Box{top, left, bottom, right};
 }
 
-// Calls function(offset, count) for the pieces of a region, spread over the blocks of one sample: whole aligned vectors
-// of N elements (count == N), and the elements before and after them in each run (count == 1).
+// Calls function(piece) for every vector of N elements, or part of one, in a region, spread over the blocks of one
+// sample.
 template <int N, class Index, class Function>
-__device__ void for_each_vector(const Region<Index>& region, Function function) {
+__device__ void for_each_piece(const Region<Index>& region, Function function) {
   const Index rows = region.rows();
   if (rows == 0) {
     return;
@@ -146,14 +209,10 @@ __device__ void for_each_vector(const Region<Index>& region, Function function) 
   for (Index index = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x; index < total; index += step) {
     const Index row = rows == 1 ? 0 : index / per_row;
     const Index first = region.row_start(row);
-    const Index last = first + region.run;
     const Index begin = (first / N + (index - row * per_row)) * N;
-    if (begin >= first && begin + N <= last) {
-      function(begin, std::integral_constant<int, N>{});
-    } else if constexpr (N > 1) {
-      for (Index e = max(begin, first); e < min(begin + N, last); ++e) {
-        function(e, std::integral_constant<int, 1>{});
-      }
+    const Piece<Index> piece{begin, max(begin, first), min(begin + N, first + region.run)};
+    if (piece.low < piece.high) {
+      function(piece);
     }
   }
 }
@@ -161,15 +220,15 @@ __device__ void for_each_vector(const Region<Index>& region, Function function) 
 template <class T, int N, class Index>
 __global__ void __launch_bounds__(kThreads)
     cutmix_swap_kernel(T* __restrict__ data, const int32_t* __restrict__ boxes, const Layout layout) {
+  const Index extent = static_cast<Index>(layout.extent());
   for (int64_t pair = blockIdx.y; pair < layout.batch / 2; pair += gridDim.y) {
     T* a = data + pair * layout.batch_stride;
     T* b = data + (layout.batch - 1 - pair) * layout.batch_stride;
-    for_each_vector<N>(region_of<Index>(layout, clamped(boxes, pair, layout)), [&](Index offset, auto count) {
-      constexpr int M = decltype(count)::value;
-      const Values<T, M> x = load<T, M>(a + offset);
-      const Values<T, M> y = load<T, M>(b + offset);
-      store<T, M>(a + offset, y);
-      store<T, M>(b + offset, x);
+    for_each_piece<N>(region_of<Index>(layout, clamped(boxes, pair, layout)), [&](const Piece<Index>& piece) {
+      const Values<T, N> x = load<T, N>(a, piece, extent);
+      const Values<T, N> y = load<T, N>(b, piece, extent);
+      store<T, N>(a, piece, y);
+      store<T, N>(b, piece, x);
     });
   }
 }
@@ -180,61 +239,38 @@ __global__ void __launch_bounds__(kThreads)
                   const int64_t* __restrict__ partner, const Layout layout, const Crossing<Index> crossing,
                   const T poison) {
   const Region<Index> all = region_of<Index>(layout, whole(layout));
+  const Index extent = static_cast<Index>(layout.extent());
   for (int64_t sample = blockIdx.y; sample < layout.batch; sample += gridDim.y) {
-    const Box box = clamped(boxes, sample, layout);
-    const Index inner_begin = static_cast<Index>(crossing.inner_is_width ? box.left : box.top) * crossing.unit;
-    const Index inner_end = static_cast<Index>(crossing.inner_is_width ? box.right : box.bottom) * crossing.unit;
-    const Index outer_begin = static_cast<Index>(crossing.inner_is_width ? box.top : box.left);
-    const Index outer_end = static_cast<Index>(crossing.inner_is_width ? box.bottom : box.right);
+    const Span<Index> span = crossing.span_of(clamped(boxes, sample, layout));
     const int64_t chosen = partner[sample];
-    const bool valid = chosen >= 0 && chosen < layout.batch;
+    const bool known = chosen >= 0 && chosen < layout.batch;
     const T* own = data + sample * layout.batch_stride;
-    const T* other = data + (valid ? chosen : sample) * layout.batch_stride;
+    const T* other = data + (known ? chosen : sample) * layout.batch_stride;
     T* target = out + sample * layout.batch_stride;
-
-    const auto mix = [&](Index offset, auto count) {
-      constexpr int M = decltype(count)::value;
-      const Index row = crossing.length.quotient(offset);
-      const Index place = offset - row * crossing.length.value;
-      if constexpr (M > 1) {
-        if (place + M > crossing.length.value) {  // the vector reaches into the next row
-          return false;
-        }
-      }
-      const Index step = crossing.rows_per_step.quotient(row);
-      const Index outer = step - crossing.steps.quotient(step) * crossing.steps.value;
-      const bool crosses = outer >= outer_begin && outer < outer_end && place < inner_end && place + M > inner_begin;
-      if (!crosses) {
-        store<T, M>(target + offset, load<T, M>(own + offset));
-        return true;
-      }
-      Values<T, M> result;
-      if (valid) {
-        result = load<T, M>(other + offset);
-      } else {
-#pragma unroll
-        for (int i = 0; i < M; ++i) {
-          result.at[i] = poison;
-        }
-      }
-      if (place < inner_begin || place + M > inner_end) {
-        const Values<T, M> x = load<T, M>(own + offset);
-#pragma unroll
-        for (int i = 0; i < M; ++i) {
-          if (place + i < inner_begin || place + i >= inner_end) {
-            result.at[i] = x.at[i];
+    for_each_piece<N>(all, [&](const Piece<Index>& piece) {
+      const Index row = crossing.length.quotient(piece.begin);
+      const Index place = piece.begin - row * crossing.length.value;
+      const bool one_row = place + N <= crossing.length.value;
+      const bool touches = span.has_row(crossing.outer_of(row)) && place < span.inner_end && place + N > span.inner_begin;
+      const bool within = touches && place >= span.inner_begin && place + N <= span.inner_end;
+      Values<T, N> result = load<T, N>(within ? other : own, piece, extent);
+      if (!one_row || (touches && !(within && known))) {
+        // A vector on the border of the box, or that reaches into the next row, or whose partner is not known.
+        uint32_t inside = N == 1;
+        if constexpr (N > 1) {
+#pragma unroll 1  // seldom taken: fewer registers count for more
+          for (int i = 0; i < N; ++i) {
+            inside |= static_cast<uint32_t>(crossing.is_inside(span, piece.begin + i)) << i;
           }
         }
-      }
-      store<T, M>(target + offset, result);
-      return true;
-    };
-    for_each_vector<N>(all, [&](Index offset, auto count) {
-      if (!mix(offset, count)) {
-        for (int i = 0; i < decltype(count)::value; ++i) {
-          mix(offset + i, std::integral_constant<int, 1>{});
+        const Values<T, N> x = load<T, N>(own, piece, extent);
+        const Values<T, N> y = load<T, N>(other, piece, extent);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          result.at[i] = (inside >> i & 1) == 0 ? x.at[i] : known ? y.at[i] : poison;
         }
       }
+      store<T, N>(target, piece, result);
     });
   }
 }
@@ -269,12 +305,12 @@ __device__ typename Arithmetic<T>::Compute weight_of(float lam, bool known) {
 }
 
 // lam x + (1 - lam) y, rounded once.
-template <class T, int M>
-__device__ Values<T, M> blend(const Values<T, M>& x, const Values<T, M>& y, typename Arithmetic<T>::Compute lam) {
+template <class T, int N>
+__device__ Values<T, N> blend(const Values<T, N>& x, const Values<T, N>& y, typename Arithmetic<T>::Compute lam) {
   const typename Arithmetic<T>::Compute rest = 1 - lam;
-  Values<T, M> result;
+  Values<T, N> result;
 #pragma unroll
-  for (int i = 0; i < M; ++i) {
+  for (int i = 0; i < N; ++i) {
     result.at[i] = Arithmetic<T>::round(lam * Arithmetic<T>::widen(x.at[i]) + rest * Arithmetic<T>::widen(y.at[i]));
   }
   return result;
@@ -285,6 +321,7 @@ __global__ void __launch_bounds__(kThreads)
     mixup_kernel(const T* __restrict__ data, T* __restrict__ out, const float* __restrict__ lam,
                  const int64_t* __restrict__ partner, const Layout layout) {
   const Region<Index> all = region_of<Index>(layout, whole(layout));
+  const Index extent = static_cast<Index>(layout.extent());
   for (int64_t sample = blockIdx.y; sample < layout.batch; sample += gridDim.y) {
     const int64_t chosen = partner[sample];
     const bool known = chosen >= 0 && chosen < layout.batch;
@@ -292,9 +329,10 @@ __global__ void __launch_bounds__(kThreads)
     const T* own = data + sample * layout.batch_stride;
     const T* other = data + (known ? chosen : sample) * layout.batch_stride;
     T* target = out + sample * layout.batch_stride;
-    for_each_vector<N>(all, [&](Index offset, auto count) {
-      constexpr int M = decltype(count)::value;
-      store<T, M>(target + offset, blend<T, M>(load<T, M>(own + offset), load<T, M>(other + offset), weight));
+    for_each_piece<N>(all, [&](const Piece<Index>& piece) {
+      const Values<T, N> x = load<T, N>(own, piece, extent);
+      const Values<T, N> y = load<T, N>(other, piece, extent);
+      store<T, N>(target, piece, blend<T, N>(x, y, weight));
     });
   }
 }
@@ -303,16 +341,16 @@ template <class T, int N, class Index>
 __global__ void __launch_bounds__(kThreads)
     mixup_pair_kernel(T* __restrict__ data, const float* __restrict__ lam, const Layout layout) {
   const Region<Index> all = region_of<Index>(layout, whole(layout));
+  const Index extent = static_cast<Index>(layout.extent());
   for (int64_t pair = blockIdx.y; pair < layout.batch / 2; pair += gridDim.y) {
     const auto weight = weight_of<T>(lam[pair], true);
     T* a = data + pair * layout.batch_stride;
     T* b = data + (layout.batch - 1 - pair) * layout.batch_stride;
-    for_each_vector<N>(all, [&](Index offset, auto count) {
-      constexpr int M = decltype(count)::value;
-      const Values<T, M> x = load<T, M>(a + offset);
-      const Values<T, M> y = load<T, M>(b + offset);
-      store<T, M>(a + offset, blend<T, M>(x, y, weight));
-      store<T, M>(b + offset, blend<T, M>(y, x, weight));
+    for_each_piece<N>(all, [&](const Piece<Index>& piece) {
+      const Values<T, N> x = load<T, N>(a, piece, extent);
+      const Values<T, N> y = load<T, N>(b, piece, extent);
+      store<T, N>(a, piece, blend<T, N>(x, y, weight));
+      store<T, N>(b, piece, blend<T, N>(y, x, weight));
     });
   }
 }
@@ -369,12 +407,6 @@ void by_access(const void* data, const void* other, const Layout& layout, Functi
   }
 }
 
-dim3 grid_of(const Tensor& images, int64_t samples, int vector) {
-  const int64_t per_block = int64_t{kThreads} * kVectorsPerThread * vector;
-  const int64_t blocks = (images.numel() / images.size(0) + per_block - 1) / per_block;
-  return dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 4096)), static_cast<unsigned>(std::min(samples, kMaxGridY)));
-}
-
 uint64_t nan_bits(ScalarType type) {
   switch (type) {
     case ScalarType::Half:
@@ -407,12 +439,11 @@ Tensor cutmix(const Tensor& given, const Tensor& boxes, const Tensor& partner) {
     by_access<T>(data, target, layout, [&](auto vector, auto index) {
       using Index = decltype(index);
       constexpr int N = decltype(vector)::value;
-      cutmix_kernel<T, N, Index><<<grid_of(images, layout.batch, N), kThreads, 0, current_stream(images)>>>(
-          data, target, boxes.const_data_ptr<int32_t>(), partner.const_data_ptr<int64_t>(), layout,
-          crossing_of<Index>(layout), static_cast<T>(nan_bits(images.scalar_type())));
+      launch("cutmix", cutmix_kernel<T, N, Index>, grid_of(images, layout.batch, N), images, data, target,
+             boxes.const_data_ptr<int32_t>(), partner.const_data_ptr<int64_t>(), layout, crossing_of<Index>(layout),
+             static_cast<T>(nan_bits(images.scalar_type())));
     });
   });
-  check_launch("cutmix");
   return out;
 }
 
@@ -428,12 +459,10 @@ void cutmix_(Tensor images, const Tensor& boxes) {
     T* data = static_cast<T*>(images.mutable_data_ptr());
     by_access<T>(data, data, layout, [&](auto vector, auto index) {
       constexpr int N = decltype(vector)::value;
-      cutmix_swap_kernel<T, N, decltype(index)>
-          <<<grid_of(images, layout.batch / 2, N), kThreads, 0, current_stream(images)>>>(
-              data, boxes.const_data_ptr<int32_t>(), layout);
+      launch("cutmix_", cutmix_swap_kernel<T, N, decltype(index)>, grid_of(images, layout.batch / 2, N), images, data,
+             boxes.const_data_ptr<int32_t>(), layout);
     });
   });
-  check_launch("cutmix_");
 }
 
 Tensor mixup(const Tensor& given, const Tensor& lam, const Tensor& partner) {
@@ -452,11 +481,10 @@ Tensor mixup(const Tensor& given, const Tensor& lam, const Tensor& partner) {
     T* target = static_cast<T*>(out.mutable_data_ptr());
     by_access<T>(data, target, layout, [&](auto vector, auto index) {
       constexpr int N = decltype(vector)::value;
-      mixup_kernel<T, N, decltype(index)><<<grid_of(images, layout.batch, N), kThreads, 0, current_stream(images)>>>(
-          data, target, lam.const_data_ptr<float>(), partner.const_data_ptr<int64_t>(), layout);
+      launch("mixup", mixup_kernel<T, N, decltype(index)>, grid_of(images, layout.batch, N), images, data, target,
+             lam.const_data_ptr<float>(), partner.const_data_ptr<int64_t>(), layout);
     });
   });
-  check_launch("mixup");
   return out;
 }
 
@@ -472,12 +500,10 @@ void mixup_(Tensor images, const Tensor& lam) {
     T* data = static_cast<T*>(images.mutable_data_ptr());
     by_access<T>(data, data, layout, [&](auto vector, auto index) {
       constexpr int N = decltype(vector)::value;
-      mixup_pair_kernel<T, N, decltype(index)>
-          <<<grid_of(images, layout.batch / 2, N), kThreads, 0, current_stream(images)>>>(
-              data, lam.const_data_ptr<float>(), layout);
+      launch("mixup_", mixup_pair_kernel<T, N, decltype(index)>, grid_of(images, layout.batch / 2, N), images, data,
+             lam.const_data_ptr<float>(), layout);
     });
   });
-  check_launch("mixup_");
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ struct Layout {
   Dimension dimensions[3];
 
   // One more than the largest offset of an element within a sample.
-  int64_t extent() const {
+  FASTUFT_HOST_DEVICE int64_t extent() const {
     int64_t last = 0;
     for (const Dimension& dimension : dimensions) {
       last += (dimension.size - 1) * dimension.stride;
