@@ -120,7 +120,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """The random views of one training image (MoCoV2's list; ``preset`` small_images suits 32 px).
+    """The random views of one training image (MoCoV2's list; ``fastuft.data.SMALL_IMAGES`` suits 32 px).
 
     Args:
         size: side of the square crop, pixels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,17 @@ def photos(tmp_path_factory):
     return paths
 
 
+@pytest.mark.parametrize("loader", ["dali", "torch"])
+def test_decoding_beside_torchvision(photos, loader):
+    """The whole image, neither resized nor cropped beyond a square."""
+    io = pytest.importorskip("torchvision.io")
+    ours = next(iter(EvalStream(photos, size=375, resize=375, loader=loader, **PLAIN)))[0] * 255
+    theirs = torch.stack([transforms.center_crop(io.decode_image(path), [375, 375]) for path in photos])
+    hold(DECODE, loader, (ours - theirs).abs().numpy())
+
+
+DECODE, EVALUATION = "decode", "evaluation: resize 256, centre crop 224"
+
 # Which parameters of a view each case keeps; the others are set to do nothing.
 CASES = {
     "crop and resize": ("roi_start", "roi_end"),
@@ -45,27 +57,32 @@ CASES = {
     "contrast": ("contrast",),
     "saturation": ("saturation",),
     "hue": ("hue",),
-    "jitter, torchvision in the same order": ("hue", "saturation", "contrast", "brightness"),
+    "all four, torchvision in the same order": ("hue", "saturation", "contrast", "brightness"),
     "greyscale": ("grey",),
     "blur": ("sigma",),
-    "flip": ("flip",),
+    "mirror": ("flip",),
     "rotation": ("angle",),
 }
 NOTHING = {"angle": 0, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "sigma": 0, "flip": 0}
 
-# Mean absolute difference in grey levels of 255 that is allowed; measured figures stand in docs/augmentations.md.
-LIMITS = {
-    "crop and resize": 0.6,
-    "brightness": 0.6,
-    "contrast": 10.0,
-    "saturation": 1.0,
-    "hue": 10.0,
-    "jitter, torchvision in the same order": 14.0,
-    "greyscale": 0.6,
-    "blur": 0.6,
-    "flip": 0.0,
-    "rotation": 1.0,
-}
+
+def stated():
+    """{operator: {loader: mean absolute difference in grey levels}} of the table in docs/augmentations.md."""
+    page = Path(__file__).parents[2] / "docs" / "augmentations.md"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "|" in line]
+    return {
+        row[0]: {"dali": float(row[1]), "torch": float(row[3])}
+        for row in rows
+        if row[0] in {*CASES, DECODE, EVALUATION}
+    }
+
+
+def hold(operator, loader, difference):
+    """Print a row and hold it against the page; photographs and libraries of other versions differ a little."""
+    mean, high = float(difference.mean()), float(np.quantile(difference, 0.99))
+    print(f"| {operator} | {loader} | {mean:.2f} | {high:.1f} |")
+    expected = stated()[operator][loader]
+    assert abs(mean - expected) <= 0.25 * expected + 0.01
 
 
 def parameters(case):
@@ -122,9 +139,7 @@ def test_operators_beside_torchvision(photos, case, loader):
     ((_, (images,)),) = backend.run(iter([Request(photos, (view,), np.arange(COUNT))]))
     ours = images.permute(0, 2, 3, 1).numpy() * 255
     theirs = np.stack([reference(case, open_rgb(path), view, row) for row, path in enumerate(photos)])
-    difference = np.abs(ours - theirs)
-    print(f"| {case} | {loader} | {difference.mean():.2f} | {np.quantile(difference, 0.99):.1f} |")
-    assert difference.mean() <= LIMITS[case] + 1e-3
+    hold(case, loader, np.abs(ours - theirs))
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
@@ -134,6 +149,4 @@ def test_evaluation_beside_torchvision(photos, loader):
     for path in photos:
         resized = transforms.resize(open_rgb(path), [256])
         theirs.append(np.asarray(transforms.center_crop(resized, [SIZE, SIZE]), np.float32))
-    difference = np.abs(ours.permute(0, 2, 3, 1).numpy() * 255 - np.stack(theirs))
-    print(f"| evaluation | {loader} | {difference.mean():.2f} | {np.quantile(difference, 0.99):.1f} |")
-    assert difference.mean() < 0.5
+    hold(EVALUATION, loader, np.abs(ours.permute(0, 2, 3, 1).numpy() * 255 - np.stack(theirs)))

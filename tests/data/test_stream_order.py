@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -164,6 +165,13 @@ def test_views_have_the_distribution_that_the_config_says():
     assert abs(view.hue[jittered]).max() <= 36 and view.brightness.min() >= 0.6 and view.brightness.max() <= 1.4
     assert view.sigma.max() <= 2 and view.sigma[view.sigma > 0].min() >= 0.1
     assert (view.angle == 0).all()
+
+
+def test_the_preset_for_small_images_is_the_one_in_the_documentation():
+    page = (Path(__file__).parents[2] / "docs" / "augmentations.md").read_text()
+    lines = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in lines["augment"].items()}
+    assert AugmentConfig(**pairs) == SMALL_IMAGES
 
 
 @pytest.mark.parametrize("loader", LOADERS)
