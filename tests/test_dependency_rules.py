@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("loss", "mix", "data", "model", "trainer", "evaluate", "report", "cli")
 
-# What each room may import from fastuft, beside itself. `config` and `randomness` are leaves for everyone.
-LEAVES = {"config", "randomness"}
+# What each room may import from fastuft, beside itself. `atomic`, `config` and `randomness` are leaves for everyone.
+LEAVES = {"atomic", "config", "randomness"}
 ALLOWED = {
     "loss": {"kernels"},
     "mix": set(),

@@ -7,6 +7,7 @@ backbone's names and shapes.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import zipfile
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import fastuft
+from fastuft.atomic import write_whole
 from fastuft.model.moco import Encoder, MoCo
 from fastuft.model.resnet import ResNetV2, Stem, TimmBackbone, build_backbone
 
@@ -332,8 +334,11 @@ def export_backbone(backbone: nn.Module, path: str | Path, *, arch: str, stem: s
         path: file to write, atomically.
         arch: its name.
         stem: its stem.
+
+    Raises:
+        OSError: the disk refused; an older file is as it was.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     metadata = {
         "arch": arch,
@@ -345,10 +350,8 @@ def export_backbone(backbone: nn.Module, path: str | Path, *, arch: str, stem: s
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    save_file(state, str(partial), metadata={METADATA_KEY: json.dumps(metadata)})
-    partial.replace(path)
+    write_whole(path, save(state, metadata={METADATA_KEY: json.dumps(metadata)}))
 
 
 def load_backbone(path: str | Path, arch: str | None = None, stem: Stem | None = None) -> nn.Module:
@@ -460,11 +463,11 @@ def export(
         return
     state = export_state_dict(backbone, layout, num_classes=num_classes)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
     if out.suffix == ".safetensors":
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file(state, str(partial))
-    else:
-        torch.save(state, partial)
-    partial.replace(out)
+        write_whole(out, save(state))
+        return
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(out, buffer.getbuffer())

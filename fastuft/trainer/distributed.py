@@ -24,7 +24,7 @@ _LONG_WAIT = timedelta(hours=12)
 
 
 class LostRankError(RuntimeError):
-    """Another process of the run died or fell silent; the message names the step and the last good checkpoint."""
+    """Another process died, fell silent or went astray; the message names the step and the last good checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ def naming_lost_ranks(ranks: Ranks, describe: Any) -> Iterator[None]:
     """Turn a failed collective into a LostRankError; ``describe()`` says where the run stood and how to go on."""
     try:
         yield
+    except LostRankError:
+        raise
     except RuntimeError as error:
         text = str(error)
         failed = isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "ProcessGroup"))

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastuft.atomic import write_whole
 from fastuft.config import RuntimeConfig
+
+
+def check_writers(runtime: RuntimeConfig) -> None:
+    """Before any work starts, and on every rank alike.
+
+    Raises:
+        ValueError: Weights & Biases asked for and not installed.
+    """
+    if runtime.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("runtime.wandb=True needs wandb; pip install wandb, or leave it off")
 
 
 class Recorder:
@@ -51,8 +63,6 @@ class Recorder:
 
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
         if runtime.wandb:
-            if importlib.util.find_spec("wandb") is None:
-                raise ValueError("runtime.wandb=True needs wandb; pip install wandb, or leave it off")
             import wandb
 
             self._wandb = wandb.init(
@@ -84,17 +94,23 @@ class Recorder:
     def _drop_after(self, step: int) -> None:
         # A run that starts again from nothing keeps no row, the evaluation before its first step included.
         self.earlier = [row for row in self._rows() if row["step"] <= step] if step else []
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.earlier), encoding="utf-8")
-        os.replace(partial, self._path)
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self.earlier).encode())
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row of metrics: ``kind``, ``step`` and figures."""
+        """One row of metrics: ``kind``, ``step`` and figures, or mappings of them.
+
+        Raises:
+            OSError: the disk refused; rows without a checkpoint behind them are dropped on resume anyway.
+        """
         if not self.enabled:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        figures = {f"{row['kind']}/{name}": v for name, v in row.items() if isinstance(v, float)}
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            remedy = f"{error.strerror}; free the disk and go on with resume=auto"
+            raise OSError(error.errno, remedy, str(self._path)) from error
+        figures = dict(_figures(row["kind"], row))
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(name, value, row["step"])
@@ -134,13 +150,23 @@ class Recorder:
     def close(self) -> None:
         if not self.enabled:
             return
-        self._file.close()
+        with suppress(OSError):  # a full disk was told of when the row was written
+            self._file.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
         if self._bar is not None:
             self._bar.close()
+
+
+def _figures(prefix: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(path, value) of each figure of a row."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from _figures(f"{prefix}/{name}", value)
+        elif isinstance(value, float):
+            yield f"{prefix}/{name}", value
 
 
 class PartTimes:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import platform
 import time
 import warnings
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +15,28 @@ import yaml
 from torch import Tensor
 
 import fastuft
+from fastuft.atomic import write_whole
 from fastuft.config import TrainConfig
 from fastuft.data import Manifest, TrainStream
 from fastuft.model import BACKBONE_FILE, export_backbone
 from fastuft.trainer import watch
-from fastuft.trainer.distributed import Ranks, StopVote, gather_rows, naming_lost_ranks, start_ranks, stop_ranks
+from fastuft.trainer.distributed import (
+    LostRankError,
+    Ranks,
+    StopVote,
+    gather_rows,
+    naming_lost_ranks,
+    start_ranks,
+    stop_ranks,
+)
 from fastuft.trainer.learner import DTYPES, build_learner
-from fastuft.trainer.recorder import PartTimes, Recorder
+from fastuft.trainer.recorder import PartTimes, Recorder, check_writers
+from fastuft.trainer.resume import check_same_run, find_checkpoint
 from fastuft.trainer.schedule import lr_at
 from fastuft.trainer.signals import StopSignals
-from fastuft.trainer.state import CheckpointError, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from fastuft.trainer.snapshot import backbone_of, queues_agree, ranks_without_finite_weights, restore, take_snapshot
+from fastuft.trainer.state import CheckpointError, checkpoints, save_checkpoint
 from fastuft.trainer.step import RECORD, train_step
-
-# What must be the same for a checkpoint's state to mean the same in the resumed run.
-_FIXED = {
-    "model.arch",
-    "model.stem",
-    "model.head_dim",
-    "method.queue_size",
-    "data.batch_size",
-    "data.replay_mode",
-    "data.replay_share",
-    "data.drop_last",
-    "seed",
-}
-# What may differ without a word: it changes nothing of what is learnt.
-_FREE = ("out", "resume", "max_steps", "init", "target", "source", "allow_missing", "runtime.", "watch.", "data.")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -80,22 +74,16 @@ def train(config: TrainConfig) -> RunResult:
         ValueError: a configuration, folder, checkpoint or file that cannot work; nothing was trained.
         NonFiniteLossError: the loss became NaN or infinite; no checkpoint was written after it.
         CheckpointError: a checkpoint could not be read or written.
-        LostRankError: another process of the run died or fell silent for ``runtime.timeout`` seconds.
+        LostRankError: another process of the run died, fell silent for ``runtime.timeout`` seconds, or holds another
+            queue.
     """
+    check_writers(config.runtime)
     ranks = start_ranks(config.runtime.device, config.runtime.timeout)
     try:
         with StopSignals() as signals:
             return _Run(config, ranks, signals).go()
     finally:
         stop_ranks(ranks)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping from dotted names."""
-    flat = {}
-    for name, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return flat
 
 
 class _Run:
@@ -109,8 +97,9 @@ class _Run:
         self.seconds_before = 0.0
         self.epoch, self.step, self.global_step, self.images = 0, 0, 0, 0
         self.plain_config = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists
-        self.resumed = self._open_folder()
-        self.learner, report = build_learner(config, ranks, load=self.resumed is None)
+        state = find_checkpoint(config.resume, config.out, ranks)
+        self.resumed = state is not None
+        self.learner, report = build_learner(config, ranks, load=not self.resumed)
         self.init_report = dataclasses.asdict(report) if report else None
         self.manifest = Manifest.build(
             config.target,
@@ -134,8 +123,8 @@ class _Run:
         )
         self.total_steps = config.optim.epochs * self.stream.steps_per_epoch
         self.limit = min(self.total_steps, config.max_steps or self.total_steps)
-        if self.resumed is not None:
-            self._restore(self.resumed)
+        if state is not None:
+            self._restore(state)
         if ranks.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.recorder = Recorder(
@@ -148,88 +137,9 @@ class _Run:
         self.last_row: dict[str, Any] = next((r for r in reversed(self.recorder.earlier) if r["kind"] == "train"), {})
         self.vote = StopVote(ranks)
 
-    def _open_folder(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from, or None for a folder that holds no run yet."""
-        resume = self.config.resume
-        state = None
-        if resume == "auto":
-            state, path, reasons = newest_checkpoint(self.checkpoint_folder)
-            for reason in reasons if self.ranks.is_main and path is not None else []:
-                warnings.warn(f"{reason}; the one before it is used", stacklevel=2)
-            if reasons and path is None:
-                raise CheckpointError(
-                    f"resume='auto': no checkpoint in {self.checkpoint_folder} is whole: {reasons[0]}; move the run "
-                    "away to start afresh"
-                )
-        elif resume != "no":
-            state = load_checkpoint(Path(resume))
-            later = [path for step, path in checkpoints(self.checkpoint_folder) if step > state["global_step"]]
-            if later:
-                raise ValueError(
-                    f"resume={resume!r} is older than {later[0]} in out={self.config.out!r}; choose another out, or "
-                    "move the newer checkpoints away"
-                )
-        elif (self.folder / "metrics.jsonl").exists() or self.checkpoint_folder.exists():
-            raise ValueError(
-                f"out={self.config.out!r} holds a run already; go on with resume=auto, or choose another folder"
-            )
-        steps = self.ranks.gather_objects(None if state is None else state["global_step"])
-        if len(set(steps)) > 1:
-            raise CheckpointError(
-                f"the processes see checkpoints of different steps in {self.checkpoint_folder} ({steps}); out must be on "
-                "a file system that all of them share"
-            )
-        return state
-
-    def _state(self) -> dict[str, Any]:
-        """Everything a resumed run needs. BatchNorm's buffers differ between ranks, so every rank's are kept."""
-        learner, device = self.learner, self.ranks.device
-        buffers = self.ranks.gather_objects({name: value.cpu() for name, value in learner.moco.named_buffers()})
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return {
-            "model": {**learner.moco.state_dict(), **_mean_over_ranks(buffers)},
-            "rank_buffers": buffers,
-            "queue": learner.queue.state_dict(),
-            "optimizer": learner.optimizer.state_dict(),
-            "scaler": learner.scaler.state_dict(),
-            "torch_rng": self.ranks.gather_objects((torch.get_rng_state(), cuda)),
-            "epoch": self.epoch,
-            "step": self.step,
-            "global_step": self.global_step,
-            "images": self.images,
-            "seconds": self._seconds(),
-            "init_report": self.init_report,
-            "content_hash": self.manifest.content_hash,
-            "model_config": self.plain_config["model"],
-            "config": json.dumps(self.plain_config),
-        }
-
     def _restore(self, state: dict[str, Any]) -> None:
-        before = {**_flat(json.loads(state["config"])), "content_hash": state["content_hash"]}
-        now = {**_flat(self.plain_config), "content_hash": self.manifest.content_hash}
-        changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
-        for name, (old, new) in changed.items():
-            if name in _FIXED or name == "content_hash":
-                raise ValueError(
-                    f"resume={self.config.resume!r}: {name} was {old!r} in the checkpoint and is {new!r} now; resume with "
-                    "the same images and settings, or start in another folder"
-                )
-        said = [f"{n} {old!r} -> {new!r}" for n, (old, new) in changed.items() if not n.startswith(_FREE)]
-        if said and self.ranks.is_main:
-            warnings.warn(f"the run goes on with other settings than it began with: {', '.join(said)}", stacklevel=2)
-        learner = self.learner
-        learner.moco.load_state_dict(state["model"])
-        if len(state["rank_buffers"]) == self.ranks.world_size:
-            own = state["rank_buffers"][self.ranks.rank]
-            for name, buffer in learner.moco.named_buffers():
-                buffer.copy_(own[name])
-            host, cuda = state["torch_rng"][self.ranks.rank]
-            torch.set_rng_state(host)
-            if cuda is not None and self.ranks.device.type == "cuda":
-                torch.cuda.set_rng_state(cuda, self.ranks.device)
-        learner.queue.load_state_dict(state["queue"])
-        learner.optimizer.load_state_dict(state["optimizer"])
-        learner.scaler.load_state_dict(state["scaler"])
+        check_same_run(state, self.plain_config, self.manifest.content_hash, main=self.ranks.is_main)
+        restore(self.learner, state)
         self.epoch, self.step, self.global_step = state["epoch"], state["step"], state["global_step"]
         self.images, self.seconds_before = state["images"], state["seconds"]
         self.init_report = state["init_report"]
@@ -385,19 +295,23 @@ class _Run:
 
     def _save(self) -> None:
         """Checkpoint and exported backbone, once the weights are known to be finite and the queues to agree."""
-        tensors = [*self.learner.moco.parameters(), self.learner.queue.keys]
-        finite = torch.stack([t.isfinite().all() for t in tensors]).all().item()
-        for rank, good in enumerate(self.ranks.gather_objects(finite)):
-            if not good:
-                self._fail(f"the weights are not finite after step {self.global_step} on rank {rank}")
-        if self.ranks.world_size > 1:
-            rows = self.learner.queue.keys.float().cpu().numpy()
-            if len(set(self.ranks.gather_objects(hashlib.sha256(rows.tobytes()).hexdigest()))) > 1:
-                raise RuntimeError(
-                    f"the key queues of the processes differ at step {self.global_step}; no checkpoint was written after "
-                    f"{self._last_good()}"
-                )
-        state = self._state()
+        bad = ranks_without_finite_weights(self.learner)
+        if bad:
+            self._fail(f"the weights are not finite after step {self.global_step} on rank {bad[0]}")
+        if not queues_agree(self.learner):
+            raise LostRankError(f"the key queues of the processes differ {self._where()}")
+        state = {
+            **take_snapshot(self.learner),
+            "epoch": self.epoch,
+            "step": self.step,
+            "global_step": self.global_step,
+            "images": self.images,
+            "seconds": self._seconds(),
+            "init_report": self.init_report,
+            "content_hash": self.manifest.content_hash,
+            "model_config": self.plain_config["model"],
+            "config": json.dumps(self.plain_config),
+        }
         failure = None
         if self.ranks.is_main:
             try:
@@ -417,16 +331,14 @@ class _Run:
             keep_last=runtime.keep_last,
             keep_every=runtime.keep_every,
         )
-        backbone = self.learner.moco.query_encoder.backbone
-        if self.ranks.world_size > 1:  # with the mean of the ranks' running statistics
-            backbone = deepcopy(backbone).cpu()
-            prefix = "query_encoder.backbone."
-            own = {n.removeprefix(prefix): v for n, v in state["model"].items() if n.startswith(prefix)}
-            backbone.load_state_dict(own)
+        path = self.folder / BACKBONE_FILE
         try:
-            export_backbone(backbone, self.folder / BACKBONE_FILE, arch=model.arch, stem=model.stem)
+            export_backbone(backbone_of(self.learner, state), path, arch=model.arch, stem=model.stem)
         except OSError as error:
-            raise CheckpointError(f"{self.folder / BACKBONE_FILE} could not be written ({error.strerror})") from error
+            raise CheckpointError(
+                f"{path} could not be written ({error.strerror}); the last good checkpoint is {self._last_good()}. Free "
+                "the disk and go on with resume=auto."
+            ) from error
 
     def _watch(self) -> bool:
         """Evaluate on the main rank while the others wait; whether to stop afterwards."""
@@ -447,13 +359,12 @@ class _Run:
             matched, ignored = len(self.init_report["matched"]), len(self.init_report["ignored"])
             head = "its head" if self.init_report["head_loaded"] else "a fresh head"
             start = f"{self.init_report['path']} ({matched} tensors matched, {ignored} ignored, {head})"
-        if self.resumed is not None:
+        if self.resumed:
             start = f"resumed at step {self.global_step}"
         return f"{self.folder}: {counts}, {self.total_steps} steps of {self.config.data.batch_size}; {start}"
 
     def _write_config(self) -> None:
-        text = yaml.safe_dump(self.plain_config, sort_keys=False)
-        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+        write_whole(self.folder / "config.yaml", yaml.safe_dump(self.plain_config, sort_keys=False).encode())
         self.manifest.save(self.folder / "manifest.json")
 
     def _bad_files(self) -> list[list[tuple[str, str]]]:
@@ -485,17 +396,4 @@ class _Run:
                 "python": platform.python_version(),
             },
         }
-        path = self.folder / "summary.json"
-        partial_path = path.with_suffix(".partial")
-        partial_path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        partial_path.replace(path)
-
-
-def _mean_over_ranks(buffers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Running statistics of the whole batch, from those of each rank's share."""
-    if len(buffers) == 1:
-        return buffers[0]
-    return {
-        name: torch.stack([own[name] for own in buffers]).mean(0) if value.is_floating_point() else value
-        for name, value in buffers[0].items()
-    }
+        write_whole(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())

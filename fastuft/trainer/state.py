@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastuft.atomic import write_whole
 
 FORMAT = "fastuft checkpoint 1"
 _NAME = re.compile(r"^step_(\d{8})\.pt$")
@@ -38,25 +39,6 @@ def _digest_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
-    """Write beside, flush to the disk, then rename: a reader sees the old file or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name is on the disk too
-        finally:
-            os.close(folder)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep_last: int, keep_every: int) -> Path:
     """Write one checkpoint with its digest, then drop old ones.
 
@@ -79,8 +61,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep_last
         for left in folder.glob("*.partial"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         # The digest first: a kill between the two leaves a digest without a file, which nothing looks at.
-        _write(_digest_path(path), hashlib.sha256(content).hexdigest().encode())
-        _write(path, content)
+        write_whole(_digest_path(path), hashlib.sha256(content).hexdigest().encode())
+        write_whole(path, content)
     except OSError as error:
         last = next((str(p) for _, p in checkpoints(folder)), "none")
         raise CheckpointError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
 import pickle
 
@@ -258,16 +260,104 @@ def test_impossible_exports_are_refused(tmp_path, arguments, message):
         export(tmp_path / "b.safetensors", out, **arguments)
 
 
-@pytest.mark.parametrize("num_classes", [0, 1000])
-def test_export_loads_strictly_in_torchvision_and_timm(tmp_path, num_classes):
-    torchvision = pytest.importorskip("torchvision")
-    timm = pytest.importorskip("timm")
-    backbone = build_backbone("resnet50")
-    state = export_state_dict(backbone, "torchvision", num_classes=num_classes)
-    theirs = torchvision.models.resnet50(weights=None)
+def fingerprint(state: dict) -> str:
+    lines = [f"{name} {tuple(value.shape)}" for name, value in sorted(state.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+# Of the networks of torchvision 0.28 and timm 1.0.31, without classifier and with one of 1000 classes: sorted
+# "name shape" lines. Both libraries name a ResNet's tensors alike.
+RESNETS = {
+    "resnet18": ("504739f3083bec5e", "5191d63ec3989592"),
+    "resnet34": ("44a0fd3c2ef0c9ed", "f8de2a1812ef85e4"),
+    "resnet50": ("c1f7fd3808aa49e7", "a87e91cd6bd1f939"),
+    "resnet101": ("a36254db3e8fffb4", "dbc3ca74fffafc72"),
+}
+TIMM_BIT = {
+    "bit_resnet50": ("2a0bb1f7fd172490", "131dbffdd8874231"),
+    "bit_resnet101": ("de79196896d7c975", "bc4eb2116817a373"),
+}
+LAYOUTS = [(arch, "torchvision") for arch in RESNETS] + [(arch, "timm") for arch in (*RESNETS, *TIMM_BIT)]
+
+
+@pytest.mark.parametrize(("arch", "layout"), LAYOUTS)
+def test_exports_have_the_tensors_of_the_other_librarys_network(arch, layout):
+    with torch.device("meta"):
+        backbone = build_backbone(arch)
+    backbone = backbone.to_empty(device="cpu")
+    bare, full = {**RESNETS, **TIMM_BIT}[arch]
+    assert fingerprint(export_state_dict(backbone, layout)) == bare
+    assert fingerprint(export_state_dict(backbone, layout, num_classes=1000)) == full
+
+
+def their_network(arch, layout, num_classes):
+    """The other library's network."""
+    if layout == "timm":
+        timm = pytest.importorskip("timm")
+        names = {"bit_resnet50": "resnetv2_50x1_bit", "bit_resnet101": "resnetv2_101x1_bit"}
+        return timm.create_model(names.get(arch, arch), num_classes=num_classes)
+    network = getattr(pytest.importorskip("torchvision").models, arch)(weights=None)
     if not num_classes:
-        theirs.fc = nn.Identity()
-    theirs.load_state_dict(state, strict=True)
-    timm.create_model("resnet50", num_classes=num_classes).load_state_dict(
-        export_state_dict(backbone, "timm", num_classes=num_classes), strict=True
+        network.fc = nn.Identity()
+    return network
+
+
+@pytest.mark.parametrize("num_classes", [0, 1000])
+@pytest.mark.parametrize(("arch", "layout"), LAYOUTS)
+def test_exports_load_strictly_in_torchvision_and_timm(tmp_path, arch, layout, num_classes):
+    network = their_network(arch, layout, num_classes)
+    torch.manual_seed(2)
+    backbone = build_backbone(arch)
+    export_backbone(backbone, tmp_path / "b.safetensors", arch=arch, stem="imagenet")
+    export(tmp_path / "b.safetensors", tmp_path / "x.pth", layout=layout, num_classes=num_classes)
+    network.load_state_dict(torch.load(tmp_path / "x.pth", weights_only=True), strict=True)
+    if not num_classes:
+        images = torch.randn(2, 3, 64, 64)
+        torch.testing.assert_close(network.eval()(images), backbone.eval()(images), rtol=1e-3, atol=1e-4)
+
+
+def test_the_checkpoint_of_lightlys_example_loads_with_its_head(tmp_path):
+    modules = pytest.importorskip("lightly.models.modules")
+    torchvision = pytest.importorskip("torchvision")
+
+    class Example(nn.Module):  # as in lightly's examples/pytorch/moco.py
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Sequential(*list(torchvision.models.resnet18().children())[:-1])
+            self.projection_head = modules.MoCoProjectionHead(512, 512, 16)
+            self.backbone_momentum = copy.deepcopy(self.backbone)
+            self.projection_head_momentum = copy.deepcopy(self.projection_head)
+
+    theirs = Example().eval()
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "lightly.ckpt")
+    ours = MoCo(build_backbone("resnet18"), 16)
+    assert load_init(ours, tmp_path / "lightly.ckpt").head_loaded
+    images = torch.randn(2, 3, 64, 64)
+    expected = theirs.projection_head(theirs.backbone(images).flatten(1))
+    torch.testing.assert_close(ours.query_encoder.eval()(images), expected)
+
+
+def test_half_precision_weights_are_taken_in_full(moco, donor, tmp_path):
+    save_file(
+        {n: v.half() if v.is_floating_point() else v for n, v in donor.backbone.state_dict().items()}, tmp_path / "x"
     )
+    load_init(moco, tmp_path / "x")
+    assert all(p.dtype == torch.float32 for p in moco.parameters())
+    torch.testing.assert_close(moco.query_encoder.backbone.conv1.weight, donor.backbone.conv1.weight.half().float())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_an_export_that_the_disk_refuses_leaves_the_older_file(tmp_path, monkeypatch, suffix):
+    backbone = build_backbone("resnet_tiny", "small")
+    export_backbone(backbone, tmp_path / "b.safetensors", arch="resnet_tiny", stem="small")
+    out = tmp_path / f"out{suffix}"
+    export(tmp_path / "b.safetensors", out, layout="torchvision")
+    before = out.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        export(tmp_path / "b.safetensors", out, layout="torchvision", num_classes=3)
+    assert out.read_bytes() == before and not list(tmp_path.glob("*.partial"))

@@ -61,7 +61,7 @@ def test_two_processes_are_one(tiny, tmp_path, per):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mix", ["none", "mixup"])
+@pytest.mark.parametrize("mix", ["none", "cutmix", "mixup"])
 def test_four_processes_are_one(tiny, tmp_path, mix):
     assert_as_one(tiny, tmp_path, 4, method={"mix": mix, "mix_per": "pair" if mix == "mixup" else "batch"})
 
@@ -99,10 +99,14 @@ def two_steps(rank, world_size, port, configs, path):
     stop_ranks(ranks)
 
 
-def test_gradients_are_reduced_once_a_step_and_are_those_of_one_process(tiny, tmp_path):
+METHODS = {"both": {}, "clean": {"mix": "none"}, "mixed": {"mix_only": True}}
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_gradients_are_reduced_once_a_step_and_are_those_of_one_process(tiny, tmp_path, compiled):
     model = {"bn": "split", "bn_group": 8, "head_dim": 8192}  # wide enough for several buckets
-    methods = {"both": {}, "clean": {"mix": "none"}, "mixed": {"mix_only": True}}
-    configs = {name: tiny(model=model, method=method) for name, method in methods.items()}
+    methods = {"both": METHODS["both"]} if compiled else METHODS
+    configs = {n: tiny(model=model, method=m, runtime={"compile": compiled}) for n, m in methods.items()}
     two_steps(0, 1, 0, configs, tmp_path)
     mp.spawn(two_steps, (2, free_port(), configs, tmp_path), nprocs=2)
     for name in configs:
@@ -134,6 +138,40 @@ def test_an_uneven_batch_is_refused(tiny, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             build_learner(tiny(**changes), Ranks(0, world_size, torch.device("cpu")))
+
+
+GOES_ASTRAY = """
+import os
+from fastuft.trainer import run
+real = run.train_step
+def astray(learner, batch, mark):
+    figures = real(learner, batch, mark)
+    if os.environ["RANK"] == "1" and (batch.epoch, batch.step) == (1, 1):
+        CHANGE
+    return figures
+run.train_step = astray
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("figures = figures * float('nan')", "the loss is not finite at step 6 on rank 1; the last good checkpoint is"),
+        (
+            "learner.queue.keys[3, 0] += 1e-7",
+            "the key queues of the processes differ at step 6; the last good checkpoint",
+        ),
+    ],
+    ids=["loss", "queue"],
+)
+def test_a_rank_that_goes_astray_stops_all_before_anything_is_saved(tiny, tmp_path, change, message):
+    config = tiny(runtime={"save_every": 3})
+    results = run(write(config, tmp_path / "c.yaml"), 2, GOES_ASTRAY.replace("CHANGE", change))
+    assert [status for status, _ in results] == [1, 1], results
+    assert all(message in output and "step_00000003.pt" in output for _, output in results), results
+    assert all("Traceback" not in output for _, output in results)
+    assert [step for step, _ in checkpoints(tmp_path / "run" / "checkpoints")] == [3]
 
 
 DIES = """

@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import yaml
+from processes import run as run_command
 
 from fastuft.cli import main
 from fastuft.model import load_backbone
@@ -290,3 +291,72 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, monkeypatch):
         train(config)
     monkeypatch.undo()
     assert train(dataclasses.replace(config, resume="auto")).finished
+
+
+REFUSES_MORE = """
+import os, resource
+from fastuft.trainer import run
+real = run.save_checkpoint
+def save(folder, step, state, **options):
+    if step == 3:  # from here on the system refuses to let a file grow beyond a few pages
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    return real(folder, step, state, **options)
+run.save_checkpoint = save
+"""
+
+
+@pytest.mark.e2e
+def test_a_write_that_the_system_refuses_half_way_leaves_the_last_good_checkpoint(tiny, tmp_path):
+    config = tiny(runtime={"save_every": 1})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
+    ((status, output),) = run_command(["pretrain", "--config", str(path)], prelude=REFUSES_MORE)
+    assert status == 2 and "Traceback" not in output
+    assert "step_00000003.pt could not be written (File too large); the last good one is" in output
+    folder = tmp_path / "run"
+    assert [step for step, _ in checkpoints(folder / "checkpoints")] == [2, 1]
+    assert not list(folder.rglob("*.partial"))
+    assert final(folder)["global_step"] == 2
+    whole = train(dataclasses.replace(config, out=str(tmp_path / "whole"))).run_dir
+    train(dataclasses.replace(config, resume="auto"))
+    assert_same_state(final(whole), final(folder))
+
+
+def test_a_backbone_that_cannot_be_written_is_said_too(tiny, monkeypatch):
+    def full(backbone, path, **metadata):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_module, "export_backbone", full)
+    with pytest.raises(
+        CheckpointError, match=r"backbone\.safetensors could not be .*No space.*step_00000004\.pt\. Free"
+    ):
+        train(tiny())
+
+
+@pytest.mark.parametrize("spoil", ["cut", "foreign"])
+def test_a_spoilt_newest_checkpoint_is_said_and_the_one_before_is_gone_on_from(tiny, tmp_path, spoil):
+    config = tiny(runtime={"save_every": 2}, max_steps=4)
+    whole = train(tiny(out=str(tmp_path / "whole"))).run_dir
+    newest = checkpoints(train(config).run_dir / "checkpoints")[0][1]
+    if spoil == "cut":
+        newest.write_bytes(newest.read_bytes()[:-100])
+    else:
+        torch.save({"state_dict": {}}, newest)
+    with pytest.warns(UserWarning, match=r"step_00000004\.pt does not match its digest.*the one before it is used"):
+        result = train(dataclasses.replace(config, resume="auto", max_steps=None))
+    assert_same_state(final(whole), final(result.run_dir))
+    for _, path in checkpoints(result.run_dir / "checkpoints"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: .*move the run away to start afresh"):
+        train(dataclasses.replace(config, resume="auto"))
+
+
+def test_a_resumed_run_does_not_keep_the_checkpoint_in_memory(tiny):
+    train(tiny(max_steps=1))
+    config = tiny(resume="auto")
+    with run_module.StopSignals() as signals:
+        run = run_module._Run(config, run_module.start_ranks("cpu", 60), signals)
+    held = [value for value in vars(run).values() if isinstance(value, dict)]
+    run.recorder.close()
+    run.stream.close()
+    assert run.resumed and not any("optimizer" in value for value in held)

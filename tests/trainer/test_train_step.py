@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import inspect
 import itertools
 import textwrap
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
 from fastuft.data import Batch
 from fastuft.loss import KeyQueue
 from fastuft.mix import sample_boxes, sample_lambda
-from fastuft.model import MoCo
+from fastuft.model import MoCo, batchnorm
 from fastuft.randomness import keyed_seed
 from fastuft.trainer import distributed, learner, schedule, step
 from fastuft.trainer.distributed import KeyShuffle, Ranks
@@ -153,6 +156,9 @@ ON_THE_PATH = [
     distributed.gather_rows,
     distributed.upload,
     KeyShuffle,
+    batchnorm.SplitBatchNorm2d.forward,
+    batchnorm._by_group,
+    batchnorm._fused,
     KeyQueue.enqueue_,
     MoCo.momentum_update_,
     schedule.lr_at,
@@ -167,6 +173,64 @@ def test_nothing_on_the_steps_path_reads_a_tensor(part):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             assert name not in READS, f"line {node.lineno}: .{name}()"
             assert not (isinstance(node.func, ast.Name) and name in CASTS), f"line {node.lineno}: {name}()"
+
+
+def as_fakes(made, config):
+    """The learner on tensors that have a shape and no values; call it in a FakeTensorMode."""
+    for module in (*made.moco.modules(), made.queue):
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                if value is not None:
+                    fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+                    is_parameter = tensors is module._parameters
+                    tensors[name] = nn.Parameter(fake, value.requires_grad) if is_parameter else fake
+    return dataclasses.replace(made, optimizer=learner._optimizer(config, list(made.moco.query_encoder.parameters())))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": {"mix": "mixup", "mix_per": "pair"}, "optim": {"clip_grad": 1.0}}, {"model": {"bn": "plain"}}],
+    ids=["default", "pairs-clipped", "plain"],
+)
+def test_a_step_needs_no_tensors_value(tiny, monkeypatch, changes, precision):
+    """On tensors without values ``.item()`` and its kin raise, wherever they are called from, torch's own code included."""
+    # Compiled code, like CUDA's, leaves out the checks of values that tensors of the CPU get.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    config = tiny(runtime={"precision": precision}, **changes)
+    made, _ = build_learner(config, ALONE)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        made = as_fakes(made, config)
+        for _ in range(2):  # the first has no momentum yet
+            batch = a_batch()
+            fakes = [mode.from_tensor(view) for view in (batch.query, batch.key)]
+            record = train_step(made, dataclasses.replace(batch, query=fakes[0], key=fakes[1]), lambda part: None)
+        with pytest.raises(DataDependentOutputException):
+            record[0].item()
+
+
+@pytest.mark.parametrize("bn", ["plain", "split"])
+def test_activations_weights_and_momentum_stay_channels_last(tiny, bn):
+    config = tiny(runtime={"precision": "bf16"}, model={"bn": bn})
+    made, _ = build_learner(config, ALONE)
+    seen = []
+
+    def look(module, inputs, output):
+        seen.append((module, inputs[0].dtype, inputs[0].stride(1) == 1, output.stride(1) == 1))
+
+    for module in made.moco.modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            module.register_forward_hook(look)
+    batch = a_batch()
+    train_step(made, batch, lambda part: None)
+    assert len(seen) == 3 * sum(isinstance(m, (nn.Conv2d, nn.BatchNorm2d)) for m in made.moco.query_encoder.modules())
+    assert all(inside and outside for _, _, inside, outside in seen)
+    assert all(dtype == torch.bfloat16 for module, dtype, *_ in seen if isinstance(module, nn.BatchNorm2d))
+    assert batch.query.stride(1) == 1  # mixed in place
+    for query, key in zip(made.moco.query_encoder.parameters(), made.moco.key_encoder.parameters(), strict=True):
+        momentum = made.optimizer.state[query]["momentum_buffer"]
+        assert query.stride() == key.stride() == momentum.stride()  # else fused updates fall back to slow ones
+        assert query.ndim < 4 or query.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_step_fits_a_screen():

@@ -1,0 +1,101 @@
+"""Which checkpoint a run goes on from, and whether it is the same run."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from fastuft.trainer.distributed import Ranks
+from fastuft.trainer.state import CheckpointError, checkpoints, load_checkpoint, newest_checkpoint
+
+# What must be the same for a checkpoint's state to mean the same in the resumed run.
+_FIXED = {
+    "model.arch",
+    "model.stem",
+    "model.head_dim",
+    "method.queue_size",
+    "data.batch_size",
+    "data.replay_mode",
+    "data.replay_share",
+    "data.drop_last",
+    "seed",
+    "content_hash",
+}
+# What may differ without a word: it changes nothing of what is learnt.
+_FREE = ("out", "resume", "max_steps", "init", "target", "source", "allow_missing", "runtime.", "watch.", "data.")
+
+
+def find_checkpoint(resume: str, out: str, ranks: Ranks) -> dict[str, Any] | None:
+    """State to go on from, or None for a folder that holds no run yet.
+
+    Args:
+        resume: no, auto (the newest whole checkpoint in ``out``), or a checkpoint's path.
+        out: the run folder.
+        ranks: the processes, which must all find the same.
+
+    Raises:
+        ValueError: the folder holds a run and ``resume`` is no, or ``resume`` is older than what the folder holds.
+        CheckpointError: no checkpoint is whole, or the processes see different ones.
+    """
+    folder, state = Path(out) / "checkpoints", None
+    if resume == "auto":
+        state, path, reasons = newest_checkpoint(folder)
+        for reason in reasons if ranks.is_main and path is not None else []:
+            warnings.warn(f"{reason}; the one before it is used", stacklevel=2)
+        if reasons and path is None:
+            raise CheckpointError(
+                f"resume='auto': no checkpoint in {folder} is whole: {reasons[0]}; move the run away to start afresh"
+            )
+    elif resume != "no":
+        state = load_checkpoint(Path(resume))
+        later = [path for step, path in checkpoints(folder) if step > state["global_step"]]
+        if later:
+            raise ValueError(
+                f"resume={resume!r} is older than {later[0]} in out={out!r}; choose another out, or move the newer "
+                "checkpoints away"
+            )
+    elif (folder.parent / "metrics.jsonl").exists() or folder.exists():
+        raise ValueError(f"out={out!r} holds a run already; go on with resume=auto, or choose another folder")
+    steps = ranks.gather_objects(None if state is None else state["global_step"])
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the processes see checkpoints of different steps in {folder} ({steps}); out must be on a file system that "
+            "all of them share"
+        )
+    return state
+
+
+def check_same_run(state: dict[str, Any], config: dict[str, Any], content_hash: str, *, main: bool) -> None:
+    """Compare a checkpoint's configuration with the one it is to go on with.
+
+    Args:
+        state: the checkpoint's.
+        config: as nested mappings.
+        content_hash: of the training images.
+        main: whether to warn of other settings that change what is learnt.
+
+    Raises:
+        ValueError: images or settings without which the state means something else.
+    """
+    before = {**_flat(json.loads(state["config"])), "content_hash": state["content_hash"]}
+    now = {**_flat(config), "content_hash": content_hash}
+    changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    for name, (old, new) in changed.items():
+        if name in _FIXED:
+            raise ValueError(
+                f"resume={config['resume']!r}: {name} was {old!r} in the checkpoint and is {new!r} now; resume with the "
+                "same images and settings, or start in another folder"
+            )
+    said = [f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items() if not name.startswith(_FREE)]
+    if said and main:
+        warnings.warn(f"the run goes on with other settings than it began with: {', '.join(said)}", stacklevel=2)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping from dotted names."""
+    flat = {}
+    for name, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return flat
