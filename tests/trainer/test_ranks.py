@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
-from processes import finish, free_port, run, start
+from processes import ROOT, environment, finish, free_port, run, start
 from torch.nn.parallel import DistributedDataParallel
 
 from fastuft.data import Batch
@@ -196,6 +198,40 @@ def test_a_killed_rank_stops_the_others_and_another_number_goes_on(tiny, tmp_pat
     result = train(dataclasses.replace(config, resume="auto"))
     assert result.finished and result.steps == 8
     assert len(losses(result.run_dir)) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_rank_that_falls_silent_is_given_up_after_the_timeout(tiny, tmp_path):
+    config = tiny(runtime={"timeout": 20.0, "save_every": 3})
+    survivor, silent = start(write(config, tmp_path / "c.yaml"), 2, DIES.replace("NUMBER", "SIGSTOP"))
+    try:
+        output, _ = survivor.communicate(timeout=120)
+    finally:
+        silent.kill()
+        silent.communicate()
+    assert survivor.returncode == 1, output
+    assert "lost contact with another process at step 5" in output and "step_00000003.pt" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_torchrun_starts_the_ranks(tiny, tmp_path):
+    arguments = write(tiny(max_steps=2), tmp_path / "c.yaml")
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "fastuft.cli",
+    ]
+    done = subprocess.run([*launcher, *arguments], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    state = state_of(tmp_path / "run")
+    assert state["global_step"] == 2 and len(state["rank_buffers"]) == 2
 
 
 @pytest.mark.e2e
