@@ -27,7 +27,7 @@ SECTIONS = {
     "augment": AugmentConfig(size=32, jitter_p=0.0, greyscale_p=0.0, blur_p=0.0),
     "data": DataConfig(batch_size=16, threads=1, replay_fraction=0.5, loader="torch"),
     "optim": OptimConfig(lr=0.05, epochs=2),
-    "runtime": RuntimeConfig(tensorboard=False, log_every=1),
+    "runtime": RuntimeConfig(device="cpu", tensorboard=False, log_every=1),
     "watch": WatchConfig(),
 }
 

@@ -93,6 +93,44 @@ def test_a_stopped_run_goes_on_bit_exactly(tiny, tmp_path, changes):
     assert_same_state(final(whole), final(tmp_path / "parts"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_a_stopped_run_on_a_gpu_goes_on_bit_exactly(tiny, tmp_path, loader):
+    # ResNet-18 with its max-pool: every kernel of a user's network must have a reproducible form.
+    changes = {
+        "runtime": {"device": "cuda", "deterministic": True},
+        "model": {"arch": "resnet18", "stem": "imagenet"},
+        "data": {"loader": loader},
+    }
+    whole = train(tiny(out=str(tmp_path / "whole"), **changes)).run_dir
+    for stop in (1, 5, None):
+        result = train(tiny(out=str(tmp_path / "parts"), resume="auto", max_steps=stop, **changes))
+    assert result.finished
+    assert rows(whole) == rows(tmp_path / "parts")
+    assert_same_state(final(whole), final(tmp_path / "parts"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_on_a_gpu_waits_for_it_only_where_it_writes(tiny, monkeypatch, precision):
+    """The loop between two rows of metrics, the loader's hand-over and the learning rate included."""
+    real, calls = run_module.train_step, []
+
+    def watched(learner, batch, mark):
+        figures = real(learner, batch, mark)
+        calls.append(0)
+        # Kernels compile in the first steps; the eighth is followed by a row and a checkpoint, which do wait.
+        torch.cuda.set_sync_debug_mode("error" if 3 <= len(calls) < 8 else "default")
+        return figures
+
+    monkeypatch.setattr(run_module, "train_step", watched)
+    runtime = {"device": "cuda", "precision": precision, "log_every": 50, "save_every": 8}
+    try:
+        assert train(tiny(runtime=runtime, data={"loader": "dali", "batch_size": 8}, optim={"epochs": 1})).finished
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_finished_run_is_left_as_it_is(tiny):
     config = tiny(resume="auto", optim={"epochs": 1})
     before = train(config)
