@@ -169,12 +169,15 @@ def values(key: Key, evaluation: Mapping[str, Any], accuracy: str) -> list[float
     """
     kind, shots = _metric(key)
     if key[4] == SOURCE:
-        return evaluation["forgetting"]["after"]["trials"]
-    if kind == "retrieval":
+        found = evaluation.get("forgetting", {}).get("after")
+    elif kind == "retrieval":
         return [evaluation["retrieval"]]
-    if kind == "cluster":
-        return evaluation["clustering"]["trials"]
-    return evaluation["fewshot" if kind == "fewshot" else "fixmatch"][str(shots)][accuracy]["trials"]
+    elif kind == "cluster":
+        found = evaluation["clustering"]
+    else:
+        runs = evaluation.get("fewshot" if kind == "fewshot" else "fixmatch", {})
+        found = runs.get(str(shots), {}).get(accuracy)
+    return [] if found is None else found["trials"]  # none where other tables' evaluations did without it
 
 
 def result_rows(key: Key, measured: Mapping[int, tuple[Mapping[str, Any], str]], accuracy: str) -> list[dict[str, Any]]:

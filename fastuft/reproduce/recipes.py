@@ -24,6 +24,7 @@ from fastuft.config import (
     TrainConfig,
 )
 from fastuft.data import SMALL_IMAGES
+from fastuft.reproduce.datasets import LAYOUTS, Sizes
 from fastuft.reproduce.grid import Backbone
 from fastuft.reproduce.tiny import write_tiny_datasets
 
@@ -43,7 +44,7 @@ class Scale:
 
     Args:
         archs: network by (pretraining, network) of the paper's tables.
-        train_sizes: (training images, classes) by data set.
+        sizes: images and classes by data set.
         source: source folder below the data root.
         source_size: images in it.
         pretraining: MoCoV2 pretraining on the source.
@@ -62,7 +63,7 @@ class Scale:
     """
 
     archs: Mapping[tuple[str, str], str]
-    train_sizes: Mapping[str, tuple[int, int]]
+    sizes: Mapping[str, Sizes]
     source: str
     source_size: int
     pretraining: Training
@@ -186,13 +187,15 @@ def train_config(backbone: Backbone, scale: Scale, *, target: str, source: str, 
     )
 
 
+FILLED_IN = "filled in"  # the paths of an evaluation, once it is known of what
+
 PAPER = Scale(
     archs={
         ("unsupervised", "resnet50"): "resnet50",
         ("supervised_bit", "resnet50"): "bit_resnet50",
         ("supervised_bit", "resnet101"): "bit_resnet101",
     },
-    train_sizes={"caltech101": (3060, 102), "pet": (3680, 37), "cifar100": (50000, 100), "food101": (75750, 101)},
+    sizes={name: layout.sizes for name, layout in LAYOUTS.items()},
     source="imagenet/train",
     source_size=1_281_167,
     pretraining=Training(epochs=800, lr=0.24, batch_size=2048),
@@ -202,7 +205,7 @@ PAPER = Scale(
     supervised=None,
     method=MethodConfig(),
     augment=AugmentConfig(),
-    evaluation=EvalConfig(checkpoint="", train="", gallery=0),
+    evaluation=EvalConfig(checkpoint=FILLED_IN, train=FILLED_IN, gallery=0),
 )
 
 # The demo's network, views and rates; shorter, because the grid has 24 trainings and 34 evaluations.
@@ -212,7 +215,7 @@ TINY = Scale(
         ("supervised_bit", "resnet50"): "bit_resnet_tiny",
         ("supervised_bit", "resnet101"): "bit_resnet_tiny",
     },
-    train_sizes=dict.fromkeys(PAPER.train_sizes, (300, 10)),
+    sizes=dict.fromkeys(LAYOUTS, Sizes(300, None, 10)),
     source="demo/source",
     source_size=4000,
     pretraining=Training(epochs=20, lr=0.12, batch_size=128),
@@ -222,8 +225,8 @@ TINY = Scale(
     method=MethodConfig(queue_size=2048, key_momentum=0.99),
     augment=SMALL_IMAGES,
     evaluation=EvalConfig(
-        checkpoint="",
-        train="",
+        checkpoint=FILLED_IN,
+        train=FILLED_IN,
         size=SMALL_IMAGES.size,
         resize=SMALL_IMAGES.size,
         fewshot_epochs=15,

@@ -5,6 +5,7 @@ Layout of the output folder::
     runs/<backbone>/                   a run folder each
     runs/<backbone>/eval-<data set>/   its evaluation
     datasets/, source/, features/      class folders of the data sets, the drawn source share, cached features
+    locks/                             which process works on what
     results.jsonl, comparison.*        every trial's figure, and the tables beside the paper's
     figure1.html                       the maps of Figure 1
 
@@ -15,10 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,19 @@ import yaml
 
 from fastuft.config import DATASETS, EvalConfig, ReproduceConfig, TrainConfig
 from fastuft.evaluate import evaluate_backbone, write_evaluation
+from fastuft.evaluate.features import weights_hash
 from fastuft.model import BACKBONE_FILE, load_backbone
 from fastuft.report import load_run, write_comparison, write_report
 from fastuft.report.tables import Table
 from fastuft.reproduce import grid
-from fastuft.reproduce.datasets import LAYOUTS, PreparedDataset, extract_tar_sample, prepare_dataset
+from fastuft.reproduce.claims import claim
+from fastuft.reproduce.datasets import LAYOUTS, PreparedDataset, prepare_dataset
 from fastuft.reproduce.grid import Backbone, Measurement
-from fastuft.reproduce.recipes import RECIPES, SCALES, Scale, train_config
+from fastuft.reproduce.plan import plan_table
+from fastuft.reproduce.recipes import SCALES, Scale, train_config
+from fastuft.reproduce.shards import extract_tar_sample
 from fastuft.reproduce.supervised import train_supervised
-from fastuft.trainer import CheckpointError, LostRankError, NonFiniteLossError, train
+from fastuft.trainer import EXIT_PREEMPTED, CheckpointError, LostRankError, NonFiniteLossError, train
 
 RESULTS = "results.jsonl"
 # A run's settings that change none of its figures.
@@ -80,55 +86,18 @@ class Grid:
         return (self._folder(backbone) / BACKBONE_FILE).exists()
 
     def plan(self) -> Table:
-        """Every training and evaluation with its images and steps; hours from the given rate only."""
-        rate = self.config.rate
-        headers = ["work", "images", "epochs", "steps", "images in all", *(["hours"] if rate else []), "state"]
-        rows = []
-        for backbone in filter(self._trained_here, self.backbones):
-            images, epochs, batch = self._length(backbone)
-            total = epochs * (images // batch) * batch
-            hours = [f"{total / rate / 3600:.1f}"] if rate else []
-            state = "done" if self._done(backbone) else "to do"
-            rows.append(
-                [
-                    f"train {backbone.name}",
-                    f"{images:,}",
-                    f"{epochs}",
-                    f"{total // batch:,}",
-                    f"{total:,}",
-                    *hours,
-                    state,
-                ]
-            )
-        for measurement in self.measurements:
-            images, trained = self._evaluation_size(measurement)
-            state = "done" if (self._evaluation_folder(measurement) / "eval.json").exists() else "to do"
-            what = f"evaluate {measurement.backbone.name} on {measurement.dataset}"
-            rows.append([what, f"{images:,}", "", "", f"{trained:,}", *([""] if rate else []), state])
-        total_images = sum(int(row[4].replace(",", "")) for row in rows)
-        hours_in_all = [f"{sum(float(row[5] or 0) for row in rows):.1f}"] if rate else []
-        rows.append(["all", "", "", "", f"{total_images:,}", *hours_in_all, ""])
-        return Table(headers, rows)
+        """Every training and evaluation with its images and steps; the trainings' hours from the given rate only."""
+        return plan_table(
+            self.scale,
+            [(backbone, self._done(backbone)) for backbone in self.backbones if self._planned(backbone)],
+            [(m, (self._evaluation_folder(m) / "eval.json").exists()) for m in self.measurements],
+            trials=self.config.trials,
+            rate=self.config.rate,
+        )
 
-    def _length(self, backbone: Backbone) -> tuple[int, int, int]:
-        """(images of an epoch, epochs, batch) of a training."""
-        scale = self.scale
-        if backbone.method == "sup_S":
-            training = self._supervised()
-            return scale.source_size, training.epochs, training.batch_size
-        recipe = RECIPES[backbone.method](scale)
-        images = scale.source_size if recipe.on_source else scale.train_sizes[backbone.dataset][0]
-        if recipe.replay:
-            images += round(scale.replay_fraction * scale.source_size)
-        return images, recipe.training.epochs, recipe.training.batch_size
-
-    def _evaluation_size(self, measurement: Measurement) -> tuple[int, int]:
-        """(training images, images that few-shot finetuning and FixMatch train on over all trials and epochs)."""
-        settings, trials = self.scale.evaluation, self.config.trials
-        images, classes = self.scale.train_sizes[measurement.dataset]
-        labelled = sum(measurement.shots) * classes * settings.fewshot_epochs
-        unlabelled = len(measurement.semi_shots) * images * settings.semi_epochs
-        return images, trials * (labelled + unlabelled)
+    def _planned(self, backbone: Backbone) -> bool:
+        """Whether a backbone is trained here: neither named by weights nor asked for."""
+        return self._trained_here(backbone) and (backbone.method != "sup_S" or self.scale.supervised is not None)
 
     def _supervised(self) -> Any:
         if self.scale.supervised is None:
@@ -146,6 +115,11 @@ class Grid:
             ValueError: data or weights that are missing, where they go and how to get them.
         """
         config, scale = self.config, self.scale
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "reproduce starts the processes of its trainings itself; start it once a machine with --processes N, "
+                "without torchrun, or as tasks of a job array with --task and --tasks"
+            )
         for backbone in self.backbones:
             if backbone.method == "sup_S" and self._trained_here(backbone):
                 self._supervised()
@@ -175,7 +149,8 @@ class Grid:
         if self.config.stage != "tables":
             self._run_backbones()
         if self.config.stage in ("all", "tables") and self.config.tasks == 1:
-            self.write_tables()
+            with claim(self.out, "tables", wait=True):
+                self.write_tables()
         for name, reason in self.failures.items():
             print(f"failed: {name}: {reason}", file=sys.stderr)
         return len(self.failures)
@@ -184,7 +159,8 @@ class Grid:
         return [item for index, item in enumerate(items) if index % self.config.tasks == self.config.task]
 
     def _run_backbones(self) -> None:
-        root, source = self._locate()
+        with claim(self.out, "data", wait=True):  # one process writes, the others find it written
+            root, source = self._locate()
         pretrained = [b for b in self.backbones if b.method in grid.PRETRAINED and self._trained_here(b)]
         if self.config.stage == "pretrain":
             pretrained = self._mine(pretrained)
@@ -194,27 +170,39 @@ class Grid:
                 "stage=pretrain first, or name checkpoints by weights"
             )
         for backbone in pretrained:
-            self._attempt(backbone.name, lambda b=backbone: self._pretrain(b, source))
+            with claim(self.out, backbone.name, wait=True):  # all that follows starts from it
+                self._attempt(backbone.name, lambda b=backbone: self._pretrain(b, source))
         if self.config.stage == "pretrain":
             return
-        datasets = {name: self._prepare(name, root) for name in sorted({m.dataset for m in self.measurements})}
-        # One share is a backbone with all of its evaluations, so that no task waits for another.
-        for number, backbone in enumerate(mine := self._mine(self.backbones), 1):
-            mark = f"[{number}/{len(mine)}] {backbone.name}"
-            if backbone.method not in grid.PRETRAINED:
-                print(f"{mark}: training", flush=True)
-                target = datasets[backbone.dataset].train
-                self._attempt(backbone.name, lambda b=backbone, t=target: self._finetune(b, t, source))
-            if backbone.name in self.failures or (self._trained_here(backbone) and not self._done(backbone)):
-                continue
-            for measurement in self.measurements:
-                if measurement.backbone == backbone:
-                    print(f"{mark}: evaluation on {measurement.dataset}", flush=True)
-                    place = self._evaluation_folder(measurement)
-                    self._attempt(
-                        f"{backbone.name} on {measurement.dataset}",
-                        lambda m=measurement, p=place: self._measure(m, p, datasets[m.dataset], source),
-                    )
+        with claim(self.out, "data", wait=True):
+            datasets = {name: self._prepare(name, root) for name in sorted({m.dataset for m in self.measurements})}
+        # One share is a backbone with all of its evaluations, so that no task waits for another. A task that is through
+        # with its own share takes what is left of the others'.
+        mine = self._mine(self.backbones)
+        order = [*mine, *(backbone for backbone in self.backbones if backbone not in mine)]
+        for number, backbone in enumerate(order, 1):
+            mark = f"[{number}/{len(order)}] {backbone.name}"
+            with claim(self.out, backbone.name) as alone:
+                if alone:
+                    self._run_backbone(backbone, mark, datasets, source)
+                else:
+                    print(f"{mark}: in the hands of another process", flush=True)
+
+    def _run_backbone(
+        self, backbone: Backbone, mark: str, datasets: Mapping[str, PreparedDataset], source: str
+    ) -> None:
+        """Train one backbone and evaluate it on all of its data sets, as far as that is not done."""
+        if backbone.method not in grid.PRETRAINED:
+            target = datasets[backbone.dataset].train
+            self._attempt(backbone.name, lambda: self._finetune(backbone, target, source, mark))
+        if backbone.name in self.failures or (self._trained_here(backbone) and not self._done(backbone)):
+            return
+        for measurement in self.measurements:
+            if measurement.backbone == backbone:
+                self._attempt(
+                    f"{backbone.name} on {measurement.dataset}",
+                    lambda m=measurement: self._measure(m, datasets[m.dataset], source, mark),
+                )
 
     def _attempt(self, name: str, work: Any) -> None:
         """A part that fails leaves the others to go on; what depends on it is left out."""
@@ -239,22 +227,21 @@ class Grid:
         fraction = 1.0 if needs_all else scale.replay_fraction
         if not needs_all:  # the drawn share is all that is unpacked
             self.scale = dataclasses.replace(scale, replay_fraction=1.0)
-        return root, extract_tar_sample(source, self.out / "source", fraction=fraction, seed=0)
+        place = self.out / "source" / ("all" if needs_all else "replayed")
+        return root, extract_tar_sample(source, place, fraction=fraction, seed=0)
 
     def _prepare(self, name: str, root: Path) -> PreparedDataset:
-        size, classes = self.scale.train_sizes[name]
         return prepare_dataset(
             name,
             root,
             self.out / "datasets",
-            train_size=size,
-            num_classes=classes,
+            sizes=self.scale.sizes[name],
             caltech_per_class=self.scale.caltech_per_class,
         )
 
     def _pretrain(self, backbone: Backbone, source: str) -> None:
         if backbone.method != "sup_S":
-            self._finetune(backbone, source, source)
+            self._finetune(backbone, source, source, backbone.name)
             return
         if self._done(backbone):
             return
@@ -274,7 +261,7 @@ class Grid:
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
 
-    def _finetune(self, backbone: Backbone, target: str, source: str) -> None:
+    def _finetune(self, backbone: Backbone, target: str, source: str, mark: str) -> None:
         """Train one backbone, or go on with it, unless it is finished."""
         folder = self._folder(backbone)
         config = train_config(
@@ -289,22 +276,33 @@ class Grid:
         _check_same(folder, config)
         if self._done(backbone):
             return
-        if self.config.processes == 1:
-            result = train(config)
-            if result.interrupted:
-                raise SystemExit(f"stopped by {result.interrupted}; the same command goes on")
-            return
+        print(f"{mark}: training", flush=True)
+        alone = self.config.processes == 1
+        interrupted = train(config).interrupted if alone else self._train_in_processes(config)
+        if interrupted:
+            print(f"stopped by {interrupted}; the same command goes on", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_PREEMPTED)
+
+    def _train_in_processes(self, config: TrainConfig) -> str | None:
+        """Train in several processes of this machine; the signal that stopped them, or None."""
+        folder, summary = Path(config.out), Path(config.out) / "summary.json"
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = folder.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(_plain(config), sort_keys=False), encoding="utf-8")
+        before = summary.stat().st_mtime_ns if summary.exists() else 0
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={self.config.processes}", "-m", "fastuft.cli", "pretrain", "--config", str(file)]
-        if subprocess.run(command, check=False).returncode or not self._done(backbone):
+        failed = subprocess.run(command, check=False).returncode != 0
+        fresh = summary.exists() and summary.stat().st_mtime_ns != before  # an older one tells of an earlier stop
+        if fresh and (interrupted := _read_json(summary).get("interrupted")):
+            return interrupted
+        if failed or not (folder / BACKBONE_FILE).exists():
             raise ValueError(f"training ended early in {self.config.processes} processes; the same command goes on")
+        return None
 
-    def _measure(self, measurement: Measurement, place: Path, dataset: PreparedDataset, source: str) -> None:
-        """Evaluate one backbone on one data set, unless that is there already."""
-        config = self.config
+    def _measure(self, measurement: Measurement, dataset: PreparedDataset, source: str, mark: str) -> None:
+        """Evaluate one backbone on one data set, unless that is there already for these weights."""
+        config, place = self.config, self._evaluation_folder(measurement)
         wanted = dataclasses.replace(
             self.scale.evaluation,
             checkpoint=self._checkpoint(measurement.backbone),
@@ -320,14 +318,16 @@ class Grid:
             seed=measurement.seed,
             loader=config.loader,
         )
-        stored = _read_json(place / "eval.json").get("config", {})
-        wanted = _grown(wanted, stored)
-        if _plain(wanted) == stored:
-            return
         backbone = measurement.backbone
         arch = self.scale.archs[backbone.pretraining, backbone.network]
-        result = evaluate_backbone(load_backbone(wanted.checkpoint, arch, self.scale.stem), wanted)
-        write_evaluation(place, result)
+        loaded = load_backbone(wanted.checkpoint, arch, self.scale.stem)
+        before = _read_json(place / "eval.json")
+        if before.get("backbone", {}).get("hash") == weights_hash(loaded):
+            wanted = _grown(wanted, before["config"])
+            if _plain(wanted) == before["config"]:
+                return
+        print(f"{mark}: evaluation on {measurement.dataset}", flush=True)
+        write_evaluation(place, evaluate_backbone(loaded, wanted))
 
     def write_tables(self) -> None:
         """results.jsonl, the tables beside the paper's, and Figure 1, from the evaluations that are there."""
@@ -396,7 +396,7 @@ def _check_same(folder: Path, config: TrainConfig) -> None:
 def _grown(wanted: EvalConfig, stored: dict[str, Any]) -> EvalConfig:
     """What is wanted together with what was measured before, where the two go together."""
     same = {k: v for k, v in _plain(wanted).items() if k not in _GROWING}
-    if not stored or any(stored.get(name) != value for name, value in same.items()):
+    if any(stored.get(name) != value for name, value in same.items()):
         return wanted
     return dataclasses.replace(
         wanted,
@@ -420,6 +420,8 @@ def reproduce(config: ReproduceConfig, scale: Scale | None = None) -> int:
     work = Grid(config, scale)
     if config.dry_run:
         print(work.plan().show("text"))
+        if config.rate:
+            print(f"Hours of the trainings at {config.rate:g} images a second; no rate was measured for evaluations.")
         return 0
     began = time.perf_counter()
     failed = work.run()

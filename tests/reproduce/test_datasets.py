@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastuft.reproduce import DatasetMissing, extract_tar_sample, prepare_dataset, write_tiny_datasets
-from fastuft.reproduce.datasets import read_cifar_pickle
+import fastuft.reproduce.shards as shards_module
+from fastuft.reproduce import DatasetMissing, Sizes, extract_tar_sample, prepare_dataset, write_tiny_datasets
+from fastuft.reproduce.cifar import read_cifar_images, read_cifar_names, read_cifar_pickle
+from fastuft.reproduce.datasets import LAYOUTS
 
-SIZES = {"train_size": 200, "num_classes": 10}
+SIZES = {"sizes": Sizes(200, None, 10)}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,37 @@ def test_cifar_pixels_and_labels_are_exact(root, tmp_path):
 
 
 def test_wrong_sizes_are_refused(root, tmp_path):
-    with pytest.raises(ValueError, match=r"200 training images of 10 classes; expected are 3680 of 37"):
+    words = r"200 training and 249 test images of 10 classes; expected are 3680 training and 3669 test images of 37"
+    with pytest.raises(ValueError, match=words):
         prepare_dataset("pet", root, tmp_path)
+    for sizes in (Sizes(200, 250, 10), Sizes(201, None, 10), Sizes(200, None, 11)):
+        with pytest.raises(ValueError, match="Download it again"):
+            prepare_dataset("pet", root, tmp_path, sizes=sizes)
+    assert prepare_dataset("pet", root, tmp_path, sizes=Sizes(200, 249, 10)).test_size == 249
+
+
+def test_sizes_are_those_of_the_paper_and_the_published_test_sets():
+    sizes = {name: (layout.sizes.train, layout.sizes.test, layout.sizes.classes) for name, layout in LAYOUTS.items()}
+    assert sizes == {
+        "caltech101": (3060, None, 102),
+        "pet": (3680, 3669, 37),
+        "cifar100": (50000, 10000, 100),
+        "food101": (75750, 25250, 101),
+    }
+    assert {name: layout.metric for name, layout in LAYOUTS.items()} == {
+        "caltech101": "mean_class",
+        "pet": "mean_class",
+        "cifar100": "top1",
+        "food101": "top1",
+    }
+
+
+def test_what_a_layout_of_another_split_left_is_noticed(root, tmp_path):
+    stray = tmp_path / "pet" / "train" / "Digit_1" / "stray.jpg"
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(b"of a layout that was broken off")
+    with pytest.raises(ValueError, match="use another folder"):
+        prepare_dataset("pet", root, tmp_path, **SIZES)
 
 
 def test_missing_dataset_says_what_to_download_and_where_it_goes(tmp_path):
@@ -96,7 +127,9 @@ class Bomb:
     [
         pickle.dumps({"data": Bomb()}, protocol=2),
         pickle.dumps(np.zeros(3, dtype=object), protocol=2),
+        pickle.dumps([1, 2], protocol=2),
         b"\x80\x02junk",
+        b"\x80\x02t.",
         b"",
     ],
 )
@@ -125,6 +158,28 @@ def test_python2_style_cifar_pickle_is_read(tmp_path):
     np.testing.assert_array_equal(content["data"], np.frombuffer(data, np.uint8).reshape(2, 128))
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}, "no fine_labels from 0 to 9.*CIFAR-10 is another"),
+        ({"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 10]}, "no fine_labels from 0 to 9"),
+        ({"data": np.zeros((2, 3000), np.uint8), "fine_labels": [0, 1]}, r"uint8 \(2, 3000\) as data"),
+        ({"data": np.zeros((3, 3072), np.uint8), "fine_labels": [0, 1]}, "expected are 2 rows of 3072 bytes"),
+        ({"data": [[0] * 3072], "fine_labels": [0]}, "has list as data"),
+    ],
+)
+def test_other_pickles_than_cifar100s_are_refused(tmp_path, content, words):
+    (tmp_path / "train").write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(ValueError, match=words):
+        read_cifar_images(tmp_path / "train", 10)
+
+
+def test_cifar_names_are_those_of_cifar100(tmp_path):
+    (tmp_path / "meta").write_bytes(pickle.dumps({"label_names": ["cat"]}, protocol=2))
+    with pytest.raises(ValueError, match=r"no list of fine_label_names.*CIFAR-10 is another"):
+        read_cifar_names(tmp_path / "meta")
+
+
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(content)
@@ -151,6 +206,66 @@ def test_tar_sample_is_fixed_by_the_seed_and_stays_inside_its_folder(tmp_path):
     assert not list(tmp_path.glob("n*_*.JPEG"))
 
 
-def test_tar_sample_without_shards_is_refused(tmp_path):
-    with pytest.raises(DatasetMissing, match=r"holds no \.tar shards"):
-        extract_tar_sample(tmp_path, tmp_path / "a", fraction=0.1, seed=0)
+def _shards(folder: Path, *members: list[tuple[str, bytes]]) -> Path:
+    folder.mkdir()
+    for index, contents in enumerate(members):
+        with tarfile.open(folder / f"n{index}.tar", "w") as archive:
+            for name, content in contents:
+                _add(archive, name, content)
+    return folder
+
+
+def test_classes_are_the_shards_names_or_what_webdataset_says(tmp_path):
+    plain = _shards(tmp_path / "plain", [("a.jpg", b"1")], [("a.jpg", b"2"), ("b.png", b"3")])
+    place = Path(extract_tar_sample(plain, tmp_path / "a", fraction=1.0, seed=0))
+    assert {(p.parent.name, p.read_bytes()) for p in place.glob("*/*.*")} == {("n0", b"1"), ("n1", b"2"), ("n1", b"3")}
+    webdataset = _shards(
+        tmp_path / "web",
+        [("x/1.cls", b"7"), ("x/1.jpg", b"1"), ("x/2.jpg", b"2"), ("x/2.cls", b"9\n")],
+        [("x/1.jpg", b"3"), ("x/1.cls", b"9")],
+    )
+    place = Path(extract_tar_sample(webdataset, tmp_path / "b", fraction=1.0, seed=0))
+    assert {(p.parent.name, p.read_bytes()) for p in place.glob("*/*.*")} == {("7", b"1"), ("9", b"2"), ("9", b"3")}
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([], r"holds no \.tar shards"),
+        ([[("a.txt", b"")]], "hold no images; expected are files ending in .jpg"),
+        ([[("1.jpg", b""), ("2.jpg", b""), ("1.cls", b"3")]], r"2\.jpg has '' as class"),
+        ([[("1.jpg", b""), ("1.cls", b"../up")]], r"1\.jpg has '\.\./up' as class"),
+    ],
+)
+def test_shards_that_give_no_classes_or_images_are_refused(tmp_path, members, words):
+    with pytest.raises(ValueError, match=words):
+        extract_tar_sample(_shards(tmp_path / "shards", *members), tmp_path / "a", fraction=0.5, seed=0)
+
+
+def test_damaged_shards_are_named(tmp_path):
+    shards = _shards(tmp_path / "shards", [("a.jpg", b"1")])
+    (shards / "n0.tar").write_bytes(b"no tar file" * 100)
+    with pytest.raises(ValueError, match=r"n0\.tar is no readable tar file"):
+        extract_tar_sample(shards, tmp_path / "a", fraction=0.5, seed=0)
+
+
+def test_a_sample_goes_on_after_a_stop_and_is_not_mixed_with_another(tmp_path, monkeypatch):
+    shards = _shards(tmp_path / "shards", *[[(f"{i}.jpg", bytes([s, i])) for i in range(8)] for s in range(3)])
+    write, written = shards_module._write, []
+
+    def stop_after_four(*args):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(args)
+        write(*args)
+
+    monkeypatch.setattr(shards_module, "_write", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        extract_tar_sample(shards, tmp_path / "a", fraction=0.5, seed=0)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="holds another sample"):
+        extract_tar_sample(shards, tmp_path / "a", fraction=1.0, seed=0)
+    place = Path(extract_tar_sample(shards, tmp_path / "a", fraction=0.5, seed=0))
+    assert len(list(place.glob("*/*.jpg"))) == 12
+    monkeypatch.setattr(shards_module, "_images", None)  # a finished sample is not drawn again
+    assert extract_tar_sample(shards, place, fraction=0.5, seed=0) == str(place)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
+from fastuft.cli import main
+from fastuft.cli.commands import COMMANDS
 from fastuft.config import DATASETS, TABLES, ReproduceConfig, WeightsConfig
 from fastuft.report import paper_figures
 from fastuft.reproduce import grid
@@ -82,6 +85,12 @@ def test_values_of_a_cell(dataset, metric, accuracy, expected):
     assert grid.values(key, EVALUATION, accuracy) == expected
 
 
+def test_an_evaluation_that_did_without_a_cell_gives_it_no_value():
+    for metric, dataset in (("fewshot1", "pet"), ("semi2", "pet"), ("cluster", "imagenet")):
+        key = ("2", "unsupervised", "resnet50", "ours", dataset, metric)
+        assert grid.values(key, {**EVALUATION, "forgetting": {}}, "mean_class") == []
+
+
 def test_rows_number_the_trials_over_seeds():
     key = ("2", "unsupervised", "resnet50", "ours", "pet", "cluster")
     rows = grid.result_rows(key, {0: (EVALUATION, "a"), 1: (EVALUATION, "b")}, "mean_class")
@@ -113,6 +122,47 @@ def test_scales_differ_in_sizes_only():
         assert dataclasses.replace(paper, training=tiny.training) == tiny
 
 
+def quoted_figures(text):
+    """(figures, metric names) of the sentences ``Pet few-shot 9.08, 10.97 (K = 2, 4, 8)`` of a docstring, by data set."""
+    numbers = {"Caltech101": "caltech101", "Pet": "pet"}
+    for name, dataset in numbers.items():
+        for sentence in re.findall(rf"{name} ([^;:]*)", text.replace("\n", " ")):
+            yield dataset, [float(value) for value in re.findall(r"\d+\.\d+", sentence)]
+
+
+@pytest.mark.parametrize("method", list(RECIPES))
+def test_recipes_quote_the_papers_figures_and_a_command_that_makes_them(method, monkeypatch):
+    text = " ".join(RECIPES[method].__doc__.split())
+    table = re.search(r"Table (\d)", text)[1]
+    found = 0
+    for dataset, figures in quoted_figures(text):
+        row = {v for k, v in paper_figures().items() if (k[0], k[3], k[4]) == (table, method, dataset)}
+        assert figures and set(figures) <= row, (dataset, figures)
+        found += len(figures)
+    assert found >= 3
+
+    command = re.search(r"``([^`]*)``", text)[1].split()
+    name, *options = command[command.index("fastuft" if command[0] == "fastuft" else "fastuft.cli") + 1 :]
+    configs = []
+    catching = dataclasses.replace(COMMANDS[name], run=lambda config: configs.append(config) or 0)
+    monkeypatch.setitem(COMMANDS, name, catching)
+    assert main([name, *options]) == 0
+    (said,) = configs
+    backbone = grid.Backbone("unsupervised", "resnet50", method, "" if method == "unsup_S" else "pet")
+    recipe = folders(backbone, PAPER)
+    assert (said.optim, said.data, said.method) == (recipe.optim, recipe.data, recipe.method)
+    assert (said.source is None, said.init is None) == (recipe.source is None, recipe.init is None)
+    assert said.target == ("imagenet/train" if recipe.target == "s" else "pets/train")
+
+
+def test_tables_have_all_their_trials_by_default():
+    config = ReproduceConfig()
+    assert (config.trials, config.tables, config.figure, config.datasets) == (3, list(TABLES), [1], list(DATASETS))
+    evaluation = PAPER.evaluation
+    assert (evaluation.fewshot_epochs, evaluation.fewshot_lr, evaluation.fewshot_backbone_lr) == (30, 3.0, 1e-4)
+    assert (evaluation.semi_epochs, evaluation.semi_batch) == (30, 64)
+
+
 def test_dry_run_needs_no_data_and_shows_hours_only_from_a_rate(capsys, tmp_path):
     config = ReproduceConfig(out=str(tmp_path / "grid"), dry_run=True, tables=["2"], datasets=["pet"], figure=[])
     assert reproduce(config) == 0
@@ -124,6 +174,12 @@ def test_dry_run_needs_no_data_and_shows_hours_only_from_a_rate(capsys, tmp_path
     reproduce(dataclasses.replace(config, rate=1000.0))
     line = next(x for x in capsys.readouterr().out.splitlines() if "ours-pet" in x and x.startswith("train"))
     assert line.split()[-3] == "7.3"
+    # Few-shot finetuning alone: 3 trials of 30 epochs of 37 (1 + 2 + 4 + 8) images, in 1, 1, 1 and 2 batches.
+    assert next(x for x in plan.splitlines() if x.startswith("evaluate") and "ours-pet" in x).split()[4:7] == [
+        "3,680",
+        "450",
+        "49,950",
+    ]
     assert not (tmp_path / "grid").exists()
 
 
@@ -144,6 +200,13 @@ def test_what_is_missing_is_named_before_anything_runs(tmp_path, changes, words)
     base = ReproduceConfig(out=str(tmp_path / "grid"), tables=["2"], datasets=["pet"], figure=[])
     with pytest.raises(ValueError, match=words):
         Grid(dataclasses.replace(base, **changes)).run()
+    assert not (tmp_path / "grid").exists()
+
+
+def test_processes_of_torchrun_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"--processes N, without torchrun"):
+        Grid(ReproduceConfig(out=str(tmp_path / "grid"), scale="tiny")).run()
     assert not (tmp_path / "grid").exists()
 
 

@@ -5,32 +5,25 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import micro_grid
 import pytest
+from micro_grid import MICRO, SHORT
 
 from fastuft.cli import main
-from fastuft.config import EvalConfig, MethodConfig, ReproduceConfig
-from fastuft.reproduce import recipes, runner, write_tiny_datasets
-from fastuft.reproduce.recipes import TINY, Training
+from fastuft.config import EvalConfig, ReproduceConfig, WeightsConfig
+from fastuft.reproduce import recipes, runner
+from fastuft.reproduce.claims import claim
 from fastuft.reproduce.runner import Grid, reproduce
+from fastuft.trainer import EXIT_PREEMPTED
 
 pytestmark = pytest.mark.e2e
-
-SHORT = Training(epochs=1, lr=0.05, batch_size=32)
-MICRO = dataclasses.replace(
-    TINY,
-    train_sizes=dict.fromkeys(TINY.train_sizes, (200, 10)),
-    caltech_per_class=20,
-    source_size=248,
-    pretraining=SHORT,
-    scratch=SHORT,
-    finetuning=SHORT,
-    supervised=SHORT,
-    method=MethodConfig(queue_size=64, key_momentum=0.9),
-    evaluation=dataclasses.replace(TINY.evaluation, fewshot_epochs=1, semi_epochs=1, kmeans_restarts=1, tsne_points=40),
-    write_data=lambda root: write_tiny_datasets(root, num_train=200, num_glyphs=248),
-)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +64,12 @@ def test_the_tables_stand_beside_the_papers_figures(finished):
     page = (finished / "comparison.html").read_text()
     assert "not comparable with the paper" in page.replace("\n", " ")
     assert 'href="runs/unsupervised-resnet50-ours-pet-seed0"' in page
-    assert "| ours | pet | fewshot8 |" in (finished / "comparison.md").read_text()
+    assert "| ours | pet | fewshot8 | [" in (finished / "comparison.md").read_text()
+    linked = {
+        *re.findall(r'href="(runs/[^"]*)"', page),
+        *re.findall(r"<(runs/[^>]*)>", (finished / "comparison.md").read_text()),
+    }
+    assert len(linked) == 6 and all((finished / link / "backbone.safetensors").exists() for link in linked)
     figure = (finished / "figure1.html").read_text()
     assert all(name in figure for name in ("from scratch", "pretrained", "naive", "+ SDR + Mix"))
 
@@ -100,6 +98,47 @@ def test_another_recipe_in_the_same_folder_is_refused(finished, micro, capsys):
     assert "holds a run with another optim" in capsys.readouterr().err
 
 
+def test_tables_of_evaluations_that_lack_a_cell(finished, micro, tmp_path):
+    """Table 2 needs one-shot runs, which Table 6 does without."""
+    shutil.copytree(finished, tmp_path / "grid")
+    file = tmp_path / "grid" / "runs" / "unsupervised-resnet50-naive-pet-seed0" / "eval-pet" / "eval.json"
+    assert "1" not in json.loads(file.read_text())["fewshot"]
+    options = {"tables": ["2"], "datasets": ["pet"], "trials": 2, "scale": "tiny", "figure": [], "stage": "tables"}
+    assert reproduce(ReproduceConfig(out=str(tmp_path / "grid"), **options)) == 0
+    assert {row["metric"] for row in rows_of(tmp_path / "grid") if row["method"] == "naive"} == {
+        "fewshot2",
+        "fewshot4",
+        "fewshot8",
+        "retrieval",
+        "cluster",
+    }
+
+
+def test_another_checkpoint_under_the_same_name_is_evaluated_anew(finished, micro, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    pretrained = finished / "runs" / "unsupervised-resnet50-unsup_S-seed0" / "backbone.safetensors"
+    other = finished / "runs" / "unsupervised-resnet50-naive-pet-seed0" / "backbone.safetensors"
+    config = ReproduceConfig(
+        out=str(tmp_path / "grid"),
+        tables=["1"],
+        datasets=["pet"],
+        trials=1,
+        scale="tiny",
+        figure=[],
+        weights=WeightsConfig(unsupervised_resnet50=str(weights)),
+    )
+    work = Grid(config)
+    work.measurements = [m for m in work.measurements if m.backbone.method == "unsup_S"]
+    work.backbones = [m.backbone for m in work.measurements]
+    file = tmp_path / "grid" / "runs" / "unsupervised-resnet50-unsup_S-seed0" / "eval-pet" / "eval.json"
+    hashes = []
+    for source in (pretrained, other):
+        shutil.copy(source, weights)
+        assert work.run() == 0
+        hashes.append(json.loads(file.read_text())["backbone"]["hash"])
+    assert hashes[0] != hashes[1]
+
+
 def test_tasks_of_an_array_share_the_work(micro, tmp_path, capsys):
     base = ReproduceConfig(
         out=str(tmp_path), tables=["1"], datasets=["pet", "caltech101"], trials=1, scale="tiny", figure=[], tasks=2
@@ -108,15 +147,66 @@ def test_tasks_of_an_array_share_the_work(micro, tmp_path, capsys):
         reproduce(dataclasses.replace(base, stage="runs"))
     for task in range(2):
         assert reproduce(dataclasses.replace(base, stage="pretrain", task=task)) == 0
-    shares = []
-    for task in range(2):
+
+    def trained_by(task):
         capsys.readouterr()
         assert reproduce(dataclasses.replace(base, stage="runs", task=task)) == 0
-        shares.append({line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("[")})
-    assert not shares[0] & shares[1] and len(shares[0] | shares[1]) == 5
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+        return [line[1].rstrip(":") for line in lines if line[-1] == "training"], [
+            line[1].rstrip(":") for line in lines if line[-1] == "process"
+        ]
+
+    others = "unsupervised-resnet50-naive-caltech101-seed0", "unsupervised-resnet50-unsup_T-pet-seed0"
+    with claim(tmp_path, others[0]), claim(tmp_path, others[1]):  # as two other tasks hold them
+        trained, skipped = trained_by(0)
+    assert sorted(skipped) == sorted(others) and len(trained) == 2 and not {*trained} & {*others}
+    assert sorted(trained_by(1)[0]) == sorted(others)  # whose tasks are gone: one takes over what they left
+    assert trained_by(0) == ([], [])
     assert not (tmp_path / "results.jsonl").exists()
     assert reproduce(dataclasses.replace(base, stage="tables", tasks=1)) == 0
     assert len(rows_of(tmp_path)) == 3 * 2 * 3
+
+
+def test_processes_side_by_side_do_nothing_twice(tmp_path):
+    command = [sys.executable, micro_grid.__file__, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    results = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    trained = [line.split()[1] for out, _ in results for line in out.splitlines() if line.startswith("trained ")]
+    assert sorted(Path(folder).name for folder in trained) == [
+        "unsupervised-resnet50-naive-pet-seed0",
+        "unsupervised-resnet50-unsup_S-seed0",
+        "unsupervised-resnet50-unsup_T-pet-seed0",
+    ]
+
+
+def test_a_lock_is_freed_with_its_process(tmp_path):
+    code = "import sys, pathlib\nfrom fastuft.reproduce.claims import claim\n"
+    code += (
+        "with claim(pathlib.Path(sys.argv[1]), 'part') as alone:\n    print(alone, flush=True)\n    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "True\n"
+    with claim(tmp_path, "part") as alone:
+        assert not alone
+    with claim(tmp_path, "another part") as alone:
+        assert alone
+    process.kill()
+    process.communicate()
+    with claim(tmp_path, "part") as alone:
+        assert alone
+
+
+def test_a_training_that_is_asked_to_stop_ends_the_command(micro, tmp_path, capsys, monkeypatch):
+    stopped = dataclasses.make_dataclass("Stopped", ["interrupted"])("SIGTERM")
+    monkeypatch.setattr(runner, "train", lambda config: stopped)
+    config = ReproduceConfig(out=str(tmp_path), tables=["1"], datasets=["pet"], trials=1, scale="tiny", figure=[])
+    with pytest.raises(SystemExit) as ended:
+        reproduce(config)
+    assert ended.value.code == EXIT_PREEMPTED
+    assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
 
 
 def test_a_part_that_fails_leaves_the_others(micro, tmp_path, capsys, monkeypatch):

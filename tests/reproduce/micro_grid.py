@@ -1,0 +1,42 @@
+"""A scale far below the tiny one, and a process that runs a grid at it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from fastuft.config import MethodConfig, ReproduceConfig
+from fastuft.reproduce import Sizes, runner, write_tiny_datasets
+from fastuft.reproduce.recipes import TINY, Training
+
+SHORT = Training(epochs=1, lr=0.05, batch_size=32)
+MICRO = dataclasses.replace(
+    TINY,
+    sizes=dict.fromkeys(TINY.sizes, Sizes(200, None, 10)),
+    caltech_per_class=20,
+    source_size=248,
+    pretraining=SHORT,
+    scratch=SHORT,
+    finetuning=SHORT,
+    supervised=SHORT,
+    method=MethodConfig(queue_size=64, key_momentum=0.9),
+    evaluation=dataclasses.replace(TINY.evaluation, fewshot_epochs=1, semi_epochs=1, kmeans_restarts=1, tsne_points=40),
+    write_data=lambda root: write_tiny_datasets(root, num_train=200, num_glyphs=248),
+)
+
+
+def run_and_count(out: str) -> None:
+    """Run Table 1 on Pet and print every training that this process did, after the word ``trained``."""
+    train = runner.train
+
+    def counted(config):
+        print("trained", config.out, flush=True)
+        return train(config)
+
+    runner.train = counted
+    config = ReproduceConfig(out=out, tables=["1"], datasets=["pet"], trials=1, scale="tiny", figure=[])
+    sys.exit(runner.reproduce(config, MICRO))
+
+
+if __name__ == "__main__":
+    run_and_count(sys.argv[1])
