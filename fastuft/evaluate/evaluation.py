@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastuft.config import EvalConfig
-from fastuft.data import EvalStream, labelled_folder, list_images
+from fastuft.data import EvalStream, labelled_folder, list_images, resolve_loader
 from fastuft.evaluate.clustering import clustering_accuracy
 from fastuft.evaluate.embedding import tsne
 from fastuft.evaluate.features import autocast, cached_features, module_device, weights_hash
@@ -125,7 +125,9 @@ class _Evaluator:
     """Features and settings shared by the sections of one evaluation."""
 
     def __init__(self, config: EvalConfig) -> None:
-        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda' needs a CUDA device, and none is available; use auto or cpu")
+        cuda = config.device != "cpu" and torch.cuda.is_available()
         self.config = config
         self.device = torch.device("cuda" if cuda else "cpu")
         self.resize = config.resize or round(config.size * 256 / 224)
@@ -159,7 +161,8 @@ class _Evaluator:
 
     def features(self, backbone: Any, images: Images) -> Tensor:
         config = self.config
-        settings = f"{config.size} {self.resize} {backbone.mean} {backbone.std} {config.loader} {self.device.type}"
+        loader = resolve_loader(config.loader)
+        settings = f"{config.size} {self.resize} {backbone.mean} {backbone.std} {loader} {self.device.type}"
         with self.timed("features"), self.stream(backbone, images) as stream:
             return cached_features(
                 backbone,
@@ -469,11 +472,17 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
 
 
 def write_evaluation(folder: Path | str, result: Evaluation) -> None:
-    """Write ``eval.json``, ``eval_arrays.npz`` (no pickle) and, after few-shot runs, ``fewshot_draws.json``."""
+    """Write ``eval_arrays.npz`` (no pickle), ``fewshot_draws.json`` after few-shot runs, and ``eval.json``.
+
+    ``eval.json`` comes last and whole, so that an evaluation that has it is finished.
+    """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    (root / "eval.json").write_text(json.dumps(result.metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (root / "eval.json").unlink(missing_ok=True)
     np.savez_compressed(root / "eval_arrays.npz", **result.arrays)  # type: ignore[arg-type]
     if result.draws:
         text = json.dumps(result.draws, indent=1, ensure_ascii=False) + "\n"
         (root / "fewshot_draws.json").write_text(text, encoding="utf-8")
+    partial = root / "eval.json.partial"
+    partial.write_text(json.dumps(result.metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(root / "eval.json")

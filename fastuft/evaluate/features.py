@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,7 +112,7 @@ def cached_features(
         return load_file(file)["features"]
     features, _ = extract_features(backbone, stream, device, precision=precision)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.part")
+    partial = file.with_suffix(f".{uuid.uuid4().hex}.part")  # machines that share the folder may share process ids
     save_file({"features": features}, partial)
     os.replace(partial, file)
     return features

@@ -80,7 +80,8 @@ def random_views(
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(pixels / 255 - mean) / std per channel; pixels [n, 3, H, W] in 0..255."""
-    shift, factor = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (mean, std))
+    # Asynchronous copies of a few bytes: a device tensor made from a sequence would wait for all work on a GPU.
+    shift, factor = (torch.tensor(v).view(1, 3, 1, 1).to(pixels.device, non_blocking=True) for v in (mean, std))
     return (pixels / 255 - shift) / factor
 
 

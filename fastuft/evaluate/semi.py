@@ -17,7 +17,16 @@ from fastuft.data.feed import Loader
 from fastuft.evaluate.features import autocast, module_device
 from fastuft.evaluate.images import decode, random_views
 from fastuft.evaluate.inputs import ArrayLike, as_labels, check_seen
-from fastuft.evaluate.shots import Classifier, FewShotResult, FewShotSettings, accuracies, draw_shots, predict, sgd
+from fastuft.evaluate.shots import (
+    Classifier,
+    FewShotResult,
+    FewShotSettings,
+    accuracies,
+    check_runs,
+    draw_shots,
+    predict,
+    sgd,
+)
 from fastuft.randomness import keyed_generator, keyed_seed
 
 RATIO = 7  # unlabelled images for each labelled one of a step (mu)
@@ -110,7 +119,7 @@ class _Student:
             mean=self.source.mean,  # type: ignore[arg-type]
             std=self.source.std,  # type: ignore[arg-type]
         )
-        return views, self.labels[torch.from_numpy(index).to(self.labels.device)]
+        return views, self.labels[torch.from_numpy(index).to(self.labels.device, non_blocking=True)]
 
     def step(self, weak: Tensor, strong: Tensor) -> None:
         """One update from a labelled batch and an unlabelled one's weak and strong views."""
@@ -119,7 +128,7 @@ class _Student:
             with torch.no_grad():
                 guesses = self.model(weak)
             logits = self.model(torch.cat([views, strong]))
-        supervised = F.cross_entropy(logits[: len(views)].float(), labels)
+        supervised = F.cross_entropy(logits[: len(views)], labels)
         consistency, counted = unlabelled_loss(guesses, logits[len(views) :], self.settings.threshold)
         self.optimizer.zero_grad(set_to_none=True)
         (supervised + self.settings.weight * consistency).backward()
@@ -169,11 +178,12 @@ def fixmatch(
         loader: dali, torch or auto.
 
     Raises:
-        ValueError: a class with fewer than K images, one class only, a test class absent from training, or a loss that
-            stops being finite.
+        ValueError: no shots, a class with fewer than K images, one class only, a test class absent from training, or a
+            loss that stops being finite.
     """
     options = settings or FixMatchSettings()
     recipe = options.finetuning
+    check_runs(shots, trials)
     truth, given = as_labels("test_labels", test_labels), as_labels("train_labels", train_labels, len(train_paths))
     check_seen(given, truth)
     values = np.unique(given)

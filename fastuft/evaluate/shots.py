@@ -99,6 +99,14 @@ def draw_shots(labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, clas
     return np.stack(rows).astype(np.int64)
 
 
+def check_runs(shots: Sequence[int], trials: int) -> None:
+    """Raise unless there is something to draw."""
+    if not shots:
+        raise ValueError("shots is empty; name at least one number of labelled images a class")
+    if trials < 1:
+        raise ValueError(f"trials={trials!r} is out of range; at least 1 is needed")
+
+
 class Classifier(nn.Module):
     """A backbone and a new fully connected layer."""
 
@@ -126,7 +134,10 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.backbone(images))
+        """Logits [B, classes] in float32 under autocast too: in bfloat16 classes would tie."""
+        features = self.backbone(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.fc(features.float())
 
 
 def sgd(
@@ -181,6 +192,7 @@ def finetune(
         total.zero_()
         generator = keyed_generator(seed, "finetune", epoch)
         order = generator.permutation(len(images))
+        shuffled = labels[torch.from_numpy(order).to(device, non_blocking=True)]
         for start in range(0, len(images), batch):
             index = order[start : start + batch]
             views = random_views(
@@ -194,7 +206,7 @@ def finetune(
             )
             with autocast(device, settings.precision):
                 logits = model(views)
-            loss = F.cross_entropy(logits.float(), labels[torch.from_numpy(index).to(device)])
+            loss = F.cross_entropy(logits, shuffled[start : start + batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -264,8 +276,13 @@ def fewshot(
         seed: seed of draws, initialisation, order and crops.
         classes: class names by label, for messages.
         settings: the recipe; None is the paper's.
+
+    Raises:
+        ValueError: no shots, a class with fewer than K images, one class only, a test class absent from training, or a
+            loss that stops being finite.
     """
     recipe = settings or FewShotSettings()
+    check_runs(shots, trials)
     truth, given = as_labels("test_labels", test_labels), as_labels("train_labels", train_labels, len(train_paths))
     check_seen(given, truth)
     values = np.unique(given)

@@ -126,6 +126,24 @@ def test_written_files_read_back_without_pickle(full, tmp_path):
     assert all(file.startswith("red/") for file in draws["1"]["red"])
 
 
+def test_an_evaluation_broken_off_while_it_is_written_is_not_taken_for_finished(full, tmp_path, monkeypatch):
+    write_evaluation(tmp_path, full)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "savez_compressed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_evaluation(tmp_path, full)
+    assert not (tmp_path / "eval.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_refused(folders):
+    with pytest.raises(ValueError, match="device='cuda' needs a CUDA device, and none is available; use auto or cpu"):
+        evaluate_backbone(ColourNet(), config(folders, device="cuda"))
+
+
 def test_figures_repeat_with_the_seed(folders, full):
     again = evaluate_backbone(ColourNet(), config(folders, source=folders["source"]), before=ColourNet(1))
     assert {**again.metrics, "timings": 0} == {**full.metrics, "timings": 0}

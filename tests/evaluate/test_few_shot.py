@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastuft.evaluate import FewShotSettings, draw_shots, fewshot
+from fastuft.evaluate import FewShotSettings, draw_shots, fewshot, fixmatch
 from fastuft.evaluate.images import crop_box, decode, normalise, random_views, thumbnail_png
 from fastuft.evaluate.shots import Classifier, finetune, predict
 
@@ -187,6 +187,23 @@ def test_unseen_test_class_and_single_class_are_refused(folder):
         run_with(folder, test_labels=[0] * 11 + [9])
     with pytest.raises(ValueError, match="one class only"):
         run_with(folder, train_labels=[0] * 18)
+
+
+@pytest.mark.parametrize("run", [fewshot, fixmatch])
+def test_nothing_to_draw_is_refused(folder, run):
+    (paths, labels), test = paths_and_labels(folder, "train"), paths_and_labels(folder, "test")
+    with pytest.raises(ValueError, match="shots is empty; name at least one"):
+        run(SmallNet(), paths, labels, test_stream(*test), test[1], shots=())
+    with pytest.raises(ValueError, match="trials=0 is out of range"):
+        run(SmallNet(), paths, labels, test_stream(*test), test[1], shots=(1,), trials=0)
+
+
+def test_logits_are_float32_under_autocast():
+    model = Classifier(SmallNet(), 8, 1000, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(torch.randn(4, 3, 16, 16))
+    assert logits.dtype == torch.float32
+    assert all(len(row.unique()) > 990 for row in logits)  # bfloat16 has a few hundred values in their range
 
 
 def test_divergence_is_reported(folder):
