@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -122,12 +122,21 @@ def _averages(cells: Sequence[Comparison]) -> list[Comparison]:
     return result
 
 
-def comparison_table(cells: Sequence[Comparison], format: Format = "text") -> str:
-    """All cells, one a row: mean, std over trials, number of trials, the paper's figure and the difference."""
+def comparison_table(
+    cells: Sequence[Comparison], format: Format = "text", links: Mapping[str, str] | None = None
+) -> str:
+    """All cells, one a row: mean, std over trials, number of trials, the paper's figure and the difference.
+
+    Args:
+        cells: see :func:`compare_with_paper`.
+        format: text; markdown, whose means link to their run folders; csv, which has these folders as a column.
+        links: address of each run folder; by default the folder itself.
+    """
     headers = [*KEYS, "mean", "std", "trials", "paper", "difference"]
     rows = []
     for cell in cells:
         ours, difference = cell.ours, cell.difference
+        addresses = [(links or {}).get(run, run) for run in cell.runs]
         figures = [
             f"{ours.mean:.2f}" if ours else NONE,
             f"{ours.std:.2f}" if ours and ours.std is not None else NONE,
@@ -136,9 +145,11 @@ def comparison_table(cells: Sequence[Comparison], format: Format = "text") -> st
             f"{difference:+.2f}" if difference is not None else NONE,
         ]
         if format == "csv":
-            figures = ["" if text == NONE else text for text in figures]
+            figures = [*("" if text == NONE else text for text in figures), ";".join(addresses)]
+        if format == "markdown" and addresses:
+            figures[0] = f"[{figures[0]}](<{addresses[0]}>)"
         rows.append([*cell.key, *figures])
-    return Table(headers, rows, names=len(KEYS)).show(format)
+    return Table([*headers, "runs"] if format == "csv" else headers, rows, names=len(KEYS)).show(format)
 
 
 @dataclass(frozen=True)
@@ -199,10 +210,12 @@ def write_comparison(
     cells = compare_with_paper(rows, missing=missing)
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    suffixes: dict[str, Format] = {"txt": "text", "csv": "csv", "md": "markdown"}
-    for suffix, format in suffixes.items():
-        (root / f"{stem}.{suffix}").write_text(comparison_table(cells, format), encoding="utf-8")
     links = {run: quote(os.path.relpath(run, root)) for cell in cells for run in cell.runs}
+    said = "".join(f"{note}\n\n" for note in notes)
+    files: dict[str, tuple[Format, str]] = {"txt": ("text", said), "csv": ("csv", ""), "md": ("markdown", said)}
+    for suffix, (format, before) in files.items():
+        text = before + comparison_table(cells, format, links)
+        (root / f"{stem}.{suffix}").write_text(text, encoding="utf-8")
     page = render("comparison.html", title=title, notes=notes, sections=sections(cells), links=links, slips=SLIPS)
     (root / f"{stem}.html").write_text(page, encoding="utf-8")
     return cells

@@ -69,7 +69,10 @@ def test_tables_in_each_format():
     assert record["mean"] == "71.00" and record["trials"] == "2" and record["paper"] == "71.67"
     bare = comparison_table(compare_with_paper([row(50.0, method="other")], missing=False), "csv")
     assert next(csv.DictReader(io.StringIO(bare)))["paper"] == ""
-    assert comparison_table(cells, "markdown").startswith("| table | pretraining |")
+    assert record["runs"] == "runs/ours pet"
+    lines = comparison_table(cells, "markdown", {"runs/ours pet": "runs/ours%20pet"}).splitlines()
+    assert lines[0].startswith("| table | pretraining |") and "| [71.00](<runs/ours%20pet>) |" in lines[2]
+    assert "[" not in comparison_table(compare_with_paper([row(70.0)])[:1], "markdown")  # a cell without a run
 
 
 def test_written_pages_link_to_the_runs(tmp_path, monkeypatch):
@@ -77,6 +80,8 @@ def test_written_pages_link_to_the_runs(tmp_path, monkeypatch):
     results = write(tmp_path / "results.jsonl", [row(70.0), row(72.0, 1)])
     write_comparison(tmp_path / "out", results, notes=["Tiny <b>scale</b>."])
     assert {p.name for p in (tmp_path / "out").iterdir()} == {f"comparison.{s}" for s in ("txt", "csv", "md", "html")}
+    for suffix in ("txt", "md"):
+        assert (tmp_path / "out" / f"comparison.{suffix}").read_text().startswith("Tiny <b>scale</b>.\n\n")
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert 'href="../runs/ours%20pet"' in page
     assert "71.0 ± 1.4" in page and "71.7 (-0.7)" in page
