@@ -510,14 +510,20 @@ def test_a_large_tree_is_scanned_quickly_and_cached(tmp_path, monkeypatch):
         place.mkdir(parents=True)
         for index in range(1000):
             os.close(os.open(place / f"{index:06d}.JPEG", os.O_CREAT | os.O_WRONLY))
-    seconds = []
+    seconds, busy = [], []
     for _ in range(2):
-        begin = time.perf_counter()
+        begin, begin_busy = time.perf_counter(), time.process_time()
         files = list_images(str(tmp_path / "tree"))
         seconds.append(time.perf_counter() - begin)
+        busy.append(time.process_time() - begin_busy)
         assert len(files) == 100_000 and files == sorted(files)
-    print(f"scan {1e5 / seconds[0]:,.0f} files/s, cached {1e5 / seconds[1]:,.0f} files/s")
-    assert seconds[0] < 3
+    rates = [
+        f"{1e5 / s:,.0f} files/s ({1e5 / b:,.0f} a second of processor time)"
+        for s, b in zip(seconds, busy, strict=True)
+    ]
+    print(f"scan {rates[0]}, cached {rates[1]}")
+    assert busy[0] < 2 and seconds[0] < 6  # a million in a minute, whatever else the machine does
+    assert busy[1] < busy[0]
     begin = time.perf_counter()
     built = Manifest.build(files[0], str(tmp_path / "tree"), fraction=0.1)
     print(f"manifest of the tree: {time.perf_counter() - begin:.1f} s")
