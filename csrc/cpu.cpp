@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <emmintrin.h>
@@ -107,36 +108,38 @@ void compose(char* to, const char* own, const char* other, const Region<int64_t>
       std::memcpy(to + at, from + at, size);
     }
   };
-  int64_t box_row = 0;
-  const int64_t box_rows = box.rows();
-  for (int64_t row = 0; row < all.rows(); ++row) {
-    int64_t cursor = all.row_start(row);
+  RowWalk boxed(box);
+  for (RowWalk rows(all); !rows.done(); rows.advance()) {
+    int64_t cursor = rows.start();
     const int64_t end = cursor + all.run;
-    for (; box_row < box_rows; ++box_row) {
-      const int64_t start = box.row_start(box_row);
-      if (start >= end) {
-        break;
-      }
-      copy(own, cursor, start);
-      cursor = start + box.run;
-      copy(other, start, cursor);
+    for (; !boxed.done() && boxed.start() < end; boxed.advance()) {
+      copy(own, cursor, boxed.start());
+      cursor = boxed.start() + box.run;
+      copy(other, boxed.start(), cursor);
     }
     copy(own, cursor, end);
   }
 }
 
+// Runs of `size` bytes that do not overlap.
+FASTUFT_VECTORIZED void swap_run(char* __restrict a, char* __restrict b, int64_t size) {
+  constexpr int64_t kWord = 16;
+  int64_t at = 0;
+  for (; at + kWord <= size; at += kWord) {
+    char x[kWord], y[kWord];
+    std::memcpy(x, a + at, kWord);
+    std::memcpy(y, b + at, kWord);
+    std::memcpy(a + at, y, kWord);
+    std::memcpy(b + at, x, kWord);
+  }
+  for (; at < size; ++at) {
+    std::swap(a[at], b[at]);
+  }
+}
+
 void swap_regions(char* a, char* b, const Region<int64_t>& region, int64_t itemsize) {
-  constexpr int64_t kBuffer = 4096;
-  char buffer[kBuffer];
-  for (int64_t row = 0; row < region.rows(); ++row) {
-    const int64_t start = region.row_start(row) * itemsize;
-    const int64_t end = start + region.run * itemsize;
-    for (int64_t at = start; at < end; at += kBuffer) {
-      const int64_t size = std::min(kBuffer, end - at);
-      std::memcpy(buffer, a + at, size);
-      std::memcpy(a + at, b + at, size);
-      std::memcpy(b + at, buffer, size);
-    }
+  for (RowWalk rows(region); !rows.done(); rows.advance()) {
+    swap_run(a + rows.start() * itemsize, b + rows.start() * itemsize, region.run * itemsize);
   }
 }
 
@@ -242,8 +245,8 @@ void mixup_samples(const Tensor& images, Tensor& out, const Layout& layout, cons
       const T* own = source + i * layout.batch_stride;
       const T* partner = source + other[i] * layout.batch_stride;
       T* result = target + i * layout.batch_stride;
-      for (int64_t row = 0; row < all.rows(); ++row) {
-        const int64_t start = all.row_start(row);
+      for (RowWalk rows(all); !rows.done(); rows.advance()) {
+        const int64_t start = rows.start();
         if (!streaming) {
           blend_run(own + start, partner + start, result + start, all.run, weight, 1 - weight);
           continue;
@@ -266,8 +269,8 @@ void mixup_pairs(Tensor& images, const Layout& layout, const float* lam) {
   torch::stable::parallel_for(0, layout.batch / 2, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Compute<T> weight = lam[i];
-      for (int64_t row = 0; row < all.rows(); ++row) {
-        const int64_t start = all.row_start(row);
+      for (RowWalk rows(all); !rows.done(); rows.advance()) {
+        const int64_t start = rows.start();
         blend_run_pair(data + i * layout.batch_stride + start, data + (layout.batch - 1 - i) * layout.batch_stride + start,
                        all.run, weight, 1 - weight);
       }

@@ -92,6 +92,32 @@ FASTUFT_HOST_DEVICE Region<Index> region_of(const Layout& layout, const Box& box
   return region;
 }
 
+// The starts of a region's rows one after the other, without the divisions of row_start.
+class RowWalk {
+ public:
+  explicit RowWalk(const Region<int64_t>& region) : region_(region), left_(region.rows()), start_(region.start) {}
+
+  bool done() const { return left_ == 0; }
+  int64_t start() const { return start_; }
+
+  void advance() {
+    --left_;
+    start_ += region_.strides[0];
+    if (++inner_ == region_.counts[0]) {
+      inner_ = 0;
+      start_ += region_.strides[1] - region_.counts[0] * region_.strides[0];
+      if (++middle_ == region_.counts[1]) {
+        middle_ = 0;
+        start_ += region_.strides[2] - region_.counts[1] * region_.strides[1];
+      }
+    }
+  }
+
+ private:
+  const Region<int64_t>& region_;
+  int64_t left_, start_, inner_ = 0, middle_ = 0;
+};
+
 FASTUFT_HOST_DEVICE inline Box whole(const Layout& layout) { return Box{0, 0, layout.height, layout.width}; }
 
 }  // namespace fastuft
