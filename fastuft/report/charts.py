@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import matplotlib
@@ -56,9 +56,12 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def curves(arms: dict[str, list[RunFiles]]) -> str | None:
-    """Loss, alignment, distribution and learning rate of each arm's first run against steps; None without metrics."""
-    shown = {name: runs[0] for name, runs in arms.items() if len(runs[0].series("loss")[0])}
+def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | None:
+    """Loss, alignment, distribution and learning rate of the first run of the named arms against steps.
+
+    Colours are those of the arms' places in ``arms``. None without metrics.
+    """
+    shown = {name: runs[0] for name, runs in arms.items() if name in names and len(runs[0].series("loss")[0])}
     if not shown:
         return None
     with matplotlib.rc_context(STYLE):

@@ -15,7 +15,18 @@ import numpy as np
 from fastuft.report.charts import curves, maps, watched
 from fastuft.report.files import RunFiles
 from fastuft.report.render import render
-from fastuft.report.tables import NONE, Runs, Table, arms, as_runs, figure, figures_table, lookup
+from fastuft.report.tables import (
+    NONE,
+    Runs,
+    Table,
+    accuracy_table,
+    arms,
+    as_runs,
+    best_cells,
+    change_table,
+    figure,
+    lookup,
+)
 
 GALLERY_ROWS = 12
 
@@ -161,9 +172,30 @@ def _remarks(groups: dict[str, list[RunFiles]]) -> list[str]:
         )
     if any(lookup(run.evaluation, "fewshot") for runs in groups.values() for run in runs):
         remarks.append("K-shot figures are mean class accuracies after finetuning on K labelled images a class.")
-    if len(groups) > 1:
+    if sum(1 for runs in groups.values() if any(run.evaluation for run in runs)) > 1:
         remarks.append("Bold marks the highest mean of a column as printed; it is no test of significance.")
     return remarks
+
+
+def _statements(groups: dict[str, list[RunFiles]]) -> list[str]:
+    """What the evaluations say they cannot know, each with its runs where others could."""
+    said: dict[str, list[str]] = {}
+    for name, runs in groups.items():
+        for statement in dict.fromkeys(s for run in runs for s in lookup(run.evaluation, "statements") or ()):
+            said.setdefault(statement, []).append(name)
+    evaluated = [name for name, runs in groups.items() if any(lookup(run.evaluation, "label_free") for run in runs)]
+    return [
+        statement if set(names) >= set(evaluated) else f"{', '.join(names)}: {statement}"
+        for statement, names in said.items()
+    ]
+
+
+def _curves(groups: dict[str, list[RunFiles]]) -> list[tuple[str, str]]:
+    """(caption, picture) of pretraining and of finetuning: steps and losses of the two do not compare."""
+    finetuned = {name for name, runs in groups.items() if lookup(runs[0].summary, "init")}
+    parts = (("From random weights", set(groups) - finetuned), ("From a checkpoint", finetuned))
+    drawn = [(caption, picture) for caption, names in parts if (picture := curves(groups, names))]
+    return drawn if len(drawn) > 1 else [("", picture) for _, picture in drawn]
 
 
 def write_report(
@@ -182,22 +214,22 @@ def write_report(
     """
     loaded = as_runs(runs)
     groups = arms(loaded)
-    figures, best = figures_table(loaded)
+    accuracies = accuracy_table(loaded)
     classes: list[str] = next((c for run in loaded if (c := lookup(run.evaluation, "classes"))), [])
     styles: dict[str, str] = {}
     galleries = {name: rows for name, group in groups.items() if (rows := _gallery(group[0], styles))}
-    statements = dict.fromkeys(s for run in loaded for s in lookup(run.evaluation, "statements") or ())
     page = render(
         "report.html",
         title=title,
         date=datetime.date.today().isoformat(),
         version=next((v for run in loaded if (v := lookup(run.summary, "versions", "fastuft"))), None),
         notes=list(notes),
-        figures=figures if len(figures.headers) > 1 else None,
-        best=best,
+        accuracies=accuracies,
+        best=best_cells(loaded, accuracies) if accuracies else set(),
+        changes=change_table(loaded),
         remarks=_remarks(groups),
-        statements=list(statements),
-        curves=curves(groups),
+        statements=_statements(groups),
+        curves=_curves(groups),
         watched=watched(groups),
         maps=maps(groups, classes),
         galleries=galleries,

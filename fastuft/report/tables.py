@@ -117,61 +117,104 @@ def figure(runs: Sequence[RunFiles], *keys: str) -> Figure | None:
     return Figure.of([value["mean"] if isinstance(value, dict) else value for value in found])
 
 
-Column = tuple[str, Callable[[Sequence[RunFiles]], Figure | None], int, bool | None]
+@dataclass(frozen=True)
+class Column:
+    """One figure of every arm.
+
+    Args:
+        header: of the column.
+        get: the figure of an arm, None where it has none.
+        digits: after the point.
+        kind: accuracy, of which higher is better; reference, an accuracy of another network to read it by; or change, told
+            without labels.
+    """
+
+    header: str
+    get: Callable[[Sequence[RunFiles]], Figure | None]
+    digits: int
+    kind: Literal["accuracy", "reference", "change"]
 
 
 def _columns(runs: Sequence[RunFiles]) -> list[Column]:
-    """(header, figure of an arm, digits, whether higher is better) of everything that any run has."""
+    """Everything that any run has."""
 
-    def evaluated(header: str, *keys: str, percent: bool = True, digits: int = 1, up: bool | None = True) -> Column:
+    def share(header: str, *keys: str, kind: Literal["accuracy", "reference", "change"] = "accuracy") -> Column:
         def get(group: Sequence[RunFiles]) -> Figure | None:
             value = figure(group, *keys)
-            return value.scaled(100) if value and percent else value
+            return value.scaled(100) if value else None
 
-        return header, get, digits, up
+        return Column(header, get, 1, kind)
+
+    def plain(header: str, *keys: str) -> Column:
+        return Column(header, lambda group: figure(group, *keys), 3, "change")
 
     shots = sorted({int(k) for run in runs for k in lookup(run.evaluation, "fewshot") or ()})
     semi = sorted({int(k) for run in runs for k in lookup(run.evaluation, "fixmatch") or ()})
     columns = [
-        evaluated("retrieval %", "retrieval"),
-        evaluated("clustering %", "clustering"),
+        share("retrieval %", "retrieval"),
+        share("clustering %", "clustering"),
         # Where test classes are equally large, mean class accuracy is top-1 accuracy; eval.json holds both.
-        *(evaluated(f"{k}-shot %", "fewshot", str(k), "mean_class") for k in shots),
-        *(evaluated(f"FixMatch {k} %", "fixmatch", str(k), "mean_class") for k in semi),
-        evaluated("source clustering %", "forgetting", "after"),
-        evaluated("source before %", "forgetting", "before", up=None),
-        evaluated("alignment", "label_free", "alignment", percent=False, digits=3, up=None),
-        evaluated("uniformity", "label_free", "uniformity", percent=False, digits=3, up=None),
-        evaluated("neighbours kept %", "label_free", "neighbour_overlap", up=None),
-        evaluated("target CKA", "label_free", "target_drift", "linear_cka", percent=False, digits=3, up=None),
-        evaluated("source CKA", "source_drift", "linear_cka", percent=False, digits=3, up=None),
-        evaluated("source cosine", "source_drift", "mean_cosine", percent=False, digits=3, up=None),
+        *(share(f"{k}-shot %", "fewshot", str(k), "mean_class") for k in shots),
+        *(share(f"FixMatch {k} %", "fixmatch", str(k), "mean_class") for k in semi),
+        share("source clustering %", "forgetting", "after"),
+        share("source before %", "forgetting", "before", kind="reference"),
+        plain("alignment", "label_free", "alignment"),
+        plain("uniformity", "label_free", "uniformity"),
+        share("neighbours kept %", "label_free", "neighbour_overlap", kind="change"),
+        plain("target CKA", "label_free", "target_drift", "linear_cka"),
+        plain("source CKA", "source_drift", "linear_cka"),
+        plain("source cosine", "source_drift", "mean_cosine"),
     ]
     grouped = arms(runs).values()
-    return [column for column in columns if any(column[1](group) for group in grouped)]
+    return [column for column in columns if any(column.get(group) for group in grouped)]
 
 
-def figures_table(runs: Sequence[RunFiles]) -> tuple[Table, set[tuple[int, int]]]:
-    """The arms side by side, and the (row, column) cells of the best mean in columns where higher is better."""
-    columns, groups = _columns(runs), arms(runs)
-    cells = [[get(group) for _, get, _, _ in columns] for group in groups.values()]
+def _side_by_side(groups: dict[str, list[RunFiles]], columns: Sequence[Column]) -> Table | None:
+    """A row an arm that has any of these figures; None without any."""
+    rows = []
+    for name, group in groups.items():
+        found = [column.get(group) for column in columns]
+        if any(found):
+            rows.append([name, *(f.text(c.digits) if f else NONE for f, c in zip(found, columns, strict=True))])
+    return Table(["run", *(column.header for column in columns)], rows) if rows else None
+
+
+def accuracy_table(runs: Sequence[RunFiles]) -> Table | None:
+    """How good each arm is, as far as labels tell."""
+    return _side_by_side(arms(runs), [column for column in _columns(runs) if column.kind != "change"])
+
+
+def change_table(runs: Sequence[RunFiles]) -> Table | None:
+    """How each arm's features lie and how they changed, which needs no labels."""
+    return _side_by_side(arms(runs), [column for column in _columns(runs) if column.kind == "change"])
+
+
+def best_cells(runs: Sequence[RunFiles], shown: Table) -> set[tuple[int, int]]:
+    """(row, column) of the highest mean of each column of accuracies, as printed."""
     best = set()
-    for j, (_, _, digits, up) in enumerate(columns):
-        means = [round(row[j].mean, digits) if row[j] else -float("inf") for row in cells]  # type: ignore[union-attr]
-        if up and len(groups) > 1:
-            best |= {(i, j + 1) for i, mean in enumerate(means) if mean == max(means)}
-    rows = [
-        [name, *(c.text(columns[j][2]) if c else NONE for j, c in enumerate(row))]
-        for name, row in zip(groups, cells, strict=True)
-    ]
-    return Table(["run", *(column[0] for column in columns)], rows), best
+    for column in _columns(runs):
+        if column.kind != "accuracy" or column.header not in shown.headers:
+            continue
+        j = shown.headers.index(column.header)
+        means = {i: float(row[j].split()[0]) for i, row in enumerate(shown.rows) if row[j] != NONE}
+        if len(means) > 1:
+            best |= {(i, j) for i, mean in means.items() if mean == max(means.values())}
+    return best
 
 
 def table(runs: Runs, format: Format = "text") -> str:
     """The arms side by side: one row a name, mean and spread over runs of that name or over a run's trials.
 
+    Text and Markdown show accuracies first and what changed without labels below; CSV has one table of all.
+
     Args:
         runs: (name, folder) pairs or loaded runs.
         format: text, markdown or csv.
     """
-    return figures_table(as_runs(runs))[0].show(format)
+    loaded = as_runs(runs)
+    everything = _side_by_side(arms(loaded), _columns(loaded))
+    if everything is None:
+        return "none of the runs has figures yet: evaluate them with `fastuft eval`\n"
+    if format == "csv":
+        return everything.csv()
+    return "\n".join(shown.show(format) for shown in (accuracy_table(loaded), change_table(loaded)) if shown)

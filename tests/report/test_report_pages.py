@@ -134,6 +134,50 @@ def test_report_shows_arms_side_by_side(tmp_path):
     assert "bad files" in words
 
 
+def test_statements_name_their_runs_where_others_could_say_more(tmp_path):
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    write_report(tmp_path / "both.html", [("naive", first), ("ours", second)])
+    assert "naive: No source" not in (tmp_path / "both.html").read_text()
+    (second / "eval.json").write_text(json.dumps(evaluation() | {"statements": []}))
+    write_report(tmp_path / "one.html", [("naive", first), ("ours", second)])
+    assert "naive: No source images were given." in (tmp_path / "one.html").read_text()
+
+
+def test_pretraining_and_finetuning_have_curves_of_their_own(tmp_path):
+    runs = [("pretrained", write_run(tmp_path / "a", steps=1000)), ("naive", write_run(tmp_path / "b"))]
+    write_report(tmp_path / "same.html", runs)
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text()) | {"init": {"path": "a"}}
+    (tmp_path / "b" / "summary.json").write_text(json.dumps(summary))
+    write_report(tmp_path / "apart.html", runs)
+    for page, pictures in (("same.html", 1), ("apart.html", 2)):
+        text, parsed = read(tmp_path / page)
+        assert text.count('alt="Loss, alignment') == pictures
+        assert ("From a checkpoint" in " ".join(parsed.words)) == (pictures == 2)
+
+
+def test_accuracies_and_label_free_figures_are_two_tables(tmp_path):
+    forgetting = {
+        "before": {"mean": 0.9, "std": None, "trials": [0.9]},
+        "after": {"mean": 0.3, "std": None, "trials": [0.3]},
+    }
+    runs = [(name, write_run(tmp_path / name)) for name in ("a", "b")]
+    for name, folder in runs:
+        found = evaluation(retrieval=0.9 if name == "a" else 0.8) | {"forgetting": forgetting}
+        (folder / "eval.json").write_text(json.dumps(found))
+    first, second = table(runs).split("\n\n")
+    assert "retrieval %" in first and "source before %" in first and "alignment" not in first
+    assert "alignment" in second and "neighbours kept %" in second
+    assert len(table(runs, "csv").splitlines()) == 3
+    write_report(tmp_path / "report.html", runs)
+    text = (tmp_path / "report.html").read_text()
+    assert text.count('class="best">90.0</td>') == 1  # of retrieval; what the source had before is no competition
+
+
+def test_runs_without_figures_say_so(tmp_path):
+    runs = [("arm", write_run(tmp_path / "a", parts=("train",)))]
+    assert "fastuft eval" in table(runs) and len(table(runs).splitlines()) == 1
+
+
 def test_report_is_self_contained(tmp_path):
     write_report(tmp_path / "report.html", [("arm", write_run(tmp_path / "a"))])
     text, page = read(tmp_path / "report.html")
@@ -181,7 +225,7 @@ def test_training_and_evaluation_folders_may_differ(tmp_path):
 def test_seeds_of_one_arm_are_averaged(tmp_path):
     runs = [("arm", write_run(tmp_path / str(i), retrieval=value)) for i, value in enumerate((0.90, 0.92, 0.97))]
     text = table(runs)
-    assert "93.0 ± 3.6" in text and len(text.splitlines()) == 3
+    assert "93.0 ± 3.6" in text and len(text.splitlines()) == 7  # two tables of one row, a line between
     rows = list(csv.reader(io.StringIO(table(runs, "csv"))))
     assert rows[0][:2] == ["run", "retrieval %"] and rows[1][:2] == ["arm", "93.0 ± 3.6"]
     assert table(runs, "markdown").splitlines()[1].startswith("| --- | ---: |")
