@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,7 +23,7 @@ from fastuft.data import SMALL_IMAGES, labelled_folder
 from fastuft.demo.images import DemoFolders, write_demo_images
 from fastuft.evaluate import clustering_accuracy, evaluate_backbone, retrieval_accuracy, write_evaluation
 from fastuft.model import load_backbone
-from fastuft.report import table, write_report
+from fastuft.report import accuracy_table, load_run, table, write_report
 from fastuft.trainer import train
 
 MODEL = ModelConfig(arch="resnet_tiny", stem="small", head_dim=64, bn="plain")
@@ -38,10 +39,10 @@ PRETRAINED, RAW_PIXELS = "pretrained", "raw pixels"
 # (source replayed, mixing, steps matched to the replay arm's)
 ARMS = {
     "naive": (False, False, False),
-    "+ SDR": (True, False, False),
-    "+ SDR + Mix": (True, True, False),
     "naive, same steps as + SDR": (False, False, True),
+    "+ SDR": (True, False, False),
     "+ Mix without SDR": (False, True, False),
+    "+ SDR + Mix": (True, True, False),
 }
 
 
@@ -89,7 +90,9 @@ def arm_config(arm: str, folders: DemoFolders, init: Path, out: Path, seed: int,
     )
 
 
-def evaluate_run(run: Path, before: Path, folders: DemoFolders, seed: int, shots: Sequence[int], trials: int) -> None:
+def evaluate_run(
+    run: Path, before: Path, folders: DemoFolders, cache: Path, seed: int, shots: Sequence[int], trials: int
+) -> None:
     """Evaluate a run's backbone against the pretrained one; figures go into the run folder, once."""
     if (run / "eval.json").exists():
         return
@@ -108,12 +111,21 @@ def evaluate_run(run: Path, before: Path, folders: DemoFolders, seed: int, shots
         fewshot_crop_scale=(1.0, 1.0),
         fewshot_flip_p=0.0,
         kmeans_restarts=3,
+        cache=str(cache),  # the pretrained backbone's features serve every arm
         seed=seed,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = evaluate_backbone(load_backbone(run), config, load_backbone(before) if run != before else None)
     write_evaluation(run, result)
+
+
+def evaluate_pixels(out: Path, folders: DemoFolders, seed: int) -> None:
+    """Figures of the raw pixels in a folder of their own, once."""
+    if (out / "eval.json").exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "eval.json").write_text(json.dumps(raw_pixels(folders, seed)))
 
 
 def raw_pixels(folders: DemoFolders, seed: int) -> dict[str, float]:
@@ -142,9 +154,11 @@ def run_demo(
     trials: int = 1,
     num_glyphs: int = 8000,
 ) -> Path:
-    """Write the images, train and evaluate every arm for every seed, print the table, write the report.
+    """Write the images, train and evaluate every arm for every seed, print the table, write it and the report.
 
-    A run that is finished in ``out`` is kept; one that was broken off goes on.
+    A run that is finished in ``out`` is kept and one that was broken off goes on, so further seeds may follow later. All
+    seeds share the images; each has its own pretraining, from which all of its arms start. ``table.md`` holds the
+    accuracies as Markdown.
 
     Args:
         out: folder for everything.
@@ -158,9 +172,20 @@ def run_demo(
 
     Returns:
         Path of the report.
+
+    Raises:
+        ValueError: ``out`` holds a demo with other settings.
     """
     started = time.perf_counter()
     root = Path(out)
+    _same_settings(
+        root,
+        pretrain_epochs=pretrain_epochs,
+        finetune_epochs=finetune_epochs,
+        shots=list(shots),
+        trials=trials,
+        num_glyphs=num_glyphs,
+    )
     folders = write_demo_images(root / "images", num_glyphs=num_glyphs)
     runs: list[tuple[str, Path]] = []
     for seed in range(first_seed, first_seed + seeds):
@@ -168,26 +193,46 @@ def run_demo(
         pretrained = place / PRETRAINED
         print(f"[seed {seed}] pretraining on {num_glyphs} glyphs", flush=True)
         _train(pretrain_config(folders, pretrained, seed, pretrain_epochs))
-        evaluate_run(pretrained, pretrained, folders, seed, shots, trials)
-        runs.append((PRETRAINED, pretrained))
+        evaluate_pixels(place / "raw_pixels", folders, seed)
+        evaluate_run(pretrained, pretrained, folders, root / "features", seed, shots, trials)
+        runs += [(RAW_PIXELS, place / "raw_pixels"), (PRETRAINED, pretrained)]
         for arm in ARMS:
             run = place / _folder_name(arm)
             print(f"[seed {seed}] {arm}", flush=True)
             _train(arm_config(arm, folders, pretrained, run, seed, finetune_epochs))
-            evaluate_run(run, pretrained, folders, seed, shots, trials)
+            evaluate_run(run, pretrained, folders, root / "features", seed, shots, trials)
             runs.append((arm, run))
-        pixels = place / "raw_pixels"
-        pixels.mkdir(parents=True, exist_ok=True)
-        (pixels / "eval.json").write_text(json.dumps(raw_pixels(folders, seed)))
-        runs.append((RAW_PIXELS, pixels))
     print()
     print(table(runs))
+    accuracies = accuracy_table([load_run(*run) for run in runs])
+    assert accuracies is not None  # the raw pixels have figures
+    (root / "table.md").write_text(accuracies.markdown(), encoding="utf-8")
     report = root / "report.html"
-    write_report(report, runs, title="fastuft demo: from glyphs to handwritten digits")
+    notes = [
+        f"Source: {num_glyphs} rendered glyphs, with which a small network is pretrained. Target: scikit-learn's handwritten "
+        "digits, 500 of them unlabelled for training and as gallery, 1,297 for test. SDR replays 10 % of the glyphs, Mix "
+        "trains on CutMix queries. Labels serve evaluation alone.",
+        f"Seeds {', '.join(map(str, range(first_seed, first_seed + seeds)))}; every figure is as it came.",
+    ]
+    write_report(report, runs, title="fastuft demo: from glyphs to handwritten digits", notes=notes)
     print(f"report:     {report}")
+    print(f"table:      {root / 'table.md'}")
     print(f"checkpoint: {root / f'seed{first_seed}' / _folder_name('+ SDR + Mix') / 'backbone.safetensors'}")
     print(f"time:       {time.perf_counter() - started:.0f} s")
     return report
+
+
+def _same_settings(root: Path, **settings: Any) -> None:
+    """Keep what the figures of a folder depend on, and refuse to mix them with those of other settings."""
+    kept = root / "demo.json"
+    before = json.loads(kept.read_text()) if kept.exists() else settings
+    changed = [f"{name} {before.get(name)!r}" for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"out={str(root)!r} holds a demo with {', '.join(changed)}; go on with the same settings, or choose another out"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(settings))
 
 
 def _train(config: TrainConfig) -> None:

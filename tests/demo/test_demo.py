@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastuft.demo import arms
 from fastuft.demo.arms import ARMS, PRETRAINED, RAW_PIXELS, arm_config
 from fastuft.demo.images import CHARACTERS, FONT_STEMS, write_demo_images
 
@@ -52,6 +53,20 @@ def test_matched_arm_takes_the_steps_of_replaying(folders, tmp_path):
     assert matched.optim.epochs == round(40 * 4 / 3)
 
 
+def test_figures_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
+    reached = RuntimeError("the work began")
+
+    def begin(*_, **__):
+        raise reached
+
+    monkeypatch.setattr(arms, "write_demo_images", begin)
+    for _ in range(2):  # the same settings go on
+        with pytest.raises(RuntimeError, match="the work began"):
+            arms.run_demo(str(tmp_path), trials=2)
+    with pytest.raises(ValueError, match=r"holds a demo with shots \[1, 2, 4, 8\], trials 2; .* choose another out"):
+        arms.run_demo(str(tmp_path), trials=3, shots=[1])
+
+
 @pytest.mark.e2e
 def test_the_whole_demo_runs_and_is_found_done(tmp_path, capsys):
     from fastuft.cli import main
@@ -62,6 +77,10 @@ def test_the_whole_demo_runs_and_is_found_done(tmp_path, capsys):
     printed = capsys.readouterr().out
     for row in (PRETRAINED, *ARMS, RAW_PIXELS):
         assert row in printed
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == ["run", "---", RAW_PIXELS, PRETRAINED, *ARMS]
+    assert lines[0].startswith("| run | retrieval % | clustering % | 1-shot % | source clustering % |")
+    assert list((tmp_path / "features").iterdir())
     assert "<script" not in (tmp_path / "report.html").read_text()
     for arm in (PRETRAINED, "naive", "plus_SDR_plus_Mix"):
         run = tmp_path / "seed0" / arm
