@@ -130,8 +130,12 @@ def test_evaluation_with_and_without_labels(job):
         "--out",
         job.root / "unlabelled",
     )
-    assert "label" in output.lower()
-    assert "retrieval" not in json.loads((job.root / "unlabelled" / "eval.json").read_text())
+    assert "no accuracy is known" in output and "forgetting of the source is not known" in output
+    assert "neighbours kept %" in output and "uniformity" in output and "target CKA" in output
+    figures = json.loads((job.root / "unlabelled" / "eval.json").read_text())
+    assert "retrieval" not in figures and {"before", "target_drift", "neighbour_overlap"} <= set(figures["label_free"])
+    page = (job.root / "unlabelled" / "report.html").read_text()
+    assert "no accuracy is known" in page and ">before<" in page and ">after<" in page  # neighbours side by side
 
 
 def test_export_and_evaluation_of_the_exported_file(job):
