@@ -76,7 +76,7 @@ def test_nothing_waits_and_memory_stays_small():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     extra = torch.cuda.max_memory_allocated() - before
-    assert extra <= 9.5e6, f"{extra / 1e6:.1f} MB beyond the inputs"
+    assert extra <= 9e6, f"{extra / 1e6:.1f} MB beyond the inputs"
 
 
 def test_half_gradients_under_a_loss_scale():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 
@@ -118,8 +119,11 @@ def test_queries_in_the_queue_and_unnormalised_rows():
     check(q, k_a, k_b, lam, queue, normalize=False)
 
 
-def test_growing_maxima_are_rescaled():
-    """Later keys dominate by far more than the lazy bound, tile after tile."""
+@pytest.mark.parametrize("branch", [True, False], ids=["branch", "row by row"])
+def test_growing_maxima_are_rescaled(branch, monkeypatch):
+    """Later keys dominate by far more than the lazy bound, tile after tile; both ways to rescale, whatever the chip."""
+    launch = sweep().launch
+    monkeypatch.setattr(sweep(), "launch", lambda *chip: dataclasses.replace(launch(*chip), branch=branch))
     q, k_a, k_b, lam, queue = make(8, 256, 32, torch.float32)
     check(q, k_a, k_b, lam, queue * torch.linspace(0.1, 60, 256)[:, None])
 
