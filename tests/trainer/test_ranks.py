@@ -101,14 +101,10 @@ def two_steps(rank, world_size, port, configs, path):
     stop_ranks(ranks)
 
 
-METHODS = {"both": {}, "clean": {"mix": "none"}, "mixed": {"mix_only": True}}
-
-
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
-def test_gradients_are_reduced_once_a_step_and_are_those_of_one_process(tiny, tmp_path, compiled):
+def test_gradients_are_reduced_once_a_step_and_are_those_of_one_process(tiny, tmp_path):
     model = {"bn": "split", "bn_group": 8, "head_dim": 8192}  # wide enough for several buckets
-    methods = {"both": METHODS["both"]} if compiled else METHODS
-    configs = {n: tiny(model=model, method=m, runtime={"compile": compiled}) for n, m in methods.items()}
+    methods = {"both": {}, "clean": {"mix": "none"}, "mixed": {"mix_only": True}}
+    configs = {name: tiny(model=model, method=method) for name, method in methods.items()}
     two_steps(0, 1, 0, configs, tmp_path)
     mp.spawn(two_steps, (2, free_port(), configs, tmp_path), nprocs=2)
     for name in configs:
