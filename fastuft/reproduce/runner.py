@@ -17,8 +17,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,7 +85,11 @@ class Grid:
         return backbone.method not in grid.PRETRAINED or _given(self.config, backbone) is None
 
     def _done(self, backbone: Backbone) -> bool:
-        return (self._folder(backbone) / BACKBONE_FILE).exists()
+        """Whether a training is finished; one that was stopped has a backbone too, that of its last step."""
+        folder = self._folder(backbone)
+        # Supervised training writes its backbone once, at the end; the others write a summary.
+        finished = backbone.method == "sup_S" or _read_json(folder / "summary.json").get("finished", False)
+        return finished and (folder / BACKBONE_FILE).exists()
 
     def plan(self) -> Table:
         """Every training and evaluation with its images and steps; the trainings' hours from the given rate only."""
@@ -292,11 +298,12 @@ class Grid:
         before = summary.stat().st_mtime_ns if summary.exists() else 0
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={self.config.processes}", "-m", "fastuft.cli", "pretrain", "--config", str(file)]
-        failed = subprocess.run(command, check=False).returncode != 0
+        failed = _run_stoppable(command) != 0
         fresh = summary.exists() and summary.stat().st_mtime_ns != before  # an older one tells of an earlier stop
-        if fresh and (interrupted := _read_json(summary).get("interrupted")):
-            return interrupted
-        if failed or not (folder / BACKBONE_FILE).exists():
+        result = _read_json(summary) if fresh else {}
+        if result.get("interrupted"):
+            return result["interrupted"]
+        if failed or not result.get("finished"):
             raise ValueError(f"training ended early in {self.config.processes} processes; the same command goes on")
         return None
 
@@ -364,6 +371,30 @@ class Grid:
                 runs.append(load_run(title, [place, self._folder(backbone)]))
         if runs:
             write_report(self.out / "figure1.html", runs, title="Figure 1: t-SNE of the target's features", notes=notes)
+
+
+def _run_stoppable(command: list[str]) -> int:
+    """Run a command; what asks this process to stop meanwhile (SIGTERM, SIGUSR1) is passed on to it as SIGTERM."""
+    process: subprocess.Popen[bytes] | None = None
+    asked = False
+
+    def pass_on(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        if process is not None:
+            process.terminate()
+
+    main_thread = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    names = [name for name in ("SIGTERM", "SIGUSR1") if main_thread and hasattr(signal, name)]
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), pass_on) for name in names}
+    try:
+        process = subprocess.Popen(command)
+        if asked:  # between the handlers and the start
+            process.terminate()
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _given(config: ReproduceConfig, backbone: Backbone) -> str | None:

@@ -25,7 +25,7 @@ MICRO = dataclasses.replace(
 )
 
 
-def run_and_count(out: str) -> None:
+def run_and_count(out: str, stage: str = "all", processes: str = "1", epochs: str = "1") -> None:
     """Run Table 1 on Pet and print every training that this process did, after the word ``trained``."""
     train = runner.train
 
@@ -34,9 +34,19 @@ def run_and_count(out: str) -> None:
         return train(config)
 
     runner.train = counted
-    config = ReproduceConfig(out=out, tables=["1"], datasets=["pet"], trials=1, scale="tiny", figure=[])
-    sys.exit(runner.reproduce(config, MICRO))
+    config = ReproduceConfig(
+        out=out,
+        tables=["1"],
+        datasets=["pet"],
+        trials=1,
+        scale="tiny",
+        figure=[],
+        stage=stage,
+        processes=int(processes),
+    )
+    scale = dataclasses.replace(MICRO, pretraining=dataclasses.replace(SHORT, epochs=int(epochs)))
+    sys.exit(runner.reproduce(config, scale))
 
 
 if __name__ == "__main__":
-    run_and_count(sys.argv[1])
+    run_and_count(*sys.argv[1:])

@@ -199,6 +199,34 @@ def test_a_lock_is_freed_with_its_process(tmp_path):
         assert alone
 
 
+def test_processes_of_one_training_stop_together_with_the_command(tmp_path):
+    command = [sys.executable, micro_grid.__file__, str(tmp_path), "pretrain", "2"]
+    run = tmp_path / "runs" / "unsupervised-resnet50-unsup_S-seed0"
+    process = subprocess.Popen([*command, "5000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (run / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == EXIT_PREEMPTED, (out, err)
+    assert "stopped by SIGTERM; the same command goes on" in err
+    assert list((run / "checkpoints").iterdir())
+    # The backbone of the last step is there, but the training is not done.
+    assert (run / "backbone.safetensors").exists()
+    config = ReproduceConfig(out=str(tmp_path), tables=["1"], datasets=["pet"], scale="tiny", figure=[])
+    plan = Grid(config, MICRO).plan().text().splitlines()
+    assert next(line for line in plan if line.startswith(f"train {run.name}")).endswith("to do")
+
+
+def test_one_training_in_two_processes(tmp_path):
+    command = [sys.executable, micro_grid.__file__, str(tmp_path), "pretrain", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done
+    run = tmp_path / "runs" / "unsupervised-resnet50-unsup_S-seed0"
+    assert (run / "backbone.safetensors").exists()
+    assert "trained" not in done.stdout  # by torchrun's processes, not by this one
+
+
 def test_a_training_that_is_asked_to_stop_ends_the_command(micro, tmp_path, capsys, monkeypatch):
     stopped = dataclasses.make_dataclass("Stopped", ["interrupted"])("SIGTERM")
     monkeypatch.setattr(runner, "train", lambda config: stopped)
