@@ -1,0 +1,50 @@
+"""Unlabelled images help: FixMatch against few-shot finetuning on the demo's digits, from the same initialisation."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from fastuft.config import EvalConfig
+from fastuft.data import SMALL_IMAGES
+from fastuft.demo.arms import FEWSHOT_LR, pretrain_config
+from fastuft.demo.images import write_demo_images
+from fastuft.evaluate import evaluate_backbone
+from fastuft.model import load_backbone
+from fastuft.trainer import train
+
+
+@pytest.mark.slow
+def test_fixmatch_beats_few_shot_finetuning_on_the_digits(tmp_path, record_property):
+    folders = write_demo_images(tmp_path / "images", num_glyphs=4000)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="method.queue_size")
+        train(pretrain_config(folders, tmp_path / "run", seed=0, epochs=10))
+    config = EvalConfig(
+        checkpoint=str(tmp_path / "run"),
+        train=folders.train,
+        test=folders.test,
+        size=SMALL_IMAGES.size,
+        resize=SMALL_IMAGES.size,
+        shots=[2, 4, 8],
+        semi_shots=[2, 4, 8],
+        semi_epochs=60,
+        semi_batch=16,
+        trials=3,
+        fewshot_lr=FEWSHOT_LR,
+        fewshot_backbone_lr=1e-2,
+        fewshot_crop_scale=(1.0, 1.0),
+        fewshot_flip_p=0.0,
+        kmeans_restarts=1,
+        gallery=0,
+        tsne_points=0,
+    )
+    metrics = evaluate_backbone(load_backbone(tmp_path / "run"), config).metrics
+    for shots in ("2", "4", "8"):
+        plain, semi = (metrics[kind][shots]["top1"] for kind in ("fewshot", "fixmatch"))
+        record_property(f"K={shots}", f"few-shot {plain['trials']}, FixMatch {semi['trials']}")
+        print(f"K = {shots}: few-shot {plain['mean']:.3f}, FixMatch {semi['mean']:.3f} over three draws")
+        assert semi["mean"] > plain["mean"]
+        assert np.mean(metrics["fixmatch"][shots]["confident"]["trials"]) > 0.5  # the unlabelled images took part
