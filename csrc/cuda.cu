@@ -20,6 +20,10 @@ constexpr int kVectorBytes = 16;
 constexpr int kVectorsPerThread = 4;
 constexpr int64_t kMaxBlocks = 4096;  // of one sample; loops go on from there
 constexpr int64_t kMaxGridY = 65535;
+// Blocks that a multiprocessor must have room for, 0 for as the compiler sees fit: left to itself, it trades a few spilled
+// registers for room in these two.
+constexpr int swap_blocks(int vector) { return vector == 8 ? 5 : 0; }
+constexpr int cutmix_blocks(int vector) { return vector == 16 ? 4 : 0; }
 // Samples below this many elements are indexed in 32 bits: sums of offset and step stay below 2^31 then.
 constexpr int64_t kMax32BitExtent = int64_t{1} << 29;
 
@@ -218,7 +222,7 @@ __device__ void for_each_piece(const Region<Index>& region, Function function) {
 }
 
 template <class T, int N, class Index>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, swap_blocks(N))
     cutmix_swap_kernel(T* __restrict__ data, const int32_t* __restrict__ boxes, const Layout layout) {
   const Index extent = static_cast<Index>(layout.extent());
   for (int64_t pair = blockIdx.y; pair < layout.batch / 2; pair += gridDim.y) {
@@ -234,7 +238,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int N, class Index>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, cutmix_blocks(N))
     cutmix_kernel(const T* __restrict__ data, T* __restrict__ out, const int32_t* __restrict__ boxes,
                   const int64_t* __restrict__ partner, const Layout layout, const Crossing<Index> crossing,
                   const T poison) {
