@@ -1,7 +1,8 @@
 """The mixing operators: the compiled extension where it is built, the plain PyTorch reference elsewhere.
 
-``_C`` holds the schemas and the CPU kernels, ``_C_cuda`` the CUDA kernels; both lie beside this file. Fake tensors and
-autograd are registered here for either.
+``_C`` holds the schemas and the CPU kernels, ``_C_cuda`` the CUDA kernels; both lie beside this file. ``_C_cuda`` is
+loaded where PyTorch is a CUDA build, without asking the driver: importing must neither wait for a GPU nor start CUDA in
+a process that is going to fork. Fake tensors and autograd are registered here for either.
 """
 
 from __future__ import annotations
@@ -40,7 +41,18 @@ def _load(name: str) -> bool:
 
 
 HAS_CPU_EXTENSION = _load("_C")
-HAS_CUDA_EXTENSION = HAS_CPU_EXTENSION and torch.cuda.is_available() and _load("_C_cuda")
+# A ROCm build says None, and has the key "CUDA" for its own devices: the reference serves them.
+HAS_CUDA_EXTENSION = HAS_CPU_EXTENSION and torch.version.cuda is not None and _load("_C_cuda")
+
+
+def _why_the_reference_runs() -> str:
+    if HAS_CPU_EXTENSION and torch.version.hip is not None:
+        return "fastuft's compiled extension has no kernels for ROCm; mixing runs in plain PyTorch, which is slower."
+    missing = "_C_cuda (CUDA)" if HAS_CPU_EXTENSION else "_C"
+    return (
+        f"fastuft's compiled extension {missing} is not built; mixing runs in plain PyTorch, which is slower. "
+        "Build it with a C++ compiler (and nvcc for CUDA): pip install -e . --no-build-isolation"
+    )
 
 
 def _with_warning(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,13 +62,7 @@ def _with_warning(function: Callable[..., Any]) -> Callable[..., Any]:
         global _warned
         if not _warned:
             _warned = True
-            missing = "_C_cuda (CUDA)" if HAS_CPU_EXTENSION else "_C"
-            warnings.warn(
-                f"fastuft's compiled extension {missing} is not built; mixing runs in plain PyTorch, which is slower. "
-                "Build it with a C++ compiler (and nvcc for CUDA): pip install -e . --no-build-isolation",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(_why_the_reference_runs(), RuntimeWarning, stacklevel=2)
         result = function(*arguments)
         if result is None:
             return None
