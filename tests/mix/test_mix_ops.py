@@ -259,7 +259,7 @@ def test_bad_input_is_refused_before_anything_is_written(call, message):
     assert torch.equal(images.detach(), before)
 
 
-@pytest.mark.parametrize(("alpha", "size"), [(1.0, (32, 32)), (0.2, (32, 32)), (1.0, (48, 20))])
+@pytest.mark.parametrize(("alpha", "size"), [(1.0, (32, 32)), (0.2, (32, 32)), (1.0, (48, 20)), (0.2, (20, 48))])
 def test_boxes_follow_the_definition(alpha, size):
     """Mean area against the definition, averaged over all centres; lam exactly the share that remains."""
     height, width = size
@@ -333,6 +333,27 @@ def test_the_reference_serves_where_the_extension_is_missing(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr
+
+
+def gpu_case(name, order, seed):
+    """(the mixing function of this name, its arguments on the GPU)."""
+    generator = torch.Generator().manual_seed(seed)
+    images = fill([8, 3, 32, 24], torch.float16, order, seed)
+    rows = 4 if name.endswith("_") else 8
+    boxes, lam = fastuft.sample_boxes(rows, 32, 24, generator=generator)
+    partner = () if name.endswith("_") else (torch.randint(8, (8,), generator=generator),)
+    arguments = (images, boxes if name.startswith("cutmix") else lam, *partner)
+    return getattr(fastuft, name), [tensor.cuda() for tensor in arguments]
+
+
+def expected_of(name, arguments):
+    """What the plain reference makes of fresh arguments."""
+    images, *rest = arguments
+    if not name.endswith("_"):
+        return getattr(reference, name)(images, *rest)
+    mixed = images.clone()
+    getattr(reference, name)(mixed, *rest)
+    return mixed
 
 
 @pytest.mark.gpu
@@ -415,16 +436,37 @@ class TestOnTheGpu:
         blended = fastuft.mixup(images, lam, torch.tensor([1, 0, 3, 2]).cuda())
         assert blended[1].isnan().all() and blended[2].isnan().all() and blended[0].isfinite().all()
 
-    def test_captured_in_a_graph(self):
-        images = torch.rand(8, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
-        boxes, _ = fastuft.sample_boxes(4, 32, 32, generator=torch.Generator().manual_seed(0))
-        boxes = boxes.cuda()
-        expected = images.clone()
-        fastuft.cutmix_(expected, boxes)
-        static = images.clone()
+    @pytest.mark.parametrize("name", ["cutmix", "cutmix_", "mixup", "mixup_"])
+    @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=str)
+    def test_captured_in_a_graph(self, name, order):
+        """Replayed on other images, boxes, weights and partners than it was captured with."""
+        mix, static = gpu_case(name, order, seed=0)
+        warm = torch.cuda.Stream()
+        warm.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm):
+            mix(*static)
+        torch.cuda.current_stream().wait_stream(warm)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            fastuft.cutmix_(static, boxes)
-        static.copy_(images)
-        graph.replay()
-        assert torch.equal(static, expected)
+            mixed = mix(*static)
+        for seed in (1, 2):
+            _, fresh = gpu_case(name, order, seed)
+            for old, new in zip(static, fresh, strict=True):
+                old.copy_(new)
+            graph.replay()
+            assert torch.equal(mixed, expected_of(name, fresh))
+
+    @pytest.mark.parametrize("name", ["cutmix", "cutmix_", "mixup", "mixup_"])
+    def test_runs_on_the_current_stream(self, name):
+        """Inputs that a side stream makes late: work on any other stream would read them too early."""
+        mix, made = gpu_case(name, (0, 2, 3, 1), seed=0)
+        late = [torch.zeros_like(tensor) for tensor in made]
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            for old, new in zip(late, made, strict=True):
+                old.copy_(new)
+            mixed = mix(*late)
+        stream.synchronize()
+        assert torch.equal(mixed, expected_of(name, made))
