@@ -1,18 +1,23 @@
 """CutMix and MixUp of a batch beside a plain copy, PyTorch's expressions, torchvision, timm and Kornia.
 
-Claim: CutMix out of place costs little more than a copy of the batch, in place it writes only the boxes and allocates
-nothing, and layout and dtype make no difference. Ratios are to the plain copy. The libraries draw their own boxes (one
+Claim: on one CPU thread CutMix out of place takes 1.1 to 1.3 times the processor time of a plain copy of the batch in
+float32, and 1.1 to 1.5 times in bytes, whose runs within a box are short; PyTorch's expression takes 3 times and more.
+In place it writes only the boxes, so that its time follows their area, and allocates nothing. Ratios are to the plain
+copy. On a GPU the targets are 1.3 times the bandwidth's bound for what is moved. The libraries draw their own boxes (one
 for the batch, or one an image or pair), so their rows move about the same bytes, not the same ones, and include the
 drawing; what they do on the host cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
 import torch
-from harness import interleaved_ratio, measure, peak_extra_bytes, peer
+from harness import measure, peak_extra_bytes, peer
 from torch import Tensor
 
 import fastuft
@@ -218,9 +223,61 @@ def test_mixup_torchvision(run, make, form):
     run("MixUp", lambda *x: transform(x[0], labels), graph=False)
 
 
+def cpu_seconds(functions: dict[str, Callable[[Mix], object]], sets: Sequence[Mix], rounds: int) -> dict[str, float]:
+    """Median processor time of each function: other programs' turns do not count, and none always follows the same one.
+
+    Each call takes the next set, so that none finds in a cache what the call before it read.
+    """
+    names, calls = list(functions), 0
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        for at in range(len(names)):
+            name = names[(turn + at) % len(names)]
+            calls += 1
+            begin = time.process_time()
+            functions[name](sets[calls % len(sets)])
+            if turn:  # the first is the warm-up
+                times[name].append(time.process_time() - begin)
+    return {name: statistics.median(own) for name, own in times.items()}
+
+
+# Wider than what is claimed: continuous integration runs beside other work, which takes caches and bandwidth.
+MOST_OVER_COPY = 2.0
+MOST_OF_WHOLE = 0.7
+
+
 @pytest.mark.skipif(not ops.HAS_CPU_EXTENSION, reason="the compiled extension is not built")
-def test_in_place_allocates_nothing_and_is_faster():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=["float32", "uint8"])
+def test_cpu_time_follows_what_must_be_moved(layout, dtype):
+    """Out of place near a copy and below the expression; in place a sixteenth of the area takes well below the whole."""
+    half, side = 16, 224
+
+    def batch() -> Mix:
+        images = torch.rand(2 * half, 3, side, side).mul_(255).to(dtype=dtype, memory_format=layout)
+        boxes, lam = fastuft.sample_boxes(2 * half, side, side)
+        return Mix(images, boxes, torch.arange(2 * half).flip(0), lam)
+
+    whole = torch.tensor([[0, 0, side, side]], dtype=torch.int32).repeat(half, 1)
+    low, high = 3 * side // 8, 5 * side // 8
+    sixteenth = torch.tensor([[low, low, high, high]], dtype=torch.int32).repeat(half, 1)
+    functions: dict[str, Callable[[Mix], object]] = {
+        "copy": lambda x: x.images.clone(),
+        "cutmix": lambda x: fastuft.cutmix(x.images, x.boxes, x.partner),
+        "expression": lambda x: reference.cutmix(x.images, x.boxes, x.partner),
+        "whole": lambda x: fastuft.cutmix_(x.images, whole),
+        "sixteenth": lambda x: fastuft.cutmix_(x.images, sixteenth),
+    }
+    seconds = cpu_seconds(functions, [batch() for _ in range(7)], rounds=25)
+    assert seconds["cutmix"] <= MOST_OVER_COPY * seconds["copy"], seconds
+    assert seconds["cutmix"] < seconds["expression"], seconds
+    assert seconds["sixteenth"] <= MOST_OF_WHOLE * seconds["whole"], seconds
+
+
+@pytest.mark.skipif(not ops.HAS_CPU_EXTENSION, reason="the compiled extension is not built")
+@pytest.mark.parametrize("mix", [fastuft.cutmix_, fastuft.mixup_], ids=["cutmix_", "mixup_"])
+def test_in_place_allocates_nothing(mix):
     images = torch.randn(32, 3, 64, 64).to(memory_format=torch.channels_last)
-    boxes, _ = fastuft.sample_boxes(16, 64, 64)
-    assert peak_extra_bytes(fastuft.cutmix_, images, boxes) < images.nbytes / 100
-    assert interleaved_ratio(fastuft.cutmix_, reference.cutmix_, lambda: (images, boxes)) > 1
+    boxes, lam = fastuft.sample_boxes(16, 64, 64)
+    rest = boxes if mix is fastuft.cutmix_ else lam
+    assert peak_extra_bytes(mix, images, rest) < images.nbytes / 100
