@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]
 
@@ -112,6 +114,45 @@ def test_cuda_library_names_what_it_needs(built, tmp_path):
     dynamic = subprocess.run([readelf, "-d", library], capture_output=True, text=True, check=True).stdout
     assert "[libtorch_cpu.so]" in dynamic and "[libtorch_cuda.so]" in dynamic
     assert "libpython" not in dynamic
+
+
+def test_libraries_need_only_the_stable_abi(built, tmp_path):
+    """No C++ symbol of PyTorch, whose names and layouts change between its releases, and nothing of Python's."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm")
+    wheel, _, _ = built
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fastuft/mix/_C")]
+    zipfile.ZipFile(wheel).extractall(tmp_path, names)
+    for name in names:
+        command = [nm, "-D", "--undefined-only", tmp_path / name]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        needed = {line.split()[-1] for line in lines}
+        assert any(symbol.startswith(("aoti_torch_", "torch_")) for symbol in needed), name
+        foreign = {symbol for symbol in needed if re.match(r"_Z\w*(2at|3c10|5torch)\d|_?Py", symbol)}
+        assert not foreign, f"{name}: {sorted(foreign)}"
+
+
+def test_wheel_serves_another_torch(built, tmp_path):
+    """FASTUFT_OTHER_PYTHON names an interpreter whose torch is not the one that built the wheel."""
+    python = os.environ.get("FASTUFT_OTHER_PYTHON")
+    if not python:
+        pytest.skip("set FASTUFT_OTHER_PYTHON to a Python with another torch >= 2.11")
+    wheel, _, _ = built
+    site = tmp_path / "site"
+    assert pip("install", "--no-deps", "--no-index", "--target", str(site), str(wheel)).returncode == 0
+    has_cuda = (site / "fastuft" / "mix" / "_C_cuda.so").is_file()
+    script = USE + (
+        "has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key('fastuft::cutmix_', 'CUDA')\n"
+        "print(torch.__version__, torch.version.cuda is not None, ops.HAS_CUDA_EXTENSION, has_kernel)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([python, "-P", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path, extension), (version, built_for_cuda, loaded, has_kernel) = map(str.split, done.stdout.splitlines())
+    assert path.startswith(str(site)) and extension == "True"
+    assert version != torch.__version__, "that Python has the same torch: nothing is tested"
+    assert loaded == str(has_cuda and built_for_cuda == "True") and has_kernel == "True"
 
 
 def test_sdist_without_a_compiler_installs_with_the_portable_paths(built, tmp_path):
