@@ -20,8 +20,8 @@ constexpr int kVectorBytes = 16;
 constexpr int kVectorsPerThread = 4;
 constexpr int64_t kMaxBlocks = 4096;  // of one sample; loops go on from there
 constexpr int64_t kMaxGridY = 65535;
-// Blocks that a multiprocessor must have room for, 0 for as the compiler sees fit: left to itself, it trades a few spilled
-// registers for room in these two.
+// Blocks that a multiprocessor must have room for, 0 for as the compiler sees fit: left to itself, it spills a few
+// registers to make room in these two.
 constexpr int swap_blocks(int vector) { return vector == 8 ? 5 : 0; }
 constexpr int cutmix_blocks(int vector) { return vector == 16 ? 4 : 0; }
 // Samples below this many elements are indexed in 32 bits: sums of offset and step stay below 2^31 then.
