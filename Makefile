@@ -40,7 +40,7 @@ interpreter: setup
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow" tests/kernels
 
 compile: setup
-	$(PYTEST) -s -m "compile and not slow" tests/kernels
+	$(PYTEST) -s -m "compile and not slow" tests/kernels tests/mix
 
 packaging: setup
 	$(PYTEST) -m "packaging and not slow" tests/packaging
