@@ -124,8 +124,12 @@ def run(
     queue_layout: Callable[[Tensor], Tensor] = lambda queue: queue,
     before_check: Callable[[Tensor], None] = lambda queue: None,
     graph: bool = True,
+    warm: bool = False,
 ) -> None:
-    """Check one row against float64, then time it. ``queue_layout`` is how the row wants to be given the queue."""
+    """Check one row against float64, then time it.
+
+    ``queue_layout`` is how the row wants to be given the queue. ``warm``: one set of inputs, which stays in the cache.
+    """
     step = with_backward(loss)
 
     def arranged(inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +143,8 @@ def run(
         benchmark,
         step,
         lambda: arranged(problem.inputs()),
-        group=f"Eq. {6 if mixed else 4}, B={batch}, K={keys}, D={width}, {str(problem.dtype).removeprefix('torch.')}",
+        group=f"Eq. {6 if mixed else 4}, B={batch}, K={keys}, D={width}, {str(problem.dtype).removeprefix('torch.')}"
+        + (", warm L2" if warm else ""),
         baseline=baseline,
         device=problem.device,
         ceilings=ceilings,
@@ -147,6 +152,7 @@ def run(
         flops=4.0 * batch * keys * width,
         dtype=problem.dtype,
         graph=graph,
+        cold=False if warm else None,
     )
 
 
@@ -316,6 +322,23 @@ def test_user_implementation(benchmark, problem, ceilings, user_impl):
     run(benchmark, problem, lambda q, k, queue: user_impl(q, k, queue, TEMPERATURE), ceilings)
 
 
+WARM_ROWS: dict[str, Loss] = {
+    "info_nce": ours,
+    "moco": moco,
+    "textbook": textbook,
+    "attention": functools.partial(from_sweep, sweep=functools.partial(attention, splits=16)),
+}
+
+
+@pytest.mark.parametrize("row", WARM_ROWS)
+def test_warm(benchmark, problem, ceilings, row):
+    """A queue that the L2 cache holds already, as after the step that wrote it when little else ran between."""
+    if problem.device.type != "cuda":
+        pytest.skip("a row of --device cuda: on a CPU every row takes turns over few inputs")
+    moves = {"queue_layout": lambda queue: queue.T.contiguous()} if row == "moco" else {}
+    run(benchmark, problem, WARM_ROWS[row], ceilings, baseline=row == "moco", warm=True, **moves)
+
+
 # --- two positives ---
 
 
@@ -363,6 +386,28 @@ def test_host_time(benchmark, device, monkeypatch, what):
 
     group = f"host time of {calls} calls"
     measure(benchmark, call, group=group, baseline=what == "allocations", device="cpu", memory=False, items=calls)
+
+
+@pytest.mark.parametrize("what", ["forward", "forward_and_backward"])
+def test_host_time_with_launches(benchmark, device, what):
+    """100 whole eager calls on a GPU, enqueued and not waited for: with allocations and both launches."""
+    if device.type != "cuda":
+        pytest.skip("a row of --device cuda: a CPU computes during the call")
+    batch, width, calls = 256, 128, 100
+    q = torch.randn(batch, width, device=device, requires_grad=True)
+    k, queue = torch.randn(batch, width, device=device), torch.randn(64, width, device=device)
+    upstream = torch.ones(batch, device=device)
+
+    def call() -> None:
+        for _ in range(calls):
+            loss = fastuft.info_nce(q, k, queue, TEMPERATURE, reduction="none", impl="triton")
+            if what == "forward_and_backward":
+                torch.autograd.grad(loss, q, upstream)
+
+    call()  # compiles
+    torch.cuda.synchronize(device)
+    # So few keys that the device keeps up: a full launch queue would make the host wait.
+    measure(benchmark, call, group=f"host time of {calls} calls", device="cpu", memory=False, items=calls)
 
 
 @pytest.mark.parametrize("rival", ["moco", "attention"])
