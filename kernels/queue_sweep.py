@@ -26,6 +26,7 @@ in fp32) and accumulated in fp32. Two launches: sweep, then combine. Determinist
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -38,10 +39,51 @@ from fastuft.kernels.rows import load_rows, unit_rows
 
 LOG2_E = math.log2(math.e)
 MAX_WIDTH = 512
+PARTIAL_BYTES = 1 << 23  # most that the partial sums of several splits take: 64 splits at B=256, D=128
 COMBINE_SPLITS = 16  # splits that a combine program reads at a time
 COMBINE_WARPS = 2  # with 4 or 8 the compiler spills in some widths on sm_80 and sm_100
 _SMALL = 1 << 17  # pairs of query and key
 _INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def fold_tile(
+    b_z,  # [BLOCK_B, BLOCK_D]
+    b_x,  # [BLOCK_K, BLOCK_D]
+    m_keys,  # [BLOCK_K], read where MASKED
+    m,
+    l,  # noqa: E741 (the formula's name)
+    acc,
+    scale,
+    MASKED: tl.constexpr,
+    NEED_MU: tl.constexpr,
+    BRANCH: tl.constexpr,
+):
+    """(m, l, acc) of (1), (2) with one more tile of keys."""
+    dots = tl.dot(b_z, tl.trans(b_x), input_precision="ieee")
+    if MASKED:
+        dots = tl.where(m_keys[None, :], dots, -float("inf"))
+    m_tile = tl.max(dots, 1) * scale
+    if BRANCH:
+        if tl.max(m_tile - m, 0) > 8.0:  # (1): rescale only when some row outgrows its reference
+            m_new = tl.maximum(m, m_tile)
+            correction = tl.exp2(m - m_new)
+            m = m_new
+            l *= correction  # noqa: E741
+            if NEED_MU:
+                acc *= correction[:, None]
+    else:
+        m_new = tl.where(m_tile - m > 8.0, m_tile, m)  # the same references, row by row
+        correction = tl.exp2(m - m_new)
+        m = m_new
+        l *= correction  # noqa: E741
+        if NEED_MU:
+            acc *= correction[:, None]
+    p = tl.exp2(dots * scale - m[:, None])  # scaled here: product and difference are one instruction
+    l += tl.sum(p, 1)  # noqa: E741
+    if NEED_MU:
+        acc = tl.dot(p.to(b_x.dtype), b_x, acc, input_precision="ieee")
+    return m, l, acc
 
 
 @triton.jit
@@ -62,6 +104,7 @@ def sweep_kernel(
     NEED_MU: tl.constexpr,
     TILE_DTYPE: tl.constexpr,
     BRANCH: tl.constexpr,
+    PEEL: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -79,33 +122,21 @@ def sweep_kernel(
     acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     first = split.to(tl.int64) * keys_per_split
     last = tl.minimum(first + keys_per_split, num_keys)
-    for start in range(first, last, BLOCK_K):
-        keys = start + tl.arange(0, BLOCK_K)
-        m_keys = keys < last
-        p_x = queue_ptr + keys.to(tl.int64)[:, None] * queue_stride + columns[None, :]
-        b_x = tl.load(p_x, m_keys[:, None] & (columns[None, :] < width), 0.0).to(TILE_DTYPE)
-        s = tl.dot(b_z, tl.trans(b_x), input_precision="ieee") * scale
-        s = tl.where(m_keys[None, :], s, -float("inf"))
-        m_tile = tl.max(s, 1)
-        if BRANCH:
-            if tl.max(m_tile - m, 0) > 8.0:  # (1): rescale only when some row outgrows its reference
-                m_new = tl.maximum(m, m_tile)
-                correction = tl.exp2(m - m_new)
-                m = m_new
-                l *= correction  # noqa: E741
-                if NEED_MU:
-                    acc *= correction[:, None]
-        else:
-            m_new = tl.where(m_tile - m > 8.0, m_tile, m)  # the same references, row by row
-            correction = tl.exp2(m - m_new)
-            m = m_new
-            l *= correction  # noqa: E741
-            if NEED_MU:
-                acc *= correction[:, None]
-        p = tl.exp2(s - m[:, None])
-        l += tl.sum(p, 1)  # noqa: E741
-        if NEED_MU:
-            acc = tl.dot(p.to(TILE_DTYPE), b_x, acc, input_precision="ieee")
+    tile = tl.arange(0, BLOCK_K)
+    m_columns = columns[None, :] < width
+    whole = first
+    if PEEL:
+        whole += (last - first) // BLOCK_K * BLOCK_K
+        for start in range(first, whole, BLOCK_K):
+            p_x = queue_ptr + (start + tile).to(tl.int64)[:, None] * queue_stride + columns[None, :]
+            b_x = tl.load(p_x, m_columns, 0.0).to(TILE_DTYPE)
+            m, l, acc = fold_tile(b_z, b_x, tile, m, l, acc, scale, False, NEED_MU, BRANCH)  # noqa: E741
+    # Of a peeled loop at most one tile is left: with one stage it takes no registers for copies ahead.
+    for start in tl.range(whole, last, BLOCK_K, num_stages=1 if PEEL else None):
+        m_keys = start + tile < last
+        p_x = queue_ptr + (start + tile).to(tl.int64)[:, None] * queue_stride + columns[None, :]
+        b_x = tl.load(p_x, m_keys[:, None] & m_columns, 0.0).to(TILE_DTYPE)
+        m, l, acc = fold_tile(b_z, b_x, m_keys, m, l, acc, scale, True, NEED_MU, BRANCH)  # noqa: E741
     inside = rows < num_rows
     out = split.to(tl.int64) * num_rows + rows
     tl.store(m_ptr + out, m, inside)
@@ -236,20 +267,29 @@ def _rows(value: Tensor) -> Tensor:
     return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
 
 
-def _chip(device: torch.device) -> tuple[int, int]:
-    """(arch, multiprocessors)."""
-    if device.type != "cuda":
-        return 90, 4  # the interpreter runs anywhere; few splits keep it quick
-    properties = torch.cuda.get_device_properties(device)
+@functools.cache
+def _cuda_chip(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
     # Consumer Blackwell (12.x) has neither tensor memory nor the shared memory of 9.0 and 10.0.
     return 80 if properties.major == 12 else properties.major * 10, properties.multi_processor_count
 
 
-def plan_splits(num_rows: int, num_keys: int, config: Launch, multiprocessors: int) -> tuple[int, int]:
-    """(splits, keys a split): as many programs as one wave holds, each a whole number of tiles."""
+def _chip(device: torch.device) -> tuple[int, int]:
+    """(arch, multiprocessors)."""
+    if device.type != "cuda":
+        return 90, 4  # the interpreter runs anywhere; few splits keep it quick
+    return _cuda_chip(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def plan_splits(num_rows: int, num_keys: int, width: int, config: Launch, multiprocessors: int) -> tuple[int, int]:
+    """(splits, keys a split): as many programs as one wave holds, each a whole number of tiles.
+
+    Fewer where partial sums [splits, B, D] in fp32 would exceed PARTIAL_BYTES, whatever the chip.
+    """
     row_tiles = triton.cdiv(num_rows, config.block_b)
     key_tiles = max(1, triton.cdiv(num_keys, config.block_k))
-    splits = max(1, min(key_tiles, multiprocessors // row_tiles))
+    affordable = PARTIAL_BYTES // (4 * num_rows * width)
+    splits = max(1, min(key_tiles, multiprocessors // row_tiles, affordable))
     tiles_per_split = triton.cdiv(key_tiles, splits)
     return triton.cdiv(key_tiles, tiles_per_split), tiles_per_split * config.block_k
 
@@ -278,7 +318,7 @@ def _run(
     dtype = tile_dtype(q, queue)
     arch, multiprocessors = _chip(q.device)
     config = launch(arch, dtype.itemsize, block_d, num_rows)
-    num_splits, keys_per_split = plan_splits(num_rows, num_keys, config, multiprocessors)
+    num_splits, keys_per_split = plan_splits(num_rows, num_keys, width, config, multiprocessors)
     if splits is not None:
         keys_per_split = max(1, triton.cdiv(num_keys, splits))
         num_splits = max(1, triton.cdiv(num_keys, keys_per_split))
@@ -299,8 +339,8 @@ def _run(
     lam_stride = weights.stride(0) if weights.numel() > 1 else 0
     sweep_kernel[(triton.cdiv(num_rows, config.block_b), num_splits)](
         q, queue, m, total, acc, q.stride(0), queue.stride(0), num_rows, num_keys, keys_per_split, width,
-        LOG2_E / temperature, normalize, need_mu, _triton_dtype(dtype), config.branch, config.block_b, config.block_k, block_d,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        LOG2_E / temperature, normalize, need_mu, _triton_dtype(dtype), config.branch, config.peel, config.block_b,
+        config.block_k, block_d, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     combine_kernel[(num_rows,)](
         m, total, acc, q, k_a, k_b, weights, loss, grad, a, b, lse, q.stride(0), k_a.stride(0), k_b.stride(0),

@@ -86,7 +86,8 @@ def compile_job(job: Job) -> Compiled:
         config = launch(job.arch, 4 if job.dtype == "fp32" else 2, job.width, job.rows)
         block_b = config.block_b
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        constants = {"NORMALIZE": True, "NEED_MU": job.need_mu, "TILE_DTYPE": types[job.dtype], "BRANCH": config.branch}
+        constants = {"NORMALIZE": True, "NEED_MU": job.need_mu, "TILE_DTYPE": types[job.dtype]}
+        constants |= {"BRANCH": config.branch, "PEEL": config.peel}
         constants |= {"BLOCK_B": config.block_b, "BLOCK_K": config.block_k, "BLOCK_D": job.width}
     elif job.name in ("combine", "combine-one-key", "lse"):
         kernel = queue_sweep.combine_kernel

@@ -119,24 +119,53 @@ def test_queries_in_the_queue_and_unnormalised_rows():
     check(q, k_a, k_b, lam, queue, normalize=False)
 
 
-@pytest.mark.parametrize("branch", [True, False], ids=["branch", "row by row"])
-def test_growing_maxima_are_rescaled(branch, monkeypatch):
-    """Later keys dominate by far more than the lazy bound, tile after tile; both ways to rescale, whatever the chip."""
+@pytest.fixture
+def force_launch(monkeypatch):
+    """Sets fields of the launch, whatever the table says for the chip."""
     launch = sweep().launch
-    monkeypatch.setattr(sweep(), "launch", lambda *chip: dataclasses.replace(launch(*chip), branch=branch))
+
+    def force(**fields):
+        monkeypatch.setattr(sweep(), "launch", lambda *chip: dataclasses.replace(launch(*chip), **fields))
+
+    return force
+
+
+@pytest.mark.parametrize("peel", [True, False], ids=["peeled", "one loop"])
+@pytest.mark.parametrize("branch", [True, False], ids=["branch", "row by row"])
+def test_growing_maxima_are_rescaled(branch, peel, force_launch):
+    """Later keys dominate by far more than the lazy bound, tile after tile; both ways to rescale, whatever the chip."""
+    force_launch(branch=branch, peel=peel)
     q, k_a, k_b, lam, queue = make(8, 256, 32, torch.float32)
     check(q, k_a, k_b, lam, queue * torch.linspace(0.1, 60, 256)[:, None])
 
 
+@pytest.mark.parametrize("keys", [1, 31, 32, 33, 64, 90])
+def test_a_peeled_loop_changes_no_bit(keys, force_launch):
+    """Queues below, at and above whole tiles of 32 keys, in splits that end within a tile too."""
+    inputs = make(9, keys, 32, torch.float32)
+    for splits in (None, 1, 2):
+        found = []
+        for peel in (True, False):
+            force_launch(block_k=32, peel=peel)
+            check(*inputs, splits=splits)
+            found.append(sweep().mixed_info_nce_forward(*inputs[:5], 0.2, True, True, splits=splits))
+        assert all(map(torch.equal, *found))
+
+
 def test_zero_and_extreme_vectors():
+    """The loss does not depend on a query's length, and the gradient falls with it."""
     q, k_a, k_b, lam, queue = make(6, 50, 32, torch.float32)
-    q[0], q[1], q[2], q[3] = 0, q[1] * 1e30, q[2] * 1e-9, q[3] * 1e-30
-    loss, grad, *_ = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, 0.2, True, True)
+    k_a[4] = 0
+    lengths = torch.tensor([0, 1e30, 1e-9, 1e-30, 1, 1])
+    scaled = q * lengths[:, None]
+    loss, grad, *_ = sweep().mixed_info_nce_forward(scaled, k_a, k_b, lam, queue, 0.2, True, True)
     assert loss.isfinite().all() and grad.isfinite().all()
     assert (grad[0] == 0).all() and (grad[3] == 0).all()
-    exact = run_reference(q[1:3], k_a[1:3], k_b[1:3], lam[1:3], queue, 0.2, torch.float64)
-    assert relative_error(loss[1:3], exact[0]) < 1e-5
-    assert all(relative_error(grad[1 + i], exact[1][i]) < 1e-4 for i in range(2))
+    plain = (q, k_a, k_b, lam, queue, 0.2)
+    exact, same = run_reference(*plain, torch.float64), run_reference(*plain, torch.float32)
+    kept = [1, 2, 4, 5]
+    assert_as_good(loss[kept], exact[0][kept], same[0][kept], VALUE)
+    assert_as_good((grad.double() * lengths.double()[:, None])[kept], exact[1][kept], same[1][kept], GRADIENT)
 
 
 def test_empty_queue():
@@ -177,15 +206,21 @@ def test_a_query_that_is_no_number_gives_none():
         torch.testing.assert_close(found[[0, 1, 3, 4]], good[[0, 1, 3, 4]], rtol=1e-6, atol=1e-6)
 
 
-def test_splits_agree_and_reruns_are_bitwise_equal():
-    q, k_a, k_b, lam, queue = make(20, 640, 32, torch.float32)
-    exact = run_reference(q, k_a, k_b, lam, queue, 0.2, torch.float64)
-    for splits in (1, 2, 3, 7, 64):
-        first, second = (
-            sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, 0.2, True, True, splits=splits) for _ in range(2)
-        )
+def test_every_number_of_splits_agrees(force_launch):
+    force_launch(peel=True)
+    inputs = make(2, 130, 16, torch.float32)
+    exact, same = (run_reference(*inputs, 0.2, dtype) for dtype in (torch.float64, torch.float32))
+    for splits in range(1, 65):
+        loss, grad, *_ = sweep().mixed_info_nce_forward(*inputs, 0.2, True, True, splits=splits)
+        assert_as_good(loss, exact[0], same[0], VALUE)
+        assert_as_good(grad, exact[1], same[1], GRADIENT)
+
+
+def test_reruns_are_bitwise_equal():
+    inputs = make(20, 640, 32, torch.float32)
+    for splits in (None, 1, 7, 64):
+        first, second = (sweep().mixed_info_nce_forward(*inputs, 0.2, True, True, splits=splits) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        assert relative_error(first[0], exact[0]) < 1e-6 and relative_error(first[1], exact[1]) < 1e-5
 
 
 def test_loss_alone_skips_the_gradient():
