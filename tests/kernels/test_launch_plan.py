@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import types
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -32,3 +34,23 @@ def test_the_claimed_size_takes_the_same_memory_on_larger_chips():
 
     for arch, multiprocessors in ((90, 132), (100, 148), (100, 160)):
         assert plan_splits(256, 65536, 128, launch(arch, 2, 128, 256), multiprocessors) == (64, 1024)
+
+
+@pytest.mark.parametrize(("major", "arch"), [(8, 80), (9, 90), (10, 100), (12, 80)])
+def test_a_chip_is_looked_up_once(major, arch, monkeypatch):
+    from fastuft.kernels import queue_sweep
+
+    asked = []
+
+    def properties(index):
+        asked.append(index)
+        return types.SimpleNamespace(major=major, multi_processor_count=100 + index)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    queue_sweep._cuda_chip.cache_clear()
+    try:
+        for index in (0, 1, 0, 1):
+            assert queue_sweep._chip(torch.device("cuda", index)) == (arch, 100 + index)
+    finally:
+        queue_sweep._cuda_chip.cache_clear()
+    assert asked == [0, 1]
