@@ -26,7 +26,6 @@ in fp32) and accumulated in fp32. Two launches: sweep, then combine. Determinist
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -34,12 +33,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastuft.kernels.launch_table import Launch, launch
+from fastuft.kernels.launch_plan import chip, plan_splits
+from fastuft.kernels.launch_table import launch
 from fastuft.kernels.rows import load_rows, unit_rows
 
 LOG2_E = math.log2(math.e)
 MAX_WIDTH = 512
-PARTIAL_BYTES = 1 << 23  # most that the partial sums of several splits take: 64 splits at B=256, D=128
 COMBINE_SPLITS = 16  # splits that a combine program reads at a time
 COMBINE_WARPS = 2  # with 4 or 8 the compiler spills in some widths on sm_80 and sm_100
 _SMALL = 1 << 17  # pairs of query and key
@@ -267,33 +266,6 @@ def _rows(value: Tensor) -> Tensor:
     return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
 
 
-@functools.cache
-def _cuda_chip(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    # Consumer Blackwell (12.x) has neither tensor memory nor the shared memory of 9.0 and 10.0.
-    return 80 if properties.major == 12 else properties.major * 10, properties.multi_processor_count
-
-
-def _chip(device: torch.device) -> tuple[int, int]:
-    """(arch, multiprocessors)."""
-    if device.type != "cuda":
-        return 90, 4  # the interpreter runs anywhere; few splits keep it quick
-    return _cuda_chip(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def plan_splits(num_rows: int, num_keys: int, width: int, config: Launch, multiprocessors: int) -> tuple[int, int]:
-    """(splits, keys a split): as many programs as one wave holds, each a whole number of tiles.
-
-    Fewer where partial sums [splits, B, D] in fp32 would exceed PARTIAL_BYTES, whatever the chip.
-    """
-    row_tiles = triton.cdiv(num_rows, config.block_b)
-    key_tiles = max(1, triton.cdiv(num_keys, config.block_k))
-    affordable = PARTIAL_BYTES // (4 * num_rows * width)
-    splits = max(1, min(key_tiles, multiprocessors // row_tiles, affordable))
-    tiles_per_split = triton.cdiv(key_tiles, splits)
-    return triton.cdiv(key_tiles, tiles_per_split), tiles_per_split * config.block_k
-
-
 def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
     # The interpreter multiplies bf16 tiles wrongly; there they are widened first.
     if _INTERPRETED and dtype == torch.bfloat16:
@@ -316,7 +288,7 @@ def _run(
     (num_rows, width), num_keys = q.shape, queue.shape[0]
     block_d = max(16, triton.next_power_of_2(width))
     dtype = tile_dtype(q, queue)
-    arch, multiprocessors = _chip(q.device)
+    arch, multiprocessors = chip(q.device)
     config = launch(arch, dtype.itemsize, block_d, num_rows)
     num_splits, keys_per_split = plan_splits(num_rows, num_keys, width, config, multiprocessors)
     if splits is not None:

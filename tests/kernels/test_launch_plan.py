@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("multiprocessors", [1, 58, 108, 132, 148, 192])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_splits_cover_the_queue_once_and_bound_the_partials(multiprocessors, itemsize):
+    from fastuft.kernels.launch_plan import PARTIAL_BYTES, plan_splits
     from fastuft.kernels.launch_table import ARCHS, WIDTHS, launch
-    from fastuft.kernels.queue_sweep import PARTIAL_BYTES, plan_splits
 
     rows, keys = (1, 64, 65, 256, 384, 4096, 65536), (0, 1, 63, 64, 65, 507, 65536, 2**22)
     for arch, width, num_rows, num_keys in itertools.product(ARCHS, WIDTHS, rows, keys):
@@ -29,8 +29,8 @@ def test_splits_cover_the_queue_once_and_bound_the_partials(multiprocessors, ite
 
 
 def test_the_claimed_size_takes_the_same_memory_on_larger_chips():
+    from fastuft.kernels.launch_plan import plan_splits
     from fastuft.kernels.launch_table import launch
-    from fastuft.kernels.queue_sweep import plan_splits
 
     for arch, multiprocessors in ((90, 132), (100, 148), (100, 160)):
         assert plan_splits(256, 65536, 128, launch(arch, 2, 128, 256), multiprocessors) == (64, 1024)
@@ -38,7 +38,7 @@ def test_the_claimed_size_takes_the_same_memory_on_larger_chips():
 
 @pytest.mark.parametrize(("major", "arch"), [(8, 80), (9, 90), (10, 100), (12, 80)])
 def test_a_chip_is_looked_up_once(major, arch, monkeypatch):
-    from fastuft.kernels import queue_sweep
+    from fastuft.kernels import launch_plan
 
     asked = []
 
@@ -47,10 +47,10 @@ def test_a_chip_is_looked_up_once(major, arch, monkeypatch):
         return types.SimpleNamespace(major=major, multi_processor_count=100 + index)
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    queue_sweep._cuda_chip.cache_clear()
+    launch_plan._cuda_chip.cache_clear()
     try:
         for index in (0, 1, 0, 1):
-            assert queue_sweep._chip(torch.device("cuda", index)) == (arch, 100 + index)
+            assert launch_plan.chip(torch.device("cuda", index)) == (arch, 100 + index)
     finally:
-        queue_sweep._cuda_chip.cache_clear()
+        launch_plan._cuda_chip.cache_clear()
     assert asked == [0, 1]
