@@ -31,6 +31,7 @@ OPTIONAL = {
 # Lowest versions, as pyproject.toml has them.
 NEEDED = {
     "numpy": "1.26",
+    "filelock": "3.13",
     "jsonargparse": "4.49",
     "PyYAML": "6",
     "safetensors": "0.5",
