@@ -6,7 +6,8 @@ Keys and queue are constants, so with s_a = sigmoid(lse - a), s_b = sigmoid(lse 
     (2)  dL/dh = (g - (g.z) z) / |h|        for z = h / |h|, g = dL/dz
 
 where lse and mu = sum_j softmax_j queue_j come from one attention-like sweep with V = K = queue. On a CPU that sweep is
-PyTorch's own flash attention, which returns lse; elsewhere, and for half-precision queues, it is chunked here.
+PyTorch's own flash attention, which returns lse, over parts of the queue that a cache holds; elsewhere, and for
+half-precision queues, it is chunked here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch.nn import functional as F
 EPSILON = 1e-12  # shorter rows count as zero: their gradient is 0, as for torch's normalize with its default eps
 _ROWS = 1024
 _KEYS = 1024
+_PART_BYTES = 1 << 21  # of the queue: a part stays in a core's cache while all blocks of rows meet it
+_PARTS = 8  # given to the attention operator at once, as its heads
+_PARTIAL_BYTES = 1 << 22  # of their mu
 
 
 def normalize_rows(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,17 +57,47 @@ def _sweep_chunked(z: Tensor, queue: Tensor, temperature: float, need_mu: bool) 
     return torch.cat(all_lse), torch.cat(all_mu)
 
 
+def _attend(z: Tensor, parts: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(lse [B, 1], mu [B, D]) over all parts [S, k, D]."""
+    mu, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        z.expand(1, len(parts), *z.shape), parts[None], parts[None], scale=1 / temperature
+    )
+    by_part = lse.view(len(parts), len(z)).to(z.dtype)
+    if len(parts) == 1:
+        return by_part.T, mu.view(z.shape)
+    total = by_part.logsumexp(0)
+    shares = torch.exp(by_part - total).T  # [B, S]
+    return total[:, None], (shares[:, None] @ mu[0].transpose(0, 1)).squeeze(1)
+
+
+def _sweep_attention(z: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same by the CPU's attention operator with V = K, which merges tiles online; parts of the queue merge here."""
+    size, width = z.element_size(), z.shape[1]
+    part = max(_KEYS, _PART_BYTES // (size * width))
+    whole = len(queue) // part * part
+    groups = list(queue[:whole].unflatten(0, (whole // part, part)).split(_PARTS)) if whole else []
+    if whole < len(queue):
+        groups.append(queue[whole:][None])
+    all_lse, all_mu = [], []
+    for rows in z.split(max(1, _PARTIAL_BYTES // (_PARTS * size * width))):
+        lse, mu = _attend(rows, groups[0], temperature)
+        for parts in groups[1:]:
+            more_lse, more_mu = _attend(rows, parts, temperature)
+            total = torch.logaddexp(lse, more_lse)
+            mu = mu * torch.exp(lse - total) + more_mu * torch.exp(more_lse - total)
+            lse = total
+        all_lse.append(lse.squeeze(1))
+        all_mu.append(mu)
+    return torch.cat(all_lse), torch.cat(all_mu)
+
+
 def queue_lse(z: Tensor, queue: Tensor, temperature: float, need_mu: bool) -> tuple[Tensor, Tensor]:
     """(lse [B], mu [B, D]) in z's dtype for z [B, D], queue [K, D]; mu is [B, 0] where it is not needed."""
     if len(queue) == 0:
         return z.new_full((len(z),), -torch.inf), z.new_zeros(len(z), z.shape[1] if need_mu else 0)
     # That operator reads each row as consecutive elements, whatever its strides say.
     if need_mu and z.device.type == "cpu" and queue.dtype == z.dtype and queue.stride(1) == 1:
-        keys = queue[None, None]
-        mu, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            z.contiguous()[None, None], keys, keys, scale=1 / temperature
-        )
-        return lse.view(len(z)).to(z.dtype), mu.view(z.shape)
+        return _sweep_attention(z.contiguous(), queue, temperature)
     return _sweep_chunked(z, queue, temperature, need_mu)
 
 

@@ -137,6 +137,15 @@ def test_empty_queue(place):
     assert (torch.autograd.grad(lse.sum(), z)[0] == 0).all()
 
 
+@pytest.mark.parametrize("keys", [1023, 1024, 3 * 1024, 5 * 1024 + 7])
+def test_parts_of_the_queue_merge(keys, monkeypatch):
+    """More parts than the attention operator is given at once, a rest, several blocks of rows."""
+    monkeypatch.setattr(portable, "_PART_BYTES", 1)  # parts of 1024 keys
+    monkeypatch.setattr(portable, "_PARTS", 2)
+    monkeypatch.setattr(portable, "_PARTIAL_BYTES", 2 * 4 * 16 * 5)  # 5 rows at once
+    Case.random(12, keys, 16).check("torch")
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     ("dtype", "queue_dtype"),
