@@ -3,8 +3,8 @@
 Claim: with every part of the stream switched on (order, keyed random numbers, checks of each file, replaying) one core
 makes more than 100 images a second from JPEGs of 500 x 375; the aim, 1.6 times what the best peer makes, was missed by
 a little where it was measured last (1.57). The stages show what each operator costs. Time on the CPU is processor time
-of all threads, so that a rate is one a core, whatever else the machine does. On a GPU the rate of the loader alone is measured at two shares of the hardware decoder,
-and the pixels must not depend on how busy the GPU is.
+of all threads, so that a rate is one a core, whatever else the machine does. On a GPU the rate of the loader alone is
+measured at two shares of the hardware decoder, and the pixels must not depend on how busy the GPU is.
 """
 
 from __future__ import annotations
