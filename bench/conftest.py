@@ -117,10 +117,10 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session):
-    """Benchmarks that were interrupted in their first round go, so that the others' figures are written."""
+    """Benchmarks that were interrupted go, so that the others' figures are written: theirs are recorded at the end."""
     benchmarks = getattr(session.config, "_benchmarksession", None)
     if benchmarks is not None:
-        benchmarks.benchmarks = [bench for bench in benchmarks.benchmarks if bench.stats.data]
+        benchmarks.benchmarks = [b for b in benchmarks.benchmarks if b.stats.data and b.extra_info]
     return (yield)
 
 
