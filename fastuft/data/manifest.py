@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from fastuft.atomic import write_whole
 from fastuft.data.files import in_threads, list_images, printable
 from fastuft.randomness import keyed_generator
 
@@ -108,10 +109,7 @@ class Manifest:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({**self.summary(), "paths": self.paths}), encoding="utf-8")
-        partial.replace(path)
+        write_whole(Path(path), json.dumps({**self.summary(), "paths": self.paths}).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastuft.atomic import write_whole
 from fastuft.config import EvalConfig
 from fastuft.data import EvalStream, labelled_folder, list_images, resolve_loader
 from fastuft.evaluate.clustering import clustering_accuracy
@@ -483,6 +484,4 @@ def write_evaluation(folder: Path | str, result: Evaluation) -> None:
     if result.draws:
         text = json.dumps(result.draws, indent=1, ensure_ascii=False) + "\n"
         (root / "fewshot_draws.json").write_text(text, encoding="utf-8")
-    partial = root / "eval.json.partial"
-    partial.write_text(json.dumps(result.metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(root / "eval.json")
+    write_whole(root / "eval.json", (json.dumps(result.metrics, indent=1, allow_nan=False) + "\n").encode())

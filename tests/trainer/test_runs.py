@@ -71,6 +71,15 @@ def test_progress_goes_to_plain_lines_without_a_terminal(tiny, capsys):
     assert "step 2/2" in capsys.readouterr().out
 
 
+def assert_parts_equal(whole, stops, tiny, tmp_path, changes):
+    """A run that is stopped after each of ``stops`` steps and goes on ends as the uninterrupted one."""
+    for stop in (*stops, None):
+        result = train(tiny(out=str(tmp_path / "parts"), resume="auto", max_steps=stop, **changes))
+    assert result.finished
+    assert rows(whole) == rows(tmp_path / "parts")
+    assert_same_state(final(whole), final(tmp_path / "parts"))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -86,11 +95,7 @@ def test_progress_goes_to_plain_lines_without_a_terminal(tiny, capsys):
 def test_a_stopped_run_goes_on_bit_exactly(tiny, tmp_path, changes):
     whole = train(tiny(out=str(tmp_path / "whole"), **changes)).run_dir
     steps = final(whole)["global_step"]
-    for stop in (1, steps // 2 + 1, None):  # within the first epoch, within the second
-        result = train(tiny(out=str(tmp_path / "parts"), resume="auto", max_steps=stop, **changes))
-    assert result.finished
-    assert rows(whole) == rows(tmp_path / "parts")
-    assert_same_state(final(whole), final(tmp_path / "parts"))
+    assert_parts_equal(whole, (1, steps // 2 + 1), tiny, tmp_path, changes)  # within the first epoch, within the second
 
 
 @pytest.mark.gpu
@@ -103,11 +108,7 @@ def test_a_stopped_run_on_a_gpu_goes_on_bit_exactly(tiny, tmp_path, loader):
         "data": {"loader": loader},
     }
     whole = train(tiny(out=str(tmp_path / "whole"), **changes)).run_dir
-    for stop in (1, 5, None):
-        result = train(tiny(out=str(tmp_path / "parts"), resume="auto", max_steps=stop, **changes))
-    assert result.finished
-    assert rows(whole) == rows(tmp_path / "parts")
-    assert_same_state(final(whole), final(tmp_path / "parts"))
+    assert_parts_equal(whole, (1, 5), tiny, tmp_path, changes)
 
 
 @pytest.mark.gpu
