@@ -79,5 +79,6 @@ def test_extra_memory_does_not_grow_with_the_queue():
         q, k = torch.randn(64, WIDTH, requires_grad=True), torch.randn(64, WIDTH)
         return peak_extra_bytes(fused, q, k, F.normalize(torch.randn(keys, WIDTH), dim=1))
 
-    assert extra(2**15) < 1.5 * extra(2**13)
-    assert extra(2**15) < 64 * 2**15 * 4 / 4  # a quarter of the logits
+    # On a CPU the results of a bounded number of parts of the queue wait to be merged; these sizes have more parts than that.
+    assert extra(2**18) < 1.1 * extra(2**17)
+    assert extra(2**18) < 2**18 * 4  # one row of logits
