@@ -59,7 +59,7 @@ class ModelConfig:
     Args:
         arch: resnet18 | resnet34 | resnet50 | resnet101, resnet_tiny (the demo's three-block network),
             bit_resnet50 | bit_resnet101 (ResNet-v2 with GroupNorm and weight standardisation), or timm:NAME.
-        stem: imagenet (7x7, stride 2, max-pool) or small (3x3, stride 1, no max-pool); never inferred.
+        stem: imagenet (7x7, stride 2, max-pool) or small (3x3, no max-pool; stride 1, resnet_tiny's 2); never inferred.
         head_dim: width D of the embedding.
         bn: batch statistics of the encoders; auto is split on one device and shuffle on several.
             Networks without BatchNorm ignore it.

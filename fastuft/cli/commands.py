@@ -161,7 +161,7 @@ def _doctor(config: options.DoctorOptions) -> int:
 
 
 def _demo(config: options.DemoOptions) -> int:
-    from fastuft.demo.arms import run_demo
+    from fastuft.demo.run import run_demo
 
     run_demo(
         config.out,

@@ -1,5 +1,6 @@
 """Images from files to normalised views: manifest, order, random numbers, decoding backends, streams."""
 
+from fastuft.data.backend import processors
 from fastuft.data.feed import resolve_loader
 from fastuft.data.files import (
     BadFile,
@@ -29,6 +30,7 @@ __all__ = [
     "image_size",
     "labelled_folder",
     "list_images",
+    "processors",
     "resolve_loader",
     "verify_files",
     "write_bad_list",

@@ -77,8 +77,8 @@ class ResNet(nn.Module):
         block: BasicBlock or Bottleneck.
         depths: blocks of each stage; stages after the first halve the resolution.
         widths: planes of each stage.
-        stem: imagenet (7x7 stride 2, 3x3 max-pool) or small (3x3 stride 1, no max-pool).
-        first_stride: stride of the first stage.
+        stem: imagenet (7x7 stride 2, 3x3 max-pool) or small (3x3, no max-pool).
+        small_stride: stride of the small stem.
 
     Attributes:
         num_features: width of the pooled features.
@@ -94,11 +94,11 @@ class ResNet(nn.Module):
         depths: Sequence[int],
         widths: Sequence[int] = (64, 128, 256, 512),
         stem: Stem = "imagenet",
-        first_stride: int = 1,
+        small_stride: int = 1,
     ) -> None:
         super().__init__()
         small = stem == "small"
-        self.conv1 = conv3x3(3, widths[0]) if small else nn.Conv2d(3, widths[0], 7, 2, 3, bias=False)
+        self.conv1 = conv3x3(3, widths[0], small_stride) if small else nn.Conv2d(3, widths[0], 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
         inputs = widths[0]
@@ -106,7 +106,7 @@ class ResNet(nn.Module):
         for stage, (depth, planes) in enumerate(zip(depths, widths, strict=True)):
             blocks: list[nn.Module] = []
             for index in range(depth):
-                stride = 1 if index else 2 if stage else first_stride
+                stride = 2 if stage and not index else 1
                 outputs = planes * block.expansion
                 downsample = None
                 if stride != 1 or inputs != outputs:
@@ -165,9 +165,9 @@ class ResNetV2(nn.Module):
     Args:
         depths: blocks of each stage.
         widths: planes of each stage.
-        stem: imagenet (7x7 stride 2, zero-padded max-pool) or small (3x3 stride 1, no max-pool).
+        stem: imagenet (7x7 stride 2, zero-padded max-pool) or small (3x3, no max-pool).
         groups: groups of each GroupNorm.
-        first_stride: stride of the first stage.
+        small_stride: stride of the small stem.
 
     Attributes:
         num_features: width of the pooled features.
@@ -183,11 +183,11 @@ class ResNetV2(nn.Module):
         widths: Sequence[int] = (64, 128, 256, 512),
         stem: Stem = "imagenet",
         groups: int = 32,
-        first_stride: int = 1,
+        small_stride: int = 1,
     ) -> None:
         super().__init__()
         small = stem == "small"
-        self.conv1 = StdConv2d(3, widths[0], *((3, 1, 1) if small else (7, 2, 3)), bias=False)
+        self.conv1 = StdConv2d(3, widths[0], *((3, small_stride, 1) if small else (7, 2, 3)), bias=False)
         # BiT pads with zeros before a max-pool without padding; behind no activation, so the values differ from
         # MaxPool2d(padding=1), which pads with -inf.
         self.maxpool = nn.Identity() if small else nn.Sequential(nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2))
@@ -196,7 +196,7 @@ class ResNetV2(nn.Module):
         for stage, (depth, planes) in enumerate(zip(depths, widths, strict=True)):
             blocks = []
             for index in range(depth):
-                stride = 1 if index else 2 if stage else first_stride
+                stride = 2 if stage and not index else 1
                 blocks.append(PreActBottleneck(inputs, planes, stride, groups))
                 inputs = planes * 4
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
@@ -216,10 +216,10 @@ ARCHS: dict[str, Callable[[Stem], ResNet | ResNetV2]] = {
     "resnet34": lambda stem: ResNet(BasicBlock, (3, 4, 6, 3), stem=stem),
     "resnet50": lambda stem: ResNet(Bottleneck, (3, 4, 6, 3), stem=stem),
     "resnet101": lambda stem: ResNet(Bottleneck, (3, 4, 23, 3), stem=stem),
-    "resnet_tiny": lambda stem: ResNet(BasicBlock, (1, 1, 1), (16, 32, 64), stem=stem, first_stride=2),
+    "resnet_tiny": lambda stem: ResNet(BasicBlock, (1, 1, 1), (16, 32, 64), stem=stem, small_stride=2),
     "bit_resnet50": lambda stem: ResNetV2((3, 4, 6, 3), stem=stem),
     "bit_resnet101": lambda stem: ResNetV2((3, 4, 23, 3), stem=stem),
-    "bit_resnet_tiny": lambda stem: ResNetV2((1, 1, 1), (16, 32, 64), stem=stem, groups=8, first_stride=2),
+    "bit_resnet_tiny": lambda stem: ResNetV2((1, 1, 1), (16, 32, 64), stem=stem, groups=8, small_stride=2),
 }
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastuft.demo import arms
+from fastuft.demo import run
 from fastuft.demo.arms import ARMS, PRETRAINED, RAW_PIXELS, arm_config
 from fastuft.demo.images import CHARACTERS, FONT_STEMS, write_demo_images
 
@@ -59,12 +65,57 @@ def test_figures_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
     def begin(*_, **__):
         raise reached
 
-    monkeypatch.setattr(arms, "write_demo_images", begin)
+    monkeypatch.setattr(run, "write_demo_images", begin)
     for _ in range(2):  # the same settings go on
         with pytest.raises(RuntimeError, match="the work began"):
-            arms.run_demo(str(tmp_path), trials=2)
+            run.run_demo(str(tmp_path), trials=2)
     with pytest.raises(ValueError, match=r"holds a demo with shots \[1, 2, 4, 8\], trials 2; .* choose another out"):
-        arms.run_demo(str(tmp_path), trials=3, shots=[1])
+        run.run_demo(str(tmp_path), trials=3, shots=[1])
+
+
+def test_lines_tell_their_run():
+    lines = io.StringIO()
+    labelled = run._Labelled("seed 0, naive", lines)
+    assert not labelled.isatty()
+    print("epoch 1", 2, file=labelled)
+    print("two\nlines", file=labelled, flush=True)
+    expected = ["epoch 1 2", "two", "lines"]
+    assert lines.getvalue().splitlines() == [f"[seed 0, naive] {line}" for line in expected]
+
+
+def gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def until(condition, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_demo_leaves_no_process(tmp_path, how):
+    options = ["--out", str(tmp_path), "--num-glyphs", "310", "--pretrain-epochs", "1000"]
+    command = "import sys\nfrom fastuft.cli import main\nsys.exit(main(sys.argv[1:]))"
+    demo = subprocess.Popen([sys.executable, "-c", command, "demo", *options], start_new_session=True)
+    checkpoints = tmp_path / "seed0" / PRETRAINED / "checkpoints"
+    try:
+        until(lambda: list(checkpoints.glob("*.pt")))
+        if how == signal.SIGINT:  # as a terminal sends it
+            os.killpg(demo.pid, how)
+        else:
+            demo.send_signal(how)
+        assert demo.wait(60) == (130 if how == signal.SIGINT else -how)
+        until(lambda: gone(demo.pid))
+    finally:
+        if not gone(demo.pid):
+            os.killpg(demo.pid, signal.SIGKILL)
 
 
 @pytest.mark.e2e

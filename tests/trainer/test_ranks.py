@@ -101,11 +101,8 @@ def two_steps(rank, world_size, port, configs, path):
     stop_ranks(ranks)
 
 
-def test_gradients_are_reduced_once_a_step_and_are_those_of_one_process(tiny, tmp_path):
-    model = {"bn": "split", "bn_group": 8, "head_dim": 8192}  # wide enough for several buckets
-    methods = {"both": {}, "clean": {"mix": "none"}, "mixed": {"mix_only": True}}
-    configs = {name: tiny(model=model, method=method) for name, method in methods.items()}
-    two_steps(0, 1, 0, configs, tmp_path)
+def assert_two_steps_are_those_of_one(configs, of_one, tmp_path):
+    two_steps(0, 1, 0, of_one, tmp_path)
     mp.spawn(two_steps, (2, free_port(), configs, tmp_path), nprocs=2)
     for name in configs:
         one, *two = (torch.load(tmp_path / f"{name}_{rank}") for rank in ("1_0", "2_0", "2_1"))
@@ -116,6 +113,21 @@ def test_gradients_are_reduced_once_a_step_and_are_those_of_one_process(tiny, tm
         for rank in two:
             assert all(sorted(buckets) == list(range(len(buckets))) for buckets in rank["reduced"])
             assert len(rank["reduced"][1]) > 1  # DDP splits its one bucket after the first step
+
+
+WIDE = {"bn": "split", "bn_group": 8, "head_dim": 8192}  # several buckets
+
+
+def test_gradients_are_reduced_once_a_step_and_are_those_of_one_process(tiny, tmp_path):
+    methods = {"both": {}, "clean": {"mix": "none"}, "mixed": {"mix_only": True}}
+    configs = {name: tiny(model=WIDE, method=method) for name, method in methods.items()}
+    assert_two_steps_are_those_of_one(configs, configs, tmp_path)
+
+
+@pytest.mark.slow
+def test_compiled_encoders_of_two_processes_are_the_eager_one(tiny, tmp_path):
+    compiled, eager = ({"both": tiny(model=WIDE, runtime={"compile": way})} for way in (True, False))
+    assert_two_steps_are_those_of_one(compiled, eager, tmp_path)
 
 
 def test_the_permutation_of_keys_is_undone():

@@ -1,0 +1,190 @@
+"""The demo from images to report: its runs side by side, one processor each, then the table over them."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from fastuft.data import processors
+from fastuft.demo.arms import ARMS, PRETRAINED, RAW_PIXELS, Demo
+from fastuft.demo.images import write_demo_images
+from fastuft.report import accuracy_table, load_run, table, write_report
+
+
+def run_demo(
+    out: str,
+    *,
+    seeds: int = 1,
+    first_seed: int = 0,
+    pretrain_epochs: int = 20,
+    finetune_epochs: int = 40,
+    shots: Sequence[int] = (1, 2, 4, 8),
+    trials: int = 1,
+    num_glyphs: int = 8000,
+) -> Path:
+    """Write the images, train and evaluate every arm for every seed, print the table, write it and the report.
+
+    As many runs as there are processors go on at once, each in a process of one thread. A run that is finished in
+    ``out`` is kept and one that was broken off goes on, so further seeds may follow later. All seeds share the images;
+    each has its own pretraining, from which all of its arms start. ``table.md`` holds the accuracies as Markdown.
+
+    Args:
+        out: folder for everything.
+        seeds: repetitions.
+        first_seed: seed of the first.
+        pretrain_epochs: epochs on the source.
+        finetune_epochs: epochs of each arm.
+        shots: labelled images a class of the few-shot runs.
+        trials: draws a few-shot figure.
+        num_glyphs: source images.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        ValueError: ``out`` holds a demo with other settings.
+    """
+    started = time.perf_counter()
+    root = Path(out)
+    _same_settings(
+        root,
+        pretrain_epochs=pretrain_epochs,
+        finetune_epochs=finetune_epochs,
+        shots=list(shots),
+        trials=trials,
+        num_glyphs=num_glyphs,
+    )
+    print(f"writing {num_glyphs} glyphs and the digits to {root / 'images'}", flush=True)
+    folders = write_demo_images(root / "images", num_glyphs=num_glyphs)
+    demo = Demo(root, folders, pretrain_epochs, finetune_epochs, tuple(shots), trials)
+    numbers = range(first_seed, first_seed + seeds)
+    _run_all(demo, numbers)
+    runs = [(name, demo.folder(seed, name)) for seed in numbers for name in (RAW_PIXELS, PRETRAINED, *ARMS)]
+    print()
+    print(table(runs))
+    accuracies = accuracy_table([load_run(*run) for run in runs])
+    assert accuracies is not None  # the raw pixels have figures
+    (root / "table.md").write_text(accuracies.markdown(), encoding="utf-8")
+    report = root / "report.html"
+    notes = [
+        f"Source: {num_glyphs} rendered glyphs, with which a small network is pretrained. Target: scikit-learn's handwritten "
+        "digits, 500 of them unlabelled for training and as gallery, 1,297 for test. SDR replays 10 % of the glyphs, Mix "
+        "trains on CutMix queries. Labels serve evaluation alone.",
+        f"Seeds {', '.join(map(str, numbers))}; every figure is as it came.",
+    ]
+    write_report(report, runs, title="fastuft demo: from glyphs to handwritten digits", notes=notes)
+    print(f"report:     {report}")
+    print(f"table:      {root / 'table.md'}")
+    print(f"checkpoint: {demo.folder(first_seed, '+ SDR + Mix') / 'backbone.safetensors'}")
+    print(f"time:       {time.perf_counter() - started:.0f} s")
+    return report
+
+
+def _same_settings(root: Path, **settings: Any) -> None:
+    """Keep what the figures of a folder depend on, and refuse to mix them with those of other settings."""
+    kept = root / "demo.json"
+    before = json.loads(kept.read_text()) if kept.exists() else settings
+    changed = [f"{name} {before.get(name)!r}" for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"out={str(root)!r} holds a demo with {', '.join(changed)}; go on with the same settings, or choose another out"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(settings))
+
+
+def _run_all(demo: Demo, seeds: Sequence[int]) -> None:
+    """Every seed's pretraining, then its arms; the first failure or Ctrl-C stops the others at a saved step."""
+    with ProcessPoolExecutor(
+        min(processors(), len(seeds) * (1 + len(ARMS))), multiprocessing.get_context("spawn"), _start_worker
+    ) as pool:
+        try:
+            pretrainings = {pool.submit(_pretrain, demo, seed): seed for seed in seeds}
+            others: list[Future[None]] = [pool.submit(_evaluate_pixels, demo, seed) for seed in seeds]
+            for done in as_completed(pretrainings):
+                done.result()
+                seed = pretrainings[done]
+                # The longest arms come first in reverse order, so that no processor is left with one at the end.
+                others += [pool.submit(_finetune, demo, seed, arm) for arm in reversed(ARMS)]
+                others.append(pool.submit(_evaluate_pretrained, demo, seed))
+            for done in as_completed(others):
+                done.result()
+        except BrokenProcessPool as error:
+            raise SystemExit("a process was killed, perhaps for want of memory; run the demo again to go on") from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start_worker() -> None:
+    """One thread: a network this small gains little from a second, and figures do not depend on the number of cores."""
+    torch.set_num_threads(1)
+    # Ctrl-C reaches every process: a training then saves and stops by its own handler, an evaluation is finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _pretrain(demo: Demo, seed: int) -> None:
+    with _lines_of(seed, PRETRAINED):
+        demo.pretrain(seed)
+
+
+def _finetune(demo: Demo, seed: int, arm: str) -> None:
+    with _lines_of(seed, arm):
+        demo.finetune(seed, arm)
+        demo.evaluate(seed, arm)
+
+
+def _evaluate_pretrained(demo: Demo, seed: int) -> None:
+    with _lines_of(seed, PRETRAINED):
+        demo.evaluate(seed, PRETRAINED)
+
+
+def _evaluate_pixels(demo: Demo, seed: int) -> None:
+    demo.evaluate_pixels(seed)
+
+
+class _Labelled(io.TextIOBase):
+    """Text whose lines begin with the run that they are of. Not a terminal: of several bars none could be read."""
+
+    def __init__(self, label: str, stream: TextIO) -> None:
+        self._label, self._stream = label, stream
+        self._line_begins = True
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines(keepends=True):
+            self._stream.write(f"[{self._label}] {line}" if self._line_begins else line)
+            self._line_begins = line.endswith("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+@contextmanager
+def _lines_of(seed: int, name: str) -> Iterator[None]:
+    label = f"seed {seed}, {name}"
+    with redirect_stdout(_Labelled(label, sys.stdout)), redirect_stderr(_Labelled(label, sys.stderr)):
+        yield
