@@ -20,6 +20,7 @@ from fastuft.mix import cutmix_, mixup_, sample_boxes, sample_lambda
 from fastuft.model import InitReport, MoCo, build_backbone, has_batchnorm, load_init, set_batchnorm_mode
 from fastuft.randomness import keyed_seed
 from fastuft.trainer.distributed import KeyShuffle, Ranks, gather_rows, upload
+from fastuft.trainer.optimizer import build_optimizer
 
 # Renamed in torch 2.13, where the old name warns.
 _renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -187,26 +188,6 @@ def local_batch(config: TrainConfig, world_size: int) -> int:
     return batch // world_size
 
 
-def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    optim = config.optim
-    options: dict[str, Any] = {"momentum": optim.momentum, "weight_decay": optim.weight_decay, "lr": optim.lr}
-    if optim.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, fused=True, **options)
-        # Left to itself it takes uninitialised memory for momentum, which stays so where the gradient scaler skips the
-        # first step (fp16 overflows there). From zeros the first step is the same.
-        for parameter in parameters if optim.momentum else ():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return optimizer
-    try:
-        from apex.optimizers import FusedSGD
-    except ImportError as error:
-        raise ValueError(
-            "optim.optimizer='apex_fused_sgd' needs NVIDIA's apex, built from its own repository; the package named "
-            "apex on PyPI is an unrelated web toolkit. Use optim.optimizer=sgd, which is fused as well"
-        ) from error
-    return FusedSGD(parameters, **options)
-
-
 def set_up_device(config: TrainConfig, device: torch.device) -> None:
     """Choose between the fastest and the reproducible kernels of a GPU; a CPU's are reproducible."""
     if device.type != "cuda":
@@ -271,7 +252,7 @@ def build_learner(config: TrainConfig, ranks: Ranks, *, load: bool = True) -> tu
         query=query,
         key=key,
         queue=queue,
-        optimizer=_optimizer(config, list(moco.query_encoder.parameters())),
+        optimizer=build_optimizer(config.optim, list(moco.query_encoder.parameters()), device),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         method=config.method,
         ranks=ranks,

@@ -23,6 +23,7 @@ from fastuft.randomness import keyed_seed
 from fastuft.trainer import distributed, learner, schedule, step
 from fastuft.trainer.distributed import KeyShuffle, Ranks
 from fastuft.trainer.learner import build_learner
+from fastuft.trainer.optimizer import build_optimizer
 from fastuft.trainer.recorder import PartTimes
 from fastuft.trainer.step import RECORD, train_step
 
@@ -184,7 +185,9 @@ def as_fakes(made, config):
                     fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
                     is_parameter = tensors is module._parameters
                     tensors[name] = nn.Parameter(fake, value.requires_grad) if is_parameter else fake
-    return dataclasses.replace(made, optimizer=learner._optimizer(config, list(made.moco.query_encoder.parameters())))
+    # A GPU's optimiser, which the claim is about.
+    optimizer = build_optimizer(config.optim, list(made.moco.query_encoder.parameters()), torch.device("cuda"))
+    return dataclasses.replace(made, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
