@@ -52,7 +52,7 @@ bench-smoke: setup
 	$(PYTEST) bench --smoke
 
 bench: setup
-	$(PYTEST) bench --benchmark-only
+	$(PYTEST) bench --benchmark-only -m "not slow" --seconds 0.5
 
 test-slow: setup
 	$(PYTEST) -m "slow and not interpreter and not compile"

@@ -49,7 +49,10 @@ def pytest_generate_tests(metafunc):
         scale = "smoke" if options.smoke else "cuda" if use_cuda(options.device) else "cpu"
         found = [(size, dtype) for dtype in DTYPES[scale] for size in SIZES[scale]]
         names = [f"B{size[0]}-{dtype}" for size, dtype in found]
-        metafunc.parametrize("problem", found, ids=names, indirect=True, scope="module")
+        # `make bench` leaves half precision out on a CPU: there it is emulated, and slower than float32.
+        late = {"marks": pytest.mark.slow} if scale == "cpu" else {}
+        problems = [pytest.param(key, **(late if key[1] == "bfloat16" else {})) for key in found]
+        metafunc.parametrize("problem", problems, ids=names, indirect=True, scope="module")
 
 
 def use_cuda(choice: str) -> bool:

@@ -194,6 +194,7 @@ def _bench(config: options.BenchOptions) -> int:
     command = [sys.executable, "-m", "pytest", str(target), "-c", str(settings), "--benchmark-only"]
     command += [f"--device={config.device}", f"--threads={config.threads}", f"--seconds={config.seconds}"]
     command += ["--smoke"] if config.smoke else []
+    command += [] if config.slow or config.smoke else ["-m", "not slow"]
     command += [f"--impl={impl}" for impl in config.impl]
     command += [f"--benchmark-json={Path(config.json).resolve()}"] if config.json else []
     return subprocess.run(command, check=False).returncode

@@ -98,6 +98,7 @@ class BenchOptions:
         what: all, or the name of one benchmark file: loss, loss_sweep, mix, streams, step, momentum, enqueue,
             evaluate.
         smoke: smallest sizes, once each.
+        slow: also the rows that take minutes on a CPU: larger networks, mixing, half precision, compiled steps.
         impl: other implementations of the loss to put into the table, each as MODULE:FUNCTION.
         json: file for pytest-benchmark's figures.
         device: auto is cuda when present.
@@ -107,6 +108,7 @@ class BenchOptions:
 
     what: str = "all"
     smoke: bool = False
+    slow: bool = False
     impl: list[str] = field(default_factory=list)
     json: str | None = None
     device: Literal["auto", "cuda", "cpu"] = "auto"
