@@ -40,7 +40,7 @@ from fastuft.trainer.step import train_step
 TAU, MOMENTUM, LR = 0.2, 0.999, 0.015
 # Processor time of the best peer's step over ours, and of moco's work outside the encoders over ours, less what shared
 # machines vary by.
-LEAST_RATIO, LEAST_RATIO_OUTSIDE = 0.95, 1.5
+LEAST_RATIO, LEAST_RATIO_OUTSIDE = 0.9, 1.8
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def processor_seconds_beside_peers(learner: Learner, inputs: Callable[[], tuple]
     steps = {"fastuft": ours(learner), "moco": MoCoStep(learner)}
     if importlib.util.find_spec("lightly") is not None:
         steps["lightly"] = LightlyStep(learner)
-    return processor_seconds(steps, inputs, 1 if harness.SMOKE else 3)
+    return processor_seconds(steps, inputs, 1 if harness.SMOKE else 5)
 
 
 @pytest.mark.parametrize("step", [slow(step) if step == "fastuft_compiled" else step for step in STEPS])

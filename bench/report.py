@@ -170,7 +170,7 @@ def _file_section(file: str, results: dict[str, dict[str, Any]]) -> list[str]:
     title, text = _claim(file)
     lines = [f"## {title}", ""]
     lines += [text, ""] if text else []
-    lines += [f"`pytest bench/{file} --benchmark-only`, or `fastuft bench {file[6:-3]}`", ""]
+    lines += [f"`pytest bench/{file} --benchmark-only`, or `fastuft bench {file[6:-3]} --slow true`", ""]
     for result in results.values():
         groups = by_group(entry for entry in result["benchmarks"] if entry["file"] == file)
         if groups:
@@ -307,7 +307,7 @@ def write_page(results_folder: Path, page: Path) -> None:
     lines = [
         "# Benchmarks",
         "",
-        "Every figure here comes from a command: `make bench` (or `fastuft bench`) on any machine, "
+        "Every figure here comes from a command: `pytest bench --benchmark-only` on any machine (`make bench` leaves the longest rows out), "
         "`bench/gpu_suite.sh` on one with a GPU, then `python bench/report.py collect` and `page`. "
         "Each benchmark first asserts that its result is right. Compare figures within one table only: they were "
         "taken in one run, on random inputs, as medians of warm rounds.",
