@@ -307,9 +307,8 @@ def write_page(results_folder: Path, page: Path) -> None:
     lines = [
         "# Benchmarks",
         "",
-        "Every figure here comes from a command: `pytest bench --benchmark-only` on any machine (`make bench` leaves the longest "
-        "rows out), "
-        "`bench/gpu_suite.sh` on one with a GPU, then `python bench/report.py collect` and `page`. "
+        "Every figure here comes from a command: `pytest bench --benchmark-only` on any machine (`make bench` leaves the "
+        "longest rows out), `bench/gpu_suite.sh` on one with a GPU, then `python bench/report.py collect` and `page`. "
         "Each benchmark first asserts that its result is right. Compare figures within one table only: they were "
         "taken in one run, on random inputs, as medians of warm rounds.",
         "",
