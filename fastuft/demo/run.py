@@ -119,7 +119,7 @@ def _run_all(demo: Demo, seeds: Sequence[int]) -> None:
             for done in as_completed(pretrainings):
                 done.result()
                 seed = pretrainings[done]
-                # The longest arms come first in reverse order, so that no processor is left with one at the end.
+                # In reverse the longest arms come first, so that none of them is left for the end.
                 others += [pool.submit(_finetune, demo, seed, arm) for arm in reversed(ARMS)]
                 others.append(pool.submit(_evaluate_pretrained, demo, seed))
             for done in as_completed(others):
