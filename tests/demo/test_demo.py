@@ -103,7 +103,12 @@ def until(condition, seconds: float = 120) -> None:
 def test_a_stopped_demo_leaves_no_process(tmp_path, how):
     options = ["--out", str(tmp_path), "--num-glyphs", "310", "--pretrain-epochs", "1000"]
     command = "import sys\nfrom fastuft.cli import main\nsys.exit(main(sys.argv[1:]))"
-    demo = subprocess.Popen([sys.executable, "-c", command, "demo", *options], start_new_session=True)
+    demo = subprocess.Popen(
+        [sys.executable, "-c", command, "demo", *options],
+        start_new_session=True,
+        # A job in the background starts with Ctrl-C ignored, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     checkpoints = tmp_path / "seed0" / PRETRAINED / "checkpoints"
     try:
         until(lambda: list(checkpoints.glob("*.pt")))
