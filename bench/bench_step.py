@@ -2,9 +2,9 @@
 
 Claim: a step costs little more than its encoders, and on a CPU no more than the best of the peers' steps. What is outside
 the encoders (loss, its gradient, optimiser, moving average, queue) takes at most half of the processor time that it takes
-in facebookresearch/moco's step; a GPU's target is 3% of the step outside, and end to end within 5% of
-synthetic images. The peers run at the same precision, layout and BatchNorm mode (plain), from the same weights, and their
-first losses must agree with ours.
+in facebookresearch/moco's step; a GPU's target is 3% of the step outside, and end to end within 5% of synthetic images.
+The peers run at the same precision, layout and BatchNorm mode (plain), from the same weights, and their first losses must
+agree with ours.
 """
 
 from __future__ import annotations

@@ -68,14 +68,13 @@ class Demo:
         """The run folder of an arm, of the pretraining or of the raw pixels."""
         return self.root / f"seed{seed}" / "_".join(re.findall(r"\w+", name.replace("+", " plus ")))
 
-    def pretrain(self, seed: int) -> None:
-        """Train the network that all arms of this seed start from."""
-        _train(pretrain_config(self.folders, self.folder(seed, PRETRAINED), seed, self.pretrain_epochs))
-
-    def finetune(self, seed: int, arm: str) -> None:
-        """Train an arm from the pretrained run."""
-        init, out = self.folder(seed, PRETRAINED), self.folder(seed, arm)
-        _train(arm_config(arm, self.folders, init, out, seed, self.finetune_epochs))
+    def train(self, seed: int, name: str) -> None:
+        """Train the network that all arms of this seed start from, or an arm from that."""
+        init, out = self.folder(seed, PRETRAINED), self.folder(seed, name)
+        if name == PRETRAINED:
+            _train(pretrain_config(self.folders, out, seed, self.pretrain_epochs))
+        else:
+            _train(arm_config(name, self.folders, init, out, seed, self.finetune_epochs))
 
     def evaluate(self, seed: int, name: str) -> None:
         """Evaluate a run's backbone against the pretrained one; figures go into the run folder."""

@@ -10,10 +10,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TextIO
@@ -114,14 +114,14 @@ def _run_all(demo: Demo, seeds: Sequence[int]) -> None:
         min(processors(), len(seeds) * (1 + len(ARMS))), multiprocessing.get_context("spawn"), _start_worker
     ) as pool:
         try:
-            pretrainings = {pool.submit(_pretrain, demo, seed): seed for seed in seeds}
-            others: list[Future[None]] = [pool.submit(_evaluate_pixels, demo, seed) for seed in seeds]
+            pretrainings = {pool.submit(_work, seed, PRETRAINED, demo.train): seed for seed in seeds}
+            others: list[Future[None]] = [pool.submit(demo.evaluate_pixels, seed) for seed in seeds]
             for done in as_completed(pretrainings):
                 done.result()
                 seed = pretrainings[done]
                 # In reverse the longest arms come first, so that none of them is left for the end.
-                others += [pool.submit(_finetune, demo, seed, arm) for arm in reversed(ARMS)]
-                others.append(pool.submit(_evaluate_pretrained, demo, seed))
+                others += [pool.submit(_work, seed, arm, demo.train, demo.evaluate) for arm in reversed(ARMS)]
+                others.append(pool.submit(_work, seed, PRETRAINED, demo.evaluate))
             for done in as_completed(others):
                 done.result()
         except BrokenProcessPool as error:
@@ -146,24 +146,12 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _pretrain(demo: Demo, seed: int) -> None:
-    with _lines_of(seed, PRETRAINED):
-        demo.pretrain(seed)
-
-
-def _finetune(demo: Demo, seed: int, arm: str) -> None:
-    with _lines_of(seed, arm):
-        demo.finetune(seed, arm)
-        demo.evaluate(seed, arm)
-
-
-def _evaluate_pretrained(demo: Demo, seed: int) -> None:
-    with _lines_of(seed, PRETRAINED):
-        demo.evaluate(seed, PRETRAINED)
-
-
-def _evaluate_pixels(demo: Demo, seed: int) -> None:
-    demo.evaluate_pixels(seed)
+def _work(seed: int, name: str, *parts: Callable[[int, str], None]) -> None:
+    """The parts of one run's work, in order."""
+    label = f"seed {seed}, {name}"
+    with redirect_stdout(_Labelled(label, sys.stdout)), redirect_stderr(_Labelled(label, sys.stderr)):
+        for part in parts:
+            part(seed, name)
 
 
 class _Labelled(io.TextIOBase):
@@ -181,10 +169,3 @@ class _Labelled(io.TextIOBase):
 
     def flush(self) -> None:
         self._stream.flush()
-
-
-@contextmanager
-def _lines_of(seed: int, name: str) -> Iterator[None]:
-    label = f"seed {seed}, {name}"
-    with redirect_stdout(_Labelled(label, sys.stdout)), redirect_stderr(_Labelled(label, sys.stderr)):
-        yield
