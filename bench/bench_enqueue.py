@@ -1,7 +1,7 @@
 """Writing a batch of keys into the queue, beside lightly's memory bank.
 
-Claim: normalising, writing (with the wrap) and moving the pointer takes no copy of the queue and no host
-synchronisation. The baseline normalises and writes slices, as MoCo's code does, for which the host reads the pointer.
+Claim: normalizing, writing (with the wrap) and moving the pointer takes no copy of the queue and no host
+synchronization. The baseline normalizes and writes slices, as MoCo's code does, for which the host reads the pointer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(benchmark, sizes, device, ceilings):
 
 
 def slices(queue, pointer, keys):
-    """Normalised keys written at the pointer, which the host reads; the batch must not exceed the queue."""
+    """Normalized keys written at the pointer, which the host reads; the batch must not exceed the queue."""
     keys = F.normalize(keys, dim=1)
     first, size = int(pointer), len(queue)
     head = min(len(keys), size - first)

@@ -1,6 +1,6 @@
 """Retrieval and K-means beside scikit-learn, at Food-101's shape.
 
-Claim: on a CPU (a tenth of the images) exact neighbours and Lloyd's algorithm take about as long as scikit-learn's, with
+Claim: on a CPU (a tenth of the images) exact neighbors and Lloyd's algorithm take about as long as scikit-learn's, with
 the same result. On a GPU the target is seconds for all 75,750 x 2048 features.
 """
 
@@ -17,18 +17,18 @@ from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from fastuft.evaluate import kmeans, nearest_neighbours
+from fastuft.evaluate import kmeans, nearest_neighbors
 
 SIZES = {"smoke": (1_500, 500, 128, 20), "cpu": (7_575, 2_525, 2048, 101), "cuda": (75_750, 25_250, 2048, 101)}
-NEIGHBOURS, ITERATIONS = 5, 10
+NEIGHBORS, ITERATIONS = 5, 10
 
 
 class Features(NamedTuple):
-    """Features of overlapping groups, and centres to start from."""
+    """Features of overlapping groups, and centers to start from."""
 
     train: Tensor
     test: Tensor
-    centres: Tensor
+    centers: Tensor
 
     @property
     def group(self) -> str:
@@ -40,7 +40,7 @@ class Features(NamedTuple):
 
     @property
     def kmeans_flops(self) -> float:
-        return 2.0 * (ITERATIONS + 1) * len(self.centres) * self.train.numel()
+        return 2.0 * (ITERATIONS + 1) * len(self.centers) * self.train.numel()
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +68,12 @@ def on_cpu(device):
 
 def test_retrieval(benchmark, features, device, ceilings):
     train, test = features.train.to(device), features.test.to(device)
-    index = NearestNeighbors(n_neighbors=NEIGHBOURS, metric="cosine", algorithm="brute").fit(features.train.numpy())
+    index = NearestNeighbors(n_neighbors=NEIGHBORS, metric="cosine", algorithm="brute").fit(features.train.numpy())
     expected = index.kneighbors(features.test[:64].numpy(), return_distance=False)
-    np.testing.assert_array_equal(nearest_neighbours(test[:64], train, NEIGHBOURS)[1].numpy(), expected)
+    np.testing.assert_array_equal(nearest_neighbors(test[:64], train, NEIGHBORS)[1].numpy(), expected)
     measure(
         benchmark,
-        lambda: nearest_neighbours(test, train, NEIGHBOURS),
+        lambda: nearest_neighbors(test, train, NEIGHBORS),
         group=f"retrieval, {len(test)} queries in {features.group}",
         device=device,
         ceilings=ceilings,
@@ -85,7 +85,7 @@ def test_retrieval(benchmark, features, device, ceilings):
 
 def test_retrieval_sklearn(benchmark, features, on_cpu, ceilings):
     train, test = features.train.numpy(), features.test.numpy()
-    index = NearestNeighbors(n_neighbors=NEIGHBOURS, metric="cosine", algorithm="brute").fit(train)
+    index = NearestNeighbors(n_neighbors=NEIGHBORS, metric="cosine", algorithm="brute").fit(train)
     measure(
         benchmark,
         lambda: index.kneighbors(test),
@@ -101,15 +101,15 @@ def test_retrieval_sklearn(benchmark, features, on_cpu, ceilings):
 
 
 def test_kmeans(benchmark, features, device, ceilings):
-    train, centres = features.train.to(device), features.centres.to(device)
+    train, centers = features.train.to(device), features.centers.to(device)
     part = features.train[:1000].numpy()
-    theirs = KMeans(len(centres), init=features.centres.numpy(), n_init=1, max_iter=ITERATIONS).fit(part)
-    ours = kmeans(part, len(centres), init=centres, max_iterations=ITERATIONS, device=device)
+    theirs = KMeans(len(centers), init=features.centers.numpy(), n_init=1, max_iter=ITERATIONS).fit(part)
+    ours = kmeans(part, len(centers), init=centers, max_iterations=ITERATIONS, device=device)
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-4)
     measure(
         benchmark,
-        lambda: kmeans(train, len(centres), init=centres, max_iterations=ITERATIONS, tolerance=0.0),
-        group=f"K-means, {ITERATIONS} iterations, {len(centres)} clusters of {features.group}",
+        lambda: kmeans(train, len(centers), init=centers, max_iterations=ITERATIONS, tolerance=0.0),
+        group=f"K-means, {ITERATIONS} iterations, {len(centers)} clusters of {features.group}",
         device=device,
         ceilings=ceilings,
         flops=features.kmeans_flops,
@@ -118,12 +118,12 @@ def test_kmeans(benchmark, features, device, ceilings):
 
 
 def test_kmeans_sklearn(benchmark, features, on_cpu, ceilings):
-    train, centres = features.train.numpy(), features.centres.numpy()
-    model = KMeans(len(centres), init=centres, n_init=1, max_iter=ITERATIONS, tol=0.0)
+    train, centers = features.train.numpy(), features.centers.numpy()
+    model = KMeans(len(centers), init=centers, n_init=1, max_iter=ITERATIONS, tol=0.0)
     measure(
         benchmark,
         lambda: model.fit(train),
-        group=f"K-means, {ITERATIONS} iterations, {len(centres)} clusters of {features.group}",
+        group=f"K-means, {ITERATIONS} iterations, {len(centers)} clusters of {features.group}",
         baseline=True,
         device="cpu",
         ceilings=ceilings,

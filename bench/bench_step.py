@@ -1,7 +1,7 @@
 """The whole training step beside other MoCo steps and beside its encoders alone; loader and end-to-end rates.
 
 Claim: a step costs little more than its encoders, and on a CPU no more than the best of the peers' steps. What is outside
-the encoders (loss, its gradient, optimiser, moving average, queue) takes at most half of the processor time that it takes
+the encoders (loss, its gradient, optimizer, moving average, queue) takes at most half of the processor time that it takes
 in facebookresearch/moco's step; a GPU's target is 3% of the step outside, and end to end within 5% of synthetic images.
 The peers run at the same precision, layout and BatchNorm mode (plain), from the same weights, and their first losses must
 agree with ours.
@@ -309,7 +309,7 @@ def test_step_with_mixing(benchmark, device, size, step):
 
 
 def outside(learner: Learner) -> Callable[[Tensor, Tensor], None]:
-    """Our step without its encoders: loss and its gradient from given embeddings, optimiser, average, queue."""
+    """Our step without its encoders: loss and its gradient from given embeddings, optimizer, average, queue."""
 
     def run(q: Tensor, k: Tensor) -> None:
         loss, _, _ = info_nce_with_terms(q, k, learner.queue.keys, TAU)

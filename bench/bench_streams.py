@@ -262,8 +262,8 @@ def test_ratio_to_the_best_peer(benchmark, photos, smoke):
 STAGES = {
     "all": {},
     "without blur": {"blur_p": 0.0},
-    "without colour": {"jitter_p": 0.0, "greyscale_p": 0.0},
-    "decode, crop, flip, normalise": {"blur_p": 0.0, "jitter_p": 0.0, "greyscale_p": 0.0},
+    "without color": {"jitter_p": 0.0, "grayscale_p": 0.0},
+    "decode, crop, flip, normalize": {"blur_p": 0.0, "jitter_p": 0.0, "grayscale_p": 0.0},
 }
 
 

@@ -247,7 +247,7 @@ def _captured(fn: Callable[..., object], sets: Sequence[Sequence[Any]], calls: i
     """``calls`` calls over the sets in turn, as one CUDA graph; returns its replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # lazy initialisation, autotuning and allocations happen before the capture
+    with torch.cuda.stream(side):  # lazy initialization, autotuning and allocations happen before the capture
         for arguments in sets:
             fn(*arguments)
     torch.cuda.current_stream().wait_stream(side)

@@ -58,7 +58,7 @@ class ModelConfig:
 
     Args:
         arch: resnet18 | resnet34 | resnet50 | resnet101, resnet_tiny (the demo's three-block network),
-            bit_resnet50 | bit_resnet101 (ResNet-v2 with GroupNorm and weight standardisation), or timm:NAME.
+            bit_resnet50 | bit_resnet101 (ResNet-v2 with GroupNorm and weight standardization), or timm:NAME.
         stem: imagenet (7x7, stride 2, max-pool) or small (3x3, no max-pool; stride 1, resnet_tiny's 2); never inferred.
         head_dim: width D of the embedding.
         bn: batch statistics of the encoders; auto is split on one device and shuffle on several.
@@ -130,8 +130,8 @@ class AugmentConfig:
         contrast: jitter strength.
         saturation: jitter strength.
         hue: jitter strength.
-        jitter_p: probability of the colour jitter.
-        greyscale_p: probability of dropping the colour.
+        jitter_p: probability of the color jitter.
+        grayscale_p: probability of dropping the color.
         blur_sigma: range of the Gaussian blur's sigma, pixels.
         blur_p: probability of the blur.
         flip_p: probability of the horizontal flip.
@@ -146,7 +146,7 @@ class AugmentConfig:
     saturation: float = 0.4
     hue: float = 0.1
     jitter_p: float = 0.8
-    greyscale_p: float = 0.2
+    grayscale_p: float = 0.2
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     blur_p: float = 0.5
     flip_p: float = 0.5
@@ -154,7 +154,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         check_range("augment.size", self.size, 8)
-        for name in ("jitter_p", "greyscale_p", "blur_p", "flip_p"):
+        for name in ("jitter_p", "grayscale_p", "blur_p", "flip_p"):
             check_range(f"augment.{name}", getattr(self, name), 0.0, 1.0)
         for name in ("brightness", "contrast", "saturation"):
             check_range(f"augment.{name}", getattr(self, name), 0.0, 1.0)
@@ -215,7 +215,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser and schedule.
+    """Optimizer and schedule.
 
     Args:
         lr: learning rate at the configured batch; see ``scale_lr``.
@@ -295,8 +295,8 @@ class WatchConfig:
     """Optional evaluation while training.
 
     Args:
-        train: labelled folder used as retrieval gallery.
-        test: labelled folder whose images query the gallery.
+        train: labeled folder used as retrieval gallery.
+        test: labeled folder whose images query the gallery.
         source: source folder whose clustering is watched (forgetting).
         every_epochs: epochs between evaluations; 0 is off.
     """
@@ -320,13 +320,13 @@ class TrainConfig:
     """One training run: finetuning (with ``init``) or pretraining (without).
 
     Args:
-        target: unlabelled images: a folder, a list file (.txt), or several of them as '[a, b]'.
+        target: unlabeled images: a folder, a list file (.txt), or several of them as '[a, b]'.
         out: run folder.
         init: checkpoint to start from (MoCo, torchvision, timm, lightly or fastuft layout); none starts at random.
         allow_missing: patterns of backbone tensors that ``init`` may lack.
         source: source images for replaying: a folder, a list file, or several as '[a, b]'; none trains on the target
             alone.
-        seed: seed of initialisation, order and augmentation.
+        seed: seed of initialization, order and augmentation.
         resume: no starts afresh and refuses a folder that holds a run; auto goes on from the newest good
             checkpoint in ``out`` or starts afresh; a path names the checkpoint.
         max_steps: stop after this many steps (the schedule still spans all epochs).
@@ -334,7 +334,7 @@ class TrainConfig:
         method: the loss and its additions.
         augment: the views.
         data: the streams.
-        optim: the optimiser.
+        optim: the optimizer.
         runtime: the machine.
         watch: evaluation while training.
     """
@@ -379,26 +379,26 @@ class EvalConfig:
 
     Args:
         checkpoint: exported backbone, run folder, or any checkpoint ``init`` takes.
-        train: training folder; with class sub-folders the labelled metrics are computed.
+        train: training folder; with class sub-folders the labeled metrics are computed.
         test: test folder with the same classes.
         source: source folder, for forgetting and drift.
-        before: checkpoint to compare with (usually the initialisation).
+        before: checkpoint to compare with (usually the initialization).
         out: folder for eval.json and report.html.
         arch: network of a checkpoint that does not say it.
         stem: stem of a checkpoint that does not say it.
         size: network input side, pixels.
-        resize: shorter side before the centre crop; 0 means size * 256 / 224.
+        resize: shorter side before the center crop; 0 means size * 256 / 224.
         batch_size: images a step.
-        shots: labelled images a class of the few-shot runs; empty leaves them out.
+        shots: labeled images a class of the few-shot runs; empty leaves them out.
         trials: seeds per figure.
         fewshot_epochs: epochs of each few-shot finetuning.
         fewshot_lr: learning rate of the new FC.
         fewshot_backbone_lr: learning rate of the backbone.
         fewshot_crop_scale: area range of the random resized crop; (1, 1) leaves the crop out (small images).
         fewshot_flip_p: probability of the horizontal flip; 0 leaves it out (digits, letters).
-        semi_shots: labelled images a class of the FixMatch runs; empty leaves them out.
-        semi_epochs: passes over the unlabelled images of each FixMatch run.
-        semi_batch: labelled images a step of FixMatch; seven times as many unlabelled ones join.
+        semi_shots: labeled images a class of the FixMatch runs; empty leaves them out.
+        semi_epochs: passes over the unlabeled images of each FixMatch run.
+        semi_batch: labeled images a step of FixMatch; seven times as many unlabeled ones join.
         kmeans_restarts: K-means restarts, the lowest inertia is kept.
         tsne_points: images of the t-SNE map; 0 leaves it out.
         gallery: query images of the report's gallery; 0 leaves it out.
@@ -500,7 +500,7 @@ class ReproduceConfig:
         datasets: which target data sets.
         data: folder of the data sets as published; the tiny scale makes its own.
         source: source set, in class folders or .tar shards; by default DATA/imagenet/train.
-        forgetting: labelled source images that are clustered; by default all of the source.
+        forgetting: labeled source images that are clustered; by default all of the source.
         weights: pretrained checkpoints.
         scale: paper, or tiny: the same grid on embedded images, on a CPU.
         trials: draws and starts a figure.

@@ -1,4 +1,4 @@
-"""Write keys into the ring buffer of a queue: normalised, wrapping, without the host knowing where.
+"""Write keys into the ring buffer of a queue: normalized, wrapping, without the host knowing where.
 
     queue[(pointer + i) mod K] = k_i / max(|k_i|, 1e-12),   pointer <- (pointer + B) mod K
 

@@ -347,7 +347,7 @@ def mixed_info_nce_forward(
 
     Args:
         q, k_a, k_b: [B, D]. lam: [B] or [1] fp32 on the device. queue: [K, D].
-        temperature: tau. normalize: L2-normalise q and keys inside. need_grad: else the second product is skipped.
+        temperature: tau. normalize: L2-normalize q and keys inside. need_grad: else the second product is skipped.
         splits: splits of the queue; None plans them for the chip.
     """
     with torch.cuda.device_of(q):

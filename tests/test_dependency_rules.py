@@ -20,7 +20,7 @@ ALLOWED = {
     "data": set(),
     "model": set(),
     "trainer": {"loss", "mix", "data", "model", "evaluate"},
-    "evaluate": {"data"},
+    "evaluate": {"data", "model"},
     "report": set(),
 }
 

@@ -213,7 +213,7 @@ COMMANDS = {
     "finetune": Command(
         TrainConfig,
         _finetune,
-        "adapt a pretrained backbone to unlabelled images",
+        "adapt a pretrained backbone to unlabeled images",
         "fastuft finetune --init moco_v2_800ep.pth.tar --target photos/ --source imagenet/train/ --out runs/photos",
         {},
     ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from fastuft.cli.commands import COMMANDS, EXIT_FAILED
-from fastuft.cli.parsing import UsageError, allowed_values, build_parser, normalised, one_line
+from fastuft.cli.parsing import UsageError, allowed_values, build_parser, normalized, one_line
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     label = "fastuft" if command is None else f"fastuft {named}"
     try:
-        parsed = parser.parse_args(normalised(arguments, command))
+        parsed = parser.parse_args(normalized(arguments, command))
     except UsageError as error:
         print(f"{label}: error: {one_line(error, command)}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -130,7 +130,7 @@ class DemoOptions:
         first_seed: seed of the first.
         pretrain_epochs: epochs on the glyphs.
         finetune_epochs: epochs of each arm over its union.
-        shots: labelled images a class of the few-shot runs.
+        shots: labeled images a class of the few-shot runs.
         trials: draws a few-shot figure.
         num_glyphs: images of the source set.
     """

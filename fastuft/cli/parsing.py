@@ -123,7 +123,7 @@ def one_line(error: Exception, command: Command | None) -> str:
     return text
 
 
-def normalised(arguments: Sequence[str], command: Command | None) -> list[str]:
+def normalized(arguments: Sequence[str], command: Command | None) -> list[str]:
     """Arguments as the parser takes them.
 
     ``--max-steps`` is ``--max_steps``; a bare ``--runtime.compile`` is true; items of a list or a pair with commas

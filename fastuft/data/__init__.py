@@ -1,4 +1,4 @@
-"""Images from files to normalised views: manifest, order, random numbers, decoding backends, streams."""
+"""Images from files to normalized views: manifest, order, random numbers, decoding backends, streams."""
 
 from fastuft.data.backend import processors
 from fastuft.data.feed import resolve_loader
@@ -6,13 +6,13 @@ from fastuft.data.files import (
     BadFile,
     BadImageError,
     image_size,
-    labelled_folder,
+    labeled_folder,
     list_images,
     verify_files,
     write_bad_list,
 )
 from fastuft.data.manifest import Manifest
-from fastuft.data.streams import Batch, EvalStream, LabelledTrainStream, TrainStream, WeakStrongStream
+from fastuft.data.streams import Batch, EvalStream, LabeledTrainStream, TrainStream, WeakStrongStream
 from fastuft.data.strong import StrongConfig
 from fastuft.data.views import SMALL_IMAGES
 
@@ -22,13 +22,13 @@ __all__ = [
     "BadImageError",
     "Batch",
     "EvalStream",
-    "LabelledTrainStream",
+    "LabeledTrainStream",
     "Manifest",
     "StrongConfig",
     "TrainStream",
     "WeakStrongStream",
     "image_size",
-    "labelled_folder",
+    "labeled_folder",
     "list_images",
     "processors",
     "resolve_loader",

@@ -1,4 +1,4 @@
-"""What the DALI and the PyTorch loader have in common: requests in, normalised views out, in order."""
+"""What the DALI and the PyTorch loader have in common: requests in, normalized views out, in order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ViewSpec:
     Args:
         size: side of the result, pixels.
         num_views: views of each image.
-        colour: whether the colour jitter is part of the pipeline.
+        color: whether the color jitter is part of the pipeline.
         blur: whether the blur is.
         rotation: whether the rotation is.
         mean: of the network's inputs, for pixels in [0, 1].
@@ -59,7 +59,7 @@ class ViewSpec:
 
     size: int
     num_views: int
-    colour: bool
+    color: bool
     blur: bool
     rotation: bool
     mean: tuple[float, float, float]

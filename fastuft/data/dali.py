@@ -26,7 +26,7 @@ def _used(spec: ViewSpec) -> list[str]:
     """Names of the view parameters that the pipeline takes, in order."""
     names = ["roi_start", "roi_end"]
     names += ["angle"] if spec.rotation else []
-    names += ["twisted", *_TWIST] if spec.colour else []
+    names += ["twisted", *_TWIST] if spec.color else []
     names += ["sigma"] if spec.blur else []
     return [*names, "flip"]
 
@@ -88,7 +88,7 @@ def _decoded(path: Any, spec: ViewSpec) -> Any:
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True)
 def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
-    """Bytes -> decode once -> for each view: crop and resize, rotate, colour, blur where drawn, flip and normalise."""
+    """Bytes -> decode once -> for each view: crop and resize, rotate, color, blur where drawn, flip and normalize."""
     used = _used(spec)
     strong = _STRONG if spec.strong is not None else ()
     inputs = fn.external_source(source=source, num_outputs=1 + len(used) * spec.num_views + len(strong), batch=True)
@@ -106,9 +106,9 @@ def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
             first = 1 + spec.num_views * len(used)
             x = _strong(x, spec, {name: inputs[first + place] for place, name in enumerate(strong)})
         # The outer conditions below are Python's, about the pipeline; the inner ones DALI's, about each sample.
-        # Samples that drew neither jitter nor greyscale, or no blur, skip the operator: the dearest on a CPU, where
+        # Samples that drew neither jitter nor grayscale, or no blur, skip the operator: the dearest on a CPU, where
         # they also cost half as much again when they round their results to bytes.
-        if spec.colour:
+        if spec.color:
             if drawn["twisted"]:
                 x = fn.color_twist(x, **{name: drawn[name] for name in _TWIST}, dtype=types.FLOAT)
                 x = math.min(math.max(x, 0.0), 255.0)
@@ -117,7 +117,7 @@ def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
         if spec.blur:
             if drawn["sigma"] > 0:
                 x = fn.gaussian_blur(x, sigma=drawn["sigma"], dtype=types.FLOAT)
-            elif not spec.colour:  # otherwise they are floats already, and a cast would copy them
+            elif not spec.color:  # otherwise they are floats already, and a cast would copy them
                 x = fn.cast(x, dtype=types.FLOAT)
         outputs.append(
             fn.crop_mirror_normalize(

@@ -168,7 +168,7 @@ def list_images(paths: str | Sequence[str]) -> list[str]:
     return list(found)
 
 
-def labelled_folder(path: str) -> tuple[list[str], list[int], list[str]]:
+def labeled_folder(path: str) -> tuple[list[str], list[int], list[str]]:
     """Images of class sub-folders.
 
     Returns:
@@ -271,7 +271,7 @@ def open_rgb(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             pixels: Image.Image = image
-            if image.mode.startswith("I"):  # 16-bit greyscale: keep the high byte, as decoders do
+            if image.mode.startswith("I"):  # 16-bit grayscale: keep the high byte, as decoders do
                 pixels = image.point(lambda value: value / 256).convert("L")
             return ImageOps.exif_transpose(pixels).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -1,4 +1,4 @@
-"""Streams of views: training (two views a target or replayed image), labelled training, evaluation."""
+"""Streams of views: training (two views a target or replayed image), labeled training, evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastuft.data.files import BadFile, BadImageError, image_size
 from fastuft.data.manifest import Manifest
 from fastuft.data.order import EpochPlan
 from fastuft.data.strong import StrongConfig, draw_strong, draws_of
-from fastuft.data.views import centre_views, draw_views, uniforms
+from fastuft.data.views import center_views, draw_views, uniforms
 from fastuft.randomness import keyed_generator
 
 Triple = tuple[float, float, float]
@@ -30,7 +30,7 @@ class Batch:
     """One rank's share of a training step.
 
     Args:
-        query: [b, 3, H, W] channels_last, normalised; the views of the query encoder.
+        query: [b, 3, H, W] channels_last, normalized; the views of the query encoder.
         key: the same images' other views.
         index: int64 [b] on the CPU, positions in the manifest.
         is_source: bool [b] on the CPU, which are replayed source images.
@@ -62,7 +62,7 @@ class TrainStream:
         world_size: processes.
         device: where the views are wanted; a CUDA device decodes there.
         dtype: of the views.
-        mean: normalisation for pixels in [0, 1].
+        mean: normalization for pixels in [0, 1].
         std: likewise.
 
     Raises:
@@ -171,7 +171,7 @@ class TrainStream:
 
 
 class EvalStream:
-    """Images in order: shorter side to ``resize``, centre crop of ``size``, normalised; the last partial batch is kept.
+    """Images in order: shorter side to ``resize``, center crop of ``size``, normalized; the last partial batch is kept.
 
     Args:
         paths: files.
@@ -181,7 +181,7 @@ class EvalStream:
         batch_size: images a batch.
         device: where they are wanted.
         dtype: of the images.
-        mean: normalisation for pixels in [0, 1].
+        mean: normalization for pixels in [0, 1].
         std: likewise.
         loader: auto, dali or torch.
         threads: decoding threads; 0 derives it.
@@ -211,7 +211,7 @@ class EvalStream:
         self.paths = list(paths)
         self.labels = _labels(self.paths, labels)
         self.size, self.resize, self.batch_size = size, resize, batch_size
-        plain = AugmentConfig(size=size, jitter_p=0, greyscale_p=0, blur_p=0, flip_p=0)
+        plain = AugmentConfig(size=size, jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0)
         spec = _spec(
             plain,
             mean=mean,
@@ -237,7 +237,7 @@ class EvalStream:
         def request(step: int) -> Request:
             rows = np.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.paths)))
             index = self._feed.usable(rows)
-            views = (centre_views(self._feed.sizes[index], self.size, self.resize),)
+            views = (center_views(self._feed.sizes[index], self.size, self.resize),)
             return Request(self._feed.names(index), views, index)
 
         for _, made, (images,) in self._feed.batches(request, range(len(self))):
@@ -248,18 +248,18 @@ class EvalStream:
         self._feed.close()
 
 
-class LabelledTrainStream:
-    """Random resized crops and flips of labelled images, for finetuning a classifier.
+class LabeledTrainStream:
+    """Random resized crops and flips of labeled images, for finetuning a classifier.
 
     Args:
         paths: files.
         labels: their labels.
-        augment: crop and flip are taken from it; colour, blur and rotation as they stand there.
+        augment: crop and flip are taken from it; color, blur and rotation as they stand there.
         batch_size: images a batch; the last partial batch is kept.
         seed: seed of order and views.
         device: where they are wanted.
         dtype: of the images.
-        mean: normalisation for pixels in [0, 1].
+        mean: normalization for pixels in [0, 1].
         std: likewise.
         loader: auto, dali or torch.
         threads: decoding threads; 0 derives it.
@@ -322,26 +322,26 @@ class LabelledTrainStream:
 
 
 class WeakStrongStream:
-    """A weak and a strong view of unlabelled images, for consistency training (FixMatch).
+    """A weak and a strong view of unlabeled images, for consistency training (FixMatch).
 
     Weak: crop and flip. Strong: another crop and flip, then RandAugment and Cutout. The file is decoded once for both.
     Order and draws are functions of (seed, epoch, position).
 
     Args:
         paths: files.
-        augment: crop and flip of both views; it may hold no colour, blur or rotation.
+        augment: crop and flip of both views; it may hold no color, blur or rotation.
         strong: RandAugment and Cutout.
         batch_size: images a batch; the last partial batch is kept.
         seed: seed of order and views.
         device: where they are wanted.
         dtype: of the images.
-        mean: normalisation for pixels in [0, 1].
+        mean: normalization for pixels in [0, 1].
         std: likewise.
         loader: auto, dali or torch.
         threads: decoding threads; 0 derives it.
 
     Raises:
-        ValueError: no images, or an ``augment`` that changes colours.
+        ValueError: no images, or an ``augment`` that changes colors.
     """
 
     def __init__(
@@ -359,10 +359,10 @@ class WeakStrongStream:
         loader: Loader = "auto",
         threads: int = 0,
     ) -> None:
-        if augment.jitter_p or augment.greyscale_p or augment.blur_p:
+        if augment.jitter_p or augment.grayscale_p or augment.blur_p:
             raise ValueError(
-                "augment.jitter_p, greyscale_p and blur_p must be 0 here: RandAugment works on whole grey levels, and "
-                "the weak view keeps its colours"
+                "augment.jitter_p, grayscale_p and blur_p must be 0 here: RandAugment works on whole gray levels, and "
+                "the weak view keeps its colors"
             )
         self.paths = list(paths)
         _labels(self.paths, None)
@@ -436,7 +436,7 @@ def _spec(
     return ViewSpec(
         size=augment.size,
         num_views=num_views,
-        colour=augment.jitter_p > 0 or augment.greyscale_p > 0,
+        color=augment.jitter_p > 0 or augment.grayscale_p > 0,
         blur=augment.blur_p > 0,
         rotation=augment.rotation > 0,
         mean=mean,

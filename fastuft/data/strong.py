@@ -33,7 +33,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "translate_y": (0, 0.3, True),
 }
 BINS = 31  # magnitudes are drawn from so many evenly spaced ones
-FILL = 128  # grey, where nothing of the image is left
+FILL = 128  # gray, where nothing of the image is left
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StrongConfig:
     Args:
         ops: operators to draw from.
         num_ops: operators applied to each image, drawn with replacement.
-        cutout: side of the erased square as a share of the image's, centred anywhere and clipped.
+        cutout: side of the erased square as a share of the image's, centered anywhere and clipped.
     """
 
     ops: tuple[str, ...] = tuple(RANGES)
@@ -94,8 +94,8 @@ def draw_strong(config: StrongConfig, size: int, u: np.ndarray) -> StrongParamet
     count = config.num_ops
     op, level, sign = (u[:, i * count : (i + 1) * count] for i in range(3))
     side = round(config.cutout * size)
-    centre = np.floor(u[:, 3 * count :] * size)
-    start, end = np.clip(centre - side // 2, 0, size), np.clip(centre - side // 2 + side, 0, size)
+    center = np.floor(u[:, 3 * count :] * size)
+    start, end = np.clip(center - side // 2, 0, size), np.clip(center - side // 2 + side, 0, size)
     return StrongParameters(
         op=(op * len(config.ops)).astype(np.int32),
         magnitude_bin=(level * BINS).astype(np.int32),

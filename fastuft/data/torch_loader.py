@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fastuft.data.backend import DecodeError, Request, ViewSpec
 from fastuft.data.files import BadImageError, open_rgb, verify_files
 from fastuft.data.strong import FILL, StrongConfig, StrongParameters, magnitude
-from fastuft.data.views import ViewParameters, colour_matrix
+from fastuft.data.views import ViewParameters, color_matrix
 
 
 def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
@@ -79,7 +79,7 @@ def strong_view(image: Image.Image, config: StrongConfig, drawn: StrongParameter
 def make_view(
     image: Image.Image, view: ViewParameters, row: int, spec: ViewSpec, strong: StrongParameters | None = None
 ) -> Tensor:
-    """One normalised view [3, size, size] of an upright RGB image."""
+    """One normalized view [3, size, size] of an upright RGB image."""
     top, left = view.roi_start[row]
     bottom, right = view.roi_end[row]
     box = (float(left), float(top), float(right), float(bottom))
@@ -90,8 +90,8 @@ def make_view(
         assert spec.strong is not None
         cropped = strong_view(cropped, spec.strong, strong, row)
     x = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float()
-    if spec.colour and view.twisted[row]:
-        matrix, offset = colour_matrix(
+    if spec.color and view.twisted[row]:
+        matrix, offset = color_matrix(
             *(float(a[row]) for a in (view.brightness, view.contrast, view.saturation, view.hue))
         )
         x = torch.einsum("ij,jhw->ihw", torch.from_numpy(matrix).float(), x) + offset

@@ -30,7 +30,7 @@ SMALL_IMAGES = AugmentConfig(
     contrast=0.4,
     saturation=0.0,
     hue=0.0,
-    greyscale_p=0.0,
+    grayscale_p=0.0,
     blur_sigma=(0.1, 1.0),
     flip_p=0.0,
     rotation=15.0,
@@ -39,15 +39,15 @@ SMALL_IMAGES = AugmentConfig(
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What happens to each image of a batch, in this order: crop and resize, rotate, colour, blur, flip.
+    """What happens to each image of a batch, in this order: crop and resize, rotate, color, blur, flip.
 
     Args:
         roi_start: [n, 2] (y, x) of the crop's first corner, pixels of the upright original.
         roi_end: [n, 2] (y, x) of the opposite corner.
         angle: [n] rotation, degrees counter-clockwise.
         brightness: [n] factor.
-        contrast: [n] factor around mid-grey.
-        saturation: [n] factor; 0 is greyscale.
+        contrast: [n] factor around mid-gray.
+        saturation: [n] factor; 0 is grayscale.
         hue: [n] rotation of hue, degrees.
         sigma: [n] Gaussian blur, pixels; 0 leaves it out.
         flip: [n] 1 mirrors horizontally.
@@ -105,7 +105,7 @@ def draw_views(augment: AugmentConfig, sizes: np.ndarray, u: np.ndarray) -> View
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.argmax(1)[:, None]
     w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
-    # Where no proposal fits: the largest centred crop of an allowed aspect.
+    # Where no proposal fits: the largest centered crop of an allowed aspect.
     none = ~fits.any(1, keepdims=True)
     ratio = np.clip(width / height, *augment.crop_ratio)
     w = np.where(none, np.maximum(1, np.rint(np.minimum(width, height * ratio))), w)
@@ -115,8 +115,8 @@ def draw_views(augment: AugmentConfig, sizes: np.ndarray, u: np.ndarray) -> View
     top = np.where(none, np.floor((height - h) / 2), np.floor((height - h + 1) * rest[:, 1:2]))
 
     jitter = rest[:, 2] < augment.jitter_p
-    grey = rest[:, 7] < augment.greyscale_p
-    saturation = np.where(grey, np.float32(0), _factor(augment.saturation, rest[:, 5], jitter))
+    gray = rest[:, 7] < augment.grayscale_p
+    saturation = np.where(gray, np.float32(0), _factor(augment.saturation, rest[:, 5], jitter))
     blur = rest[:, 8] < augment.blur_p
     sigma_low, sigma_high = augment.blur_sigma
     return ViewParameters(
@@ -132,8 +132,8 @@ def draw_views(augment: AugmentConfig, sizes: np.ndarray, u: np.ndarray) -> View
     )
 
 
-def centre_views(sizes: np.ndarray, size: int, resize: int) -> ViewParameters:
-    """The evaluation view: shorter side to ``resize``, centre crop of ``size``, as one region of the original.
+def center_views(sizes: np.ndarray, size: int, resize: int) -> ViewParameters:
+    """The evaluation view: shorter side to ``resize``, center crop of ``size``, as one region of the original.
 
     Sides and corners are rounded to whole pixels of the resized image, as torchvision's Resize and CenterCrop do.
 
@@ -161,8 +161,8 @@ def centre_views(sizes: np.ndarray, size: int, resize: int) -> ViewParameters:
     )
 
 
-def colour_matrix(brightness: float, contrast: float, saturation: float, hue: float) -> tuple[np.ndarray, float]:
-    """(matrix [3, 3], offset) of the colour jitter on RGB in [0, 255]: hue and saturation in YIQ, then contrast around
+def color_matrix(brightness: float, contrast: float, saturation: float, hue: float) -> tuple[np.ndarray, float]:
+    """(matrix [3, 3], offset) of the color jitter on RGB in [0, 255]: hue and saturation in YIQ, then contrast around
     128 and brightness. The same map as DALI's ``color_twist``.
     """
     to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastuft.atomic import write_whole
 from fastuft.config import DataConfig, EvalConfig, MethodConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
-from fastuft.data import SMALL_IMAGES, labelled_folder
+from fastuft.data import SMALL_IMAGES, labeled_folder
 from fastuft.demo.images import DemoFolders
 from fastuft.evaluate import clustering_accuracy, evaluate_backbone, retrieval_accuracy, write_evaluation
 from fastuft.model import load_backbone
@@ -53,7 +53,7 @@ class Demo:
         folders: the images.
         pretrain_epochs: epochs on the source.
         finetune_epochs: epochs of each arm.
-        shots: labelled images a class of the few-shot runs.
+        shots: labeled images a class of the few-shot runs.
         trials: draws a few-shot figure.
     """
 
@@ -134,8 +134,8 @@ def arm_config(arm: str, folders: DemoFolders, init: Path, out: Path, seed: int,
     replay, mix, matched = ARMS[arm]
     if matched:
         # Passes over the target alone are shorter than passes over the union; more of them take as many steps.
-        targets = len(labelled_folder(folders.train)[0])
-        sources = round(DATA.replay_fraction * len(labelled_folder(folders.source)[0]))
+        targets = len(labeled_folder(folders.train)[0])
+        sources = round(DATA.replay_fraction * len(labeled_folder(folders.source)[0]))
         epochs = round(epochs * ((targets + sources) // DATA.batch_size) / (targets // DATA.batch_size))
     return TrainConfig(
         target=folders.train,
@@ -157,7 +157,7 @@ def raw_pixels(folders: DemoFolders, seed: int) -> dict[str, float]:
     """Retrieval and clustering of the images themselves: what a representation has to beat."""
 
     def pixels(folder: str) -> tuple[np.ndarray, list[int]]:
-        paths, labels, _ = labelled_folder(folder)
+        paths, labels, _ = labeled_folder(folder)
         rows = [np.asarray(Image.open(path).convert("L"), np.float32).ravel() / 255 for path in paths]
         return np.stack(rows), labels
 

@@ -44,23 +44,23 @@ def class_name(character: str) -> str:
 
 
 def render_glyph(character: str, font_path: str, side: int, generator: np.random.Generator) -> Image.Image:
-    """One greyscale glyph [side, side] under a random affine map, blur and noise."""
+    """One grayscale glyph [side, side] under a random affine map, blur and noise."""
     scale = 4  # drawn larger, so that the affine map does not alias
-    centre = side * scale / 2
+    center = side * scale / 2
     # Sized by the character's own extent, so that it fills most of the image, as handwritten digits do.
     left, top, right, bottom = ImageFont.truetype(font_path, 100).getbbox(character, anchor="mm")
     extent = max(right - left, bottom - top)
     font = ImageFont.truetype(font_path, round(100 * side * scale * generator.uniform(0.7, 0.95) / extent))
     canvas = Image.new("L", (side * scale, side * scale))
     draw = ImageDraw.Draw(canvas)
-    left, top, right, bottom = draw.textbbox((centre, centre), character, font=font, anchor="mm")
-    place = (2 * centre - (left + right) / 2, 2 * centre - (top + bottom) / 2)
+    left, top, right, bottom = draw.textbbox((center, center), character, font=font, anchor="mm")
+    place = (2 * center - (left + right) / 2, 2 * center - (top + bottom) / 2)
     draw.text(place, character, fill=255, font=font, anchor="mm")
     angle, shear = np.deg2rad(generator.uniform(-15, 15)), generator.uniform(-0.25, 0.25)
     stretch = generator.uniform(0.85, 1.2, size=2)
     rotate = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = rotate @ np.array([[1.0, shear], [0.0, 1.0]]) @ np.diag(stretch)
-    offset = centre + generator.uniform(-2, 2, size=2) * scale - matrix @ np.array([centre, centre])
+    offset = center + generator.uniform(-2, 2, size=2) * scale - matrix @ np.array([center, center])
     coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
     canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     blur = ImageFilter.GaussianBlur(scale * generator.uniform(0.2, 2.0))

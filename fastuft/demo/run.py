@@ -49,7 +49,7 @@ def run_demo(
         first_seed: seed of the first.
         pretrain_epochs: epochs on the source.
         finetune_epochs: epochs of each arm.
-        shots: labelled images a class of the few-shot runs.
+        shots: labeled images a class of the few-shot runs.
         trials: draws a few-shot figure.
         num_glyphs: source images.
 
@@ -83,7 +83,7 @@ def run_demo(
     report = root / "report.html"
     notes = [
         f"Source: {num_glyphs} rendered glyphs, with which a small network is pretrained. Target: scikit-learn's handwritten "
-        "digits, 500 of them unlabelled for training and as gallery, 1,297 for test. SDR replays 10 % of the glyphs, Mix "
+        "digits, 500 of them unlabeled for training and as gallery, 1,297 for test. SDR replays 10 % of the glyphs, Mix "
         "trains on CutMix queries. Labels serve evaluation alone.",
         f"Seeds {', '.join(map(str, numbers))}; every figure is as it came.",
     ]
@@ -149,12 +149,12 @@ def _leave_with_parent() -> None:
 def _work(seed: int, name: str, *parts: Callable[[int, str], None]) -> None:
     """The parts of one run's work, in order."""
     label = f"seed {seed}, {name}"
-    with redirect_stdout(_Labelled(label, sys.stdout)), redirect_stderr(_Labelled(label, sys.stderr)):
+    with redirect_stdout(_Labeled(label, sys.stdout)), redirect_stderr(_Labeled(label, sys.stderr)):
         for part in parts:
             part(seed, name)
 
 
-class _Labelled(io.TextIOBase):
+class _Labeled(io.TextIOBase):
     """Text whose lines begin with the run that they are of. Not a terminal: of several bars none could be read."""
 
     def __init__(self, label: str, stream: TextIO) -> None:

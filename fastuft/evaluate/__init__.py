@@ -30,14 +30,14 @@ _EXPORTS = {
     "FewShotSettings": "shots",
     "draw_shots": "shots",
     "fewshot": "shots",
-    "nearest_neighbours": "retrieval",
+    "nearest_neighbors": "retrieval",
     "retrieval_accuracy": "retrieval",
-    "alignment": "unlabelled",
-    "alignment_uniformity": "unlabelled",
-    "drift": "unlabelled",
-    "linear_cka": "unlabelled",
-    "neighbour_overlap": "unlabelled",
-    "uniformity": "unlabelled",
+    "alignment": "unlabeled",
+    "alignment_uniformity": "unlabeled",
+    "drift": "unlabeled",
+    "linear_cka": "unlabeled",
+    "neighbor_overlap": "unlabeled",
+    "uniformity": "unlabeled",
 }
 
 __all__ = sorted(_EXPORTS)
@@ -56,7 +56,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.evaluation import write_evaluation as write_evaluation
     from fastuft.evaluate.features import cached_features as cached_features
     from fastuft.evaluate.features import extract_features as extract_features
-    from fastuft.evaluate.retrieval import nearest_neighbours as nearest_neighbours
+    from fastuft.evaluate.retrieval import nearest_neighbors as nearest_neighbors
     from fastuft.evaluate.retrieval import retrieval_accuracy as retrieval_accuracy
     from fastuft.evaluate.semi import FixMatchResult as FixMatchResult
     from fastuft.evaluate.semi import FixMatchSettings as FixMatchSettings
@@ -64,12 +64,12 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.shots import FewShotResult as FewShotResult
     from fastuft.evaluate.shots import FewShotSettings as FewShotSettings
     from fastuft.evaluate.shots import draw_shots as draw_shots
-    from fastuft.evaluate.unlabelled import alignment as alignment
-    from fastuft.evaluate.unlabelled import alignment_uniformity as alignment_uniformity
-    from fastuft.evaluate.unlabelled import drift as drift
-    from fastuft.evaluate.unlabelled import linear_cka as linear_cka
-    from fastuft.evaluate.unlabelled import neighbour_overlap as neighbour_overlap
-    from fastuft.evaluate.unlabelled import uniformity as uniformity
+    from fastuft.evaluate.unlabeled import alignment as alignment
+    from fastuft.evaluate.unlabeled import alignment_uniformity as alignment_uniformity
+    from fastuft.evaluate.unlabeled import drift as drift
+    from fastuft.evaluate.unlabeled import linear_cka as linear_cka
+    from fastuft.evaluate.unlabeled import neighbor_overlap as neighbor_overlap
+    from fastuft.evaluate.unlabeled import uniformity as uniformity
 
 
 def __getattr__(name: str) -> Any:

@@ -46,13 +46,13 @@ class KMeans:
 
     Args:
         labels: cluster of each item, [N] int64, CPU.
-        centres: [K, F], CPU.
-        inertia: sum of squared distances to the nearest centre.
+        centers: [K, F], CPU.
+        inertia: sum of squared distances to the nearest center.
         iterations: Lloyd iterations of the best restart.
     """
 
     labels: Tensor
-    centres: Tensor
+    centers: Tensor
     inertia: float
     iterations: int
 
@@ -61,13 +61,13 @@ def _squared_norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1).square()
 
 
-def _squared_distances(x: Tensor, norms: Tensor, centres: Tensor) -> Tensor:
+def _squared_distances(x: Tensor, norms: Tensor, centers: Tensor) -> Tensor:
     """|x - c|^2 for all pairs, [N, K]; rounding may leave small negative values, which become 0."""
-    return torch.addmm(norms[:, None] + _squared_norms(centres), x, centres.T, alpha=-2).clamp_(min=0)
+    return torch.addmm(norms[:, None] + _squared_norms(centers), x, centers.T, alpha=-2).clamp_(min=0)
 
 
 def kmeans_plus_plus(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
-    """Initial centres [K, F] by greedy k-means++ (Arthur and Vassilvitskii 2007, several candidates a step).
+    """Initial centers [K, F] by greedy k-means++ (Arthur and Vassilvitskii 2007, several candidates a step).
 
     Draws come from a host generator, so the choice depends on the seed and the data, not on the device.
     """
@@ -86,19 +86,19 @@ def kmeans_plus_plus(x: Tensor, clusters: int, generator: np.random.Generator) -
     return x[chosen].clone()
 
 
-def _assign(x: Tensor, norms: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest centre of each row and the squared distance to it, [N] each, in blocks of rows."""
-    rows = max(1, BLOCK_VALUES // len(centres))
+def _assign(x: Tensor, norms: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest center of each row and the squared distance to it, [N] each, in blocks of rows."""
+    rows = max(1, BLOCK_VALUES // len(centers))
     blocks = zip(x.split(rows), norms.split(rows), strict=True)
-    sizes, found = _squared_norms(centres), []
-    for block, norm in blocks:  # |x|^2 does not change which centre is nearest, so it joins after the minimum
-        values, labels = torch.addmm(sizes, block, centres.T, alpha=-2).min(dim=1)
+    sizes, found = _squared_norms(centers), []
+    for block, norm in blocks:  # |x|^2 does not change which center is nearest, so it joins after the minimum
+        values, labels = torch.addmm(sizes, block, centers.T, alpha=-2).min(dim=1)
         found.append((labels, (values + norm).clamp_(min=0)))
     return torch.cat([labels for labels, _ in found]), torch.cat([distances for _, distances in found])
 
 
 def _means(x: Tensor, labels: Tensor, distances: Tensor, clusters: int) -> Tensor:
-    """Mean of each cluster, [K, F]; an empty cluster takes over the item farthest from its own centre.
+    """Mean of each cluster, [K, F]; an empty cluster takes over the item farthest from its own center.
 
     The sums are a segment sum over rows sorted by cluster: no atomics, the same result on every run.
     """
@@ -114,18 +114,18 @@ def _means(x: Tensor, labels: Tensor, distances: Tensor, clusters: int) -> Tenso
     return sums / counts.clamp(min=1)[:, None]
 
 
-def _lloyd(x: Tensor, centres: Tensor, max_iterations: int, tolerance: float) -> tuple[Tensor, Tensor, float, int]:
+def _lloyd(x: Tensor, centers: Tensor, max_iterations: int, tolerance: float) -> tuple[Tensor, Tensor, float, int]:
     norms = _squared_norms(x)
-    labels, distances = _assign(x, norms, centres)
+    labels, distances = _assign(x, norms, centers)
     iteration, settled = 0, False
     while not settled and iteration < max_iterations:
         iteration += 1
-        moved = _means(x, labels, distances, len(centres))
-        shift = float(((moved - centres) ** 2).sum())
-        centres = moved
-        previous, (labels, distances) = labels, _assign(x, norms, centres)
+        moved = _means(x, labels, distances, len(centers))
+        shift = float(((moved - centers) ** 2).sum())
+        centers = moved
+        previous, (labels, distances) = labels, _assign(x, norms, centers)
         settled = shift <= tolerance or bool((labels == previous).all())
-    return labels, centres, float(distances.double().sum()), iteration
+    return labels, centers, float(distances.double().sum()), iteration
 
 
 def kmeans(
@@ -141,8 +141,8 @@ def kmeans(
 ) -> KMeans:
     """K-means by Lloyd's algorithm; the restart of lowest inertia is kept.
 
-    From the same initial centres the solution is scikit-learn's (``KMeans(algorithm="lloyd")``): the same stopping
-    rule (centres move by at most ``tolerance`` times the mean variance, or no label changes) and the same treatment
+    From the same initial centers the solution is scikit-learn's (``KMeans(algorithm="lloyd")``): the same stopping
+    rule (centers move by at most ``tolerance`` times the mean variance, or no label changes) and the same treatment
     of empty clusters.
 
     Args:
@@ -152,7 +152,7 @@ def kmeans(
         max_iterations: Lloyd iterations of one start.
         tolerance: relative tolerance of the stopping rule.
         seed: seed of the starts.
-        init: initial centres [K, F]; then there is one start.
+        init: initial centers [K, F]; then there is one start.
         device: where to compute; None stays with ``x``.
     """
     items = as_features("x", x)
@@ -161,7 +161,7 @@ def kmeans(
     if restarts < 1 or max_iterations < 1:
         raise ValueError(f"restarts={restarts!r} and max_iterations={max_iterations!r} must be at least 1")
     items = items.to(device) if device is not None else items
-    # Distances lose fewer digits when the data is centred.
+    # Distances lose fewer digits when the data is centered.
     offset = items.mean(0)
     items = items - offset
     scaled = tolerance * float(_squared_norms(items).double().mean()) / items.shape[1]  # mean variance of the features
@@ -173,8 +173,8 @@ def kmeans(
     else:
         starts = [kmeans_plus_plus(items, clusters, keyed_generator(seed, "kmeans", r)) for r in range(restarts)]
     best = min((_lloyd(items, start, max_iterations, scaled) for start in starts), key=lambda result: result[2])
-    labels, centres, inertia, iterations = best
-    return KMeans(labels.cpu(), (centres + offset).cpu(), inertia, iterations)
+    labels, centers, inertia, iterations = best
+    return KMeans(labels.cpu(), (centers + offset).cpu(), inertia, iterations)
 
 
 def clustering_accuracy(

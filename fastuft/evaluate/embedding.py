@@ -18,7 +18,7 @@ def tsne(features: ArrayLike, *, perplexity: float = 30.0, seed: int = 0) -> np.
     Args:
         features: [N, F], N >= 5; reduced to 50 principal components first.
         perplexity: lowered to (N - 1) / 3 for few images.
-        seed: seed of the optimiser.
+        seed: seed of the optimizer.
 
     Returns:
         coordinates [N, 2] float32.

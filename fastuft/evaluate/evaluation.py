@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 from fastuft.atomic import write_whole
 from fastuft.config import EvalConfig
-from fastuft.data import EvalStream, labelled_folder, list_images, resolve_loader
+from fastuft.data import EvalStream, labeled_folder, list_images, resolve_loader
 from fastuft.evaluate.clustering import clustering_accuracy
 from fastuft.evaluate.embedding import tsne
 from fastuft.evaluate.features import autocast, cached_features, module_device, weights_hash
 from fastuft.evaluate.images import decode, random_views, thumbnail_png
 from fastuft.evaluate.inputs import quoted
-from fastuft.evaluate.retrieval import nearest_neighbours, retrieval_accuracy
+from fastuft.evaluate.retrieval import nearest_neighbors, retrieval_accuracy
 from fastuft.evaluate.semi import FixMatchResult, FixMatchSettings, fixmatch
 from fastuft.evaluate.shots import FewShotResult, FewShotSettings, draw_shots, fewshot
-from fastuft.evaluate.unlabelled import alignment_uniformity, drift, neighbour_overlap
+from fastuft.evaluate.unlabeled import alignment_uniformity, drift, neighbor_overlap
 from fastuft.randomness import keyed_generator, keyed_seed
 
-NEIGHBOURS = 5
+NEIGHBORS = 5
 # Label-free measures look at no more images than this: their sampling error is then far below what matters.
 SAMPLE = 2048
 # Area range of the crops between which alignment is measured, whatever few-shot finetuning crops.
@@ -40,14 +40,14 @@ VIEW_SCALE = (0.4, 1.0)
 NO_LABELS = (
     "No labels were given (train has no class sub-folders), so no accuracy is known: not retrieval, not clustering, "
     "not few-shot. The figures below say how the representation changed, not whether it became better. Looking at the "
-    "neighbours before and after is the best check; a few labelled images a class would allow a real one."
+    "neighbors before and after is the best check; a few labeled images a class would allow a real one."
 )
 NO_TEST = (
-    "No labelled test set was given, so retrieval and few-shot accuracy on unseen images are not known. Clustering "
+    "No labeled test set was given, so retrieval and few-shot accuracy on unseen images are not known. Clustering "
     "accuracy describes the training images themselves."
 )
 NO_BEFORE = (
-    "No earlier checkpoint was given, so nothing is known about what changed: no drift, no neighbours kept or lost."
+    "No earlier checkpoint was given, so nothing is known about what changed: no drift, no neighbors kept or lost."
 )
 NO_SOURCE = "No source images were given, so forgetting of the source is not known."
 NO_SOURCE_LABELS = (
@@ -64,7 +64,7 @@ class Images:
     classes: list[str]
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         return bool(self.classes)
 
 
@@ -84,15 +84,15 @@ class Evaluation:
 
 
 def read_images(name: str, folder: str) -> Images:
-    """The images of ``folder``: labelled when all of them lie in sub-folders, of which there are at least two."""
+    """The images of ``folder``: labeled when all of them lie in sub-folders, of which there are at least two."""
     root = Path(folder)
     if root.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir()):
         paths = list_images(folder)
         if all(Path(path).absolute().parent != root.absolute() for path in paths):
-            found, labels, classes = labelled_folder(folder)
+            found, labels, classes = labeled_folder(folder)
             if len(classes) < 2:
                 raise ValueError(
-                    f"{name}={folder!r} has one class sub-folder only ({quoted(classes)}); a labelled metric needs at "
+                    f"{name}={folder!r} has one class sub-folder only ({quoted(classes)}); a labeled metric needs at "
                     f"least two. For a report without labels name the images' own folder"
                 )
             return Images([str(path) for path in found], np.asarray(labels), list(classes))
@@ -145,7 +145,7 @@ class _Evaluator:
         config = self.config
         stream = EvalStream(
             images.paths,
-            images.labels.tolist() if images.labelled else None,
+            images.labels.tolist() if images.labeled else None,
             size=config.size,
             resize=self.resize,
             batch_size=config.batch_size,
@@ -193,7 +193,7 @@ class _Evaluator:
 
     def retrieval(self, gallery: Tensor, train: Images, queries: Tensor, test: Images) -> float:
         with self.timed("retrieval"):
-            return retrieval_accuracy(gallery, train.labels, queries, test.labels, NEIGHBOURS, device=self.device)
+            return retrieval_accuracy(gallery, train.labels, queries, test.labels, NEIGHBORS, device=self.device)
 
     def finetuning(self) -> FewShotSettings:
         config = self.config
@@ -275,7 +275,7 @@ def _label_free(
     """Alignment and uniformity of two views, and what changed since ``before``; features are (after, before)."""
     if len(train.paths) < 2:
         raise ValueError(f"train={run.config.train!r} has one image; an evaluation needs at least two")
-    index = run.sample("unlabelled", len(train.paths), SAMPLE)
+    index = run.sample("unlabeled", len(train.paths), SAMPLE)
     few = [train.paths[i] for i in index[: SAMPLE // 4]]
     result: dict[str, Any] = {"images": len(index)}
     with run.timed("label-free"):
@@ -284,8 +284,8 @@ def _label_free(
             after, old = (x[torch.from_numpy(index)] for x in features)
             result["before"] = alignment_uniformity(*run.two_views(before, few), seed=run.config.seed)
             result["target_drift"] = drift(old, after)
-            if len(index) > NEIGHBOURS:
-                result["neighbour_overlap"] = neighbour_overlap(old, after, NEIGHBOURS)
+            if len(index) > NEIGHBORS:
+                result["neighbor_overlap"] = neighbor_overlap(old, after, NEIGHBORS)
     return result
 
 
@@ -294,26 +294,26 @@ def _gallery(
 ) -> dict[str, np.ndarray]:
     """Query images with their nearest gallery images, after and (where given) before, and thumbnails of all."""
     same = queries is gallery
-    count = min(NEIGHBOURS, len(gallery.paths) - same)
+    count = min(NEIGHBORS, len(gallery.paths) - same)
     chosen = run.sample("gallery", len(queries.paths), run.config.gallery)
     arrays: dict[str, np.ndarray] = {}
     files = [queries.paths[i] for i in chosen]
     for prefix, q, g in zip(("", "before_"), query_features, gallery_features, strict=False):
-        values, found = nearest_neighbours(q[torch.from_numpy(chosen)], g, min(count + same, len(g)))
+        values, found = nearest_neighbors(q[torch.from_numpy(chosen)], g, min(count + same, len(g)))
         if same:
             keep = found != torch.from_numpy(chosen)[:, None]
             keep[keep.all(dim=1), -1] = False
             values, found = values[keep].view(-1, count), found[keep].view(-1, count)
         names = [gallery.paths[i] for i in found.flatten().tolist()]
-        arrays[f"{prefix}neighbours"] = np.arange(len(files), len(files) + len(names)).reshape(len(chosen), count)
+        arrays[f"{prefix}neighbors"] = np.arange(len(files), len(files) + len(names)).reshape(len(chosen), count)
         arrays[f"{prefix}similarity"] = values.numpy().astype(np.float32)
-        if queries.labelled and gallery.labelled:
+        if queries.labeled and gallery.labeled:
             arrays[f"{prefix}right"] = gallery.labels[found.numpy()] == queries.labels[chosen][:, None]
         files += names
     unique = {path: i for i, path in enumerate(dict.fromkeys(files))}
     thumbs = [thumbnail_png(path) for path in unique]
     position = np.array([unique[path] for path in files])
-    for key in ("neighbours", "before_neighbours"):
+    for key in ("neighbors", "before_neighbors"):
         if key in arrays:
             arrays[key] = position[arrays[key]]
     return arrays | {
@@ -327,7 +327,7 @@ def _gallery(
 def _map(run: _Evaluator, images: Images, features: Tensor) -> dict[str, np.ndarray]:
     chosen = run.sample("map", len(images.paths), run.config.tsne_points)
     coordinates = tsne(features[torch.from_numpy(chosen)], seed=run.config.seed)
-    labels = images.labels[chosen] if images.labelled else np.full(len(chosen), -1)
+    labels = images.labels[chosen] if images.labeled else np.full(len(chosen), -1)
     return {"tsne": coordinates, "tsne_labels": labels.astype(np.int64)}
 
 
@@ -348,13 +348,13 @@ def evaluate_backbone(backbone: nn.Module, config: EvalConfig, before: nn.Module
     """Every metric that the given folders allow, for one backbone.
 
     With class sub-folders in ``config.train`` and ``config.test``: retrieval, clustering, few-shot. With classes in
-    ``config.source``: forgetting. Without labels: alignment, uniformity, drift and neighbours, and statements of what
+    ``config.source``: forgetting. Without labels: alignment, uniformity, drift and neighbors, and statements of what
     cannot be known.
 
     Args:
         backbone: has ``num_features``, ``mean`` and ``std``; it is not changed.
         config: folders and settings; ``checkpoint``, ``before`` and ``out`` are recorded, not used.
-        before: the backbone to compare with, usually the initialisation.
+        before: the backbone to compare with, usually the initialization.
 
     Raises:
         ValueError: one class only, class sub-folders that differ between train and test, a class with fewer images
@@ -370,7 +370,7 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
     train = read_images("train", config.train)
     test = read_images("test", config.test) if config.test else None
     source = read_images("source", config.source) if config.source else None
-    judged = train.labelled and test is not None and test.labelled
+    judged = train.labeled and test is not None and test.labeled
     if judged:
         assert test is not None
         _check_classes(train, test)
@@ -382,7 +382,7 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
     test_features = [run.features(b, test) for b in backbones] if test is not None else []
     statements: list[str] = []
     metrics: dict[str, Any] = {
-        "labelled": judged,
+        "labeled": judged,
         "classes": train.classes,
         "counts": {
             name: len(images.paths)
@@ -392,7 +392,7 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
     }
     draws: dict[str, dict[str, list[str]]] = {}
     earlier: dict[str, Any] = {}
-    if train.labelled:
+    if train.labeled:
         for name, x in zip(arms, train_features, strict=False):
             (metrics if name == "after" else earlier)["clustering"] = run.clustering(x, train)
     else:
@@ -421,8 +421,8 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
             unused = [k for k in config.semi_shots if not max(semi.confident[k])]
             if unused:
                 statements.append(
-                    f"FixMatch with {', '.join(map(str, unused))} labelled images a class found no confident guess among "
-                    "the unlabelled images, so it was few-shot finetuning with more views."
+                    f"FixMatch with {', '.join(map(str, unused))} labeled images a class found no confident guess among "
+                    "the unlabeled images, so it was few-shot finetuning with more views."
                 )
         if drawn is not None:
             draws = {
@@ -432,7 +432,7 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
                 }
                 for trial, rows in enumerate(drawn)
             }
-    elif train.labelled:
+    elif train.labeled:
         statements.append(NO_TEST)
     if earlier:
         metrics["before"] = earlier
@@ -445,7 +445,7 @@ def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) ->
         source_features = [run.features(b, source) for b in backbones]
         if before is not None:
             metrics["source_drift"] = drift(source_features[1], source_features[0])
-        if source.labelled:
+        if source.labeled:
             metrics["forgetting"] = {
                 name: run.clustering(x, source) for name, x in zip(arms, source_features, strict=False)
             }

@@ -61,7 +61,7 @@ def random_views(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    """One random resized crop (aspect 3/4 to 4/3) and horizontal flip of each image, normalised.
+    """One random resized crop (aspect 3/4 to 4/3) and horizontal flip of each image, normalized.
 
     ``scale`` (1, 1) crops nothing from a square image. images: uint8 [3, H, W] each; returns [n, 3, size, size]
     float32 in channels_last on the images' device.
@@ -75,10 +75,10 @@ def random_views(
             part = F.interpolate(part, (size, size), mode="bilinear", align_corners=False, antialias=True)
         views.append(part.flip(3) if generator.random() < flip_p else part)
     batch = torch.cat(views).contiguous(memory_format=torch.channels_last)
-    return normalise(batch, mean, std)
+    return normalize(batch, mean, std)
 
 
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(pixels / 255 - mean) / std per channel; pixels [n, 3, H, W] in 0..255."""
     # Asynchronous copies of a few bytes: a device tensor made from a sequence would wait for all work on a GPU.
     shift, factor = (torch.tensor(v).view(1, 3, 1, 1).to(pixels.device, non_blocking=True) for v in (mean, std))
@@ -86,7 +86,7 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def thumbnail_png(path: str, side: int = 64) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The image's centre square at ``side`` pixels as the bytes of a PNG file, uint8 [n]."""
+    """The image's center square at ``side`` pixels as the bytes of a PNG file, uint8 [n]."""
     image = ImageOps.fit(open_rgb(path), (side, side), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

@@ -58,7 +58,7 @@ def check_seen(train_labels: np.ndarray, test_labels: np.ndarray) -> None:
     classes = np.unique(train_labels)
     if len(classes) < 2:
         raise ValueError(
-            f"the training labels name one class only ({quoted(list(classes))}); a labelled metric needs at least two"
+            f"the training labels name one class only ({quoted(list(classes))}); a labeled metric needs at least two"
         )
     unseen = np.setdiff1d(test_labels, classes)
     if len(unseen):

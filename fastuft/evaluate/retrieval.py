@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine similarity, and the paper's retrieval accuracy."""
+"""Nearest neighbors by cosine similarity, and the paper's retrieval accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Backend = Literal["auto", "faiss", "torch"]
 BLOCK_VALUES = 1 << 26
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     queries: ArrayLike,
     gallery: ArrayLike,
     k: int = 5,
@@ -30,7 +30,7 @@ def nearest_neighbours(
     Args:
         queries: [Q, F].
         gallery: [N, F].
-        k: neighbours, 1 <= k <= N (N - 1 with ``exclude_self``).
+        k: neighbors, 1 <= k <= N (N - 1 with ``exclude_self``).
         exclude_self: queries are the gallery's own first Q rows, and none may find itself.
         backend: torch (blocked matmul and top-k; never a [Q, N] tensor), faiss (flat inner-product index, where it is
             installed), or auto: torch, whose matrix product took a quarter of the time of faiss's on a CPU.
@@ -88,9 +88,9 @@ def retrieval_accuracy(
         train_y: labels [N], integers or strings.
         test_x: features [Q, F].
         test_y: labels [Q]; every class must occur in ``train_y``.
-        k: neighbours (the paper takes 5).
-        backend: see :func:`nearest_neighbours`.
-        device: see :func:`nearest_neighbours`.
+        k: neighbors (the paper takes 5).
+        backend: see :func:`nearest_neighbors`.
+        device: see :func:`nearest_neighbors`.
 
     Returns:
         A fraction in [0, 1].
@@ -102,5 +102,5 @@ def retrieval_accuracy(
     gallery_labels = as_labels("train_y", train_y, len(train))
     query_labels = as_labels("test_y", test_y, len(test))
     check_seen(gallery_labels, query_labels)
-    _, neighbours = nearest_neighbours(test, train, k, backend=backend, device=device)
-    return float((gallery_labels[neighbours.numpy()] == query_labels[:, None]).mean())
+    _, neighbors = nearest_neighbors(test, train, k, backend=backend, device=device)
+    return float((gallery_labels[neighbors.numpy()] == query_labels[:, None]).mean())

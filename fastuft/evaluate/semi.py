@@ -1,4 +1,4 @@
-"""FixMatch (Sohn et al. 2020): a few labelled images a class, and all training images without their labels."""
+"""FixMatch (Sohn et al. 2020): a few labeled images a class, and all training images without their labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastuft.evaluate.shots import (
 )
 from fastuft.randomness import keyed_generator, keyed_seed
 
-RATIO = 7  # unlabelled images for each labelled one of a step (mu)
+RATIO = 7  # unlabeled images for each labeled one of a step (mu)
 THRESHOLD = 0.95  # confidence from which the guess of the weak view is a label (tau)
 
 
@@ -38,12 +38,12 @@ class FixMatchSettings:
     """How one FixMatch finetuning is done; the recipe shares few-shot's epochs, rates, crop and flip.
 
     Args:
-        finetuning: epochs (passes over the unlabelled images), rates, crop and flip of the weak views; its batch is the
-            labelled images a step.
+        finetuning: epochs (passes over the unlabeled images), rates, crop and flip of the weak views; its batch is the
+            labeled images a step.
         strong: RandAugment and Cutout of the strong view.
         threshold: confidence from which a guess counts.
-        ratio: unlabelled images for each labelled one of a step; a smaller set makes one step an epoch.
-        weight: of the unlabelled loss.
+        ratio: unlabeled images for each labeled one of a step; a smaller set makes one step an epoch.
+        weight: of the unlabeled loss.
     """
 
     finetuning: FewShotSettings = field(default_factory=lambda: FewShotSettings(batch_size=64))
@@ -55,16 +55,16 @@ class FixMatchSettings:
 
 @dataclass(frozen=True)
 class FixMatchResult(FewShotResult):
-    """As of few-shot, and how much of the unlabelled images was used.
+    """As of few-shot, and how much of the unlabeled images was used.
 
     Args:
-        confident: share of unlabelled images above the threshold in each trial's last epoch, by K.
+        confident: share of unlabeled images above the threshold in each trial's last epoch, by K.
     """
 
     confident: dict[int, list[float]] = field(default_factory=dict)
 
 
-def unlabelled_loss(weak: Tensor, strong: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def unlabeled_loss(weak: Tensor, strong: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Mean over all images of 1[max p >= threshold] CE(strong, argmax p), p of the weak view (Sohn et al. 2020, Eq. 4).
 
     Args:
@@ -81,7 +81,7 @@ def unlabelled_loss(weak: Tensor, strong: Tensor, threshold: float) -> tuple[Ten
 
 
 class _Student:
-    """One finetuning: its labelled images, model and optimiser."""
+    """One finetuning: its labeled images, model and optimizer."""
 
     def __init__(
         self,
@@ -98,10 +98,10 @@ class _Student:
         self.optimizer, self.schedule = sgd(self.model, recipe.lr, recipe.backbone_lr, steps)
         self.source = self.model.backbone
         self.step_number = 0
-        self.totals = torch.zeros(2, device=labels.device)  # labelled loss and confident share of this epoch
+        self.totals = torch.zeros(2, device=labels.device)  # labeled loss and confident share of this epoch
 
-    def _labelled(self) -> tuple[Tensor, Tensor]:
-        """The next labelled batch: whole shuffled passes one after the other."""
+    def _labeled(self) -> tuple[Tensor, Tensor]:
+        """The next labeled batch: whole shuffled passes one after the other."""
         recipe, count = self.settings.finetuning, len(self.images)
         first = self.step_number * recipe.batch_size
         places = range(first, first + recipe.batch_size)
@@ -122,14 +122,14 @@ class _Student:
         return views, self.labels[torch.from_numpy(index).to(self.labels.device, non_blocking=True)]
 
     def step(self, weak: Tensor, strong: Tensor) -> None:
-        """One update from a labelled batch and an unlabelled one's weak and strong views."""
-        views, labels = self._labelled()
+        """One update from a labeled batch and an unlabeled one's weak and strong views."""
+        views, labels = self._labeled()
         with autocast(views.device, self.settings.finetuning.precision):
             with torch.no_grad():
                 guesses = self.model(weak)
             logits = self.model(torch.cat([views, strong]))
         supervised = F.cross_entropy(logits[: len(views)], labels)
-        consistency, counted = unlabelled_loss(guesses, logits[len(views) :], self.settings.threshold)
+        consistency, counted = unlabeled_loss(guesses, logits[len(views) :], self.settings.threshold)
         self.optimizer.zero_grad(set_to_none=True)
         (supervised + self.settings.weight * consistency).backward()
         self.optimizer.step()
@@ -138,7 +138,7 @@ class _Student:
         self.totals += torch.stack([supervised.detach(), counted]) * len(weak)
 
     def end_of_epoch(self, count: int) -> tuple[float, float]:
-        """(labelled loss, confident share) of the epoch that ends."""
+        """(labeled loss, confident share) of the epoch that ends."""
         loss, confident = (self.totals / count).tolist()
         self.totals.zero_()
         return loss, confident
@@ -160,7 +160,7 @@ def fixmatch(
 ) -> FixMatchResult:
     """Test accuracy after FixMatch from ``backbone``, for several K and trials.
 
-    The labelled images are few-shot's draws of the same seed. All finetunings go through the unlabelled images together,
+    The labeled images are few-shot's draws of the same seed. All finetunings go through the unlabeled images together,
     so every image is decoded once an epoch for all of them. SGD with momentum 0.9, no weight decay, cosine schedule,
     BatchNorm in eval mode, and the weights of the last step (FixMatch's own code evaluates a moving average).
 
@@ -168,11 +168,11 @@ def fixmatch(
         backbone: on the device to work on; it is not changed.
         train_paths: all training images.
         train_labels: their labels [N]; used for the drawn images alone.
-        test: stream of (images, labels) over the test set, normalised for this backbone.
+        test: stream of (images, labels) over the test set, normalized for this backbone.
         test_labels: labels [Q] in the stream's order; every class must occur in training.
         shots: the values of K.
         trials: draws for each K.
-        seed: seed of draws, initialisation, order and views.
+        seed: seed of draws, initialization, order and views.
         classes: class names by label, for messages.
         settings: the recipe; None is the paper's.
         loader: dali, torch or auto.
@@ -193,7 +193,7 @@ def fixmatch(
     stream = WeakStrongStream(
         train_paths,
         augment=AugmentConfig(
-            size=recipe.size, crop_scale=recipe.crop_scale, flip_p=recipe.flip_p, jitter_p=0, greyscale_p=0, blur_p=0
+            size=recipe.size, crop_scale=recipe.crop_scale, flip_p=recipe.flip_p, jitter_p=0, grayscale_p=0, blur_p=0
         ),
         strong=options.strong,
         batch_size=options.ratio * recipe.batch_size,

@@ -26,7 +26,7 @@ class FewShotSettings:
     """How one few-shot finetuning is done.
 
     Args:
-        epochs: passes over the labelled images.
+        epochs: passes over the labeled images.
         lr: learning rate of the new classifier.
         backbone_lr: learning rate of the backbone.
         batch_size: largest batch; fewer images make one batch.
@@ -83,7 +83,7 @@ def draw_shots(labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, clas
     """
     truth = as_labels("labels", labels)
     if shots < 1:
-        raise ValueError(f"shots={shots!r} is out of range; at least 1 labelled image a class is needed")
+        raise ValueError(f"shots={shots!r} is out of range; at least 1 labeled image a class is needed")
     values, counts = np.unique(truth, return_counts=True)
     short = [(classes[int(v)] if len(classes) else v, int(c)) for v, c in zip(values, counts, strict=True) if c < shots]
     if short:
@@ -102,7 +102,7 @@ def draw_shots(labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, clas
 def check_runs(shots: Sequence[int], trials: int) -> None:
     """Raise unless there is something to draw."""
     if not shots:
-        raise ValueError("shots is empty; name at least one number of labelled images a class")
+        raise ValueError("shots is empty; name at least one number of labeled images a class")
     if trials < 1:
         raise ValueError(f"trials={trials!r} is out of range; at least 1 is needed")
 
@@ -162,7 +162,7 @@ def finetune(
     *,
     seed: int,
 ) -> tuple[Classifier, float]:
-    """A copy of ``backbone`` with a new classifier, finetuned on a few labelled images.
+    """A copy of ``backbone`` with a new classifier, finetuned on a few labeled images.
 
     SGD with momentum 0.9, no weight decay, cosine schedule to zero over all steps, random crop and flip,
     cross-entropy, BatchNorm in eval mode.
@@ -173,7 +173,7 @@ def finetune(
         labels: [n] int64 in 0..classes-1, on the same device.
         classes: outputs of the classifier.
         settings: the recipe.
-        seed: seed of initialisation, order and crops.
+        seed: seed of initialization, order and crops.
 
     Returns:
         the classifier in eval mode and the mean loss of its last epoch.
@@ -260,7 +260,7 @@ def fewshot(
     classes: Sequence[str] = (),
     settings: FewShotSettings | None = None,
 ) -> FewShotResult:
-    """Test accuracy after finetuning on K labelled images a class, for several K and trials.
+    """Test accuracy after finetuning on K labeled images a class, for several K and trials.
 
     Each trial decodes its largest draw once; smaller K reuse its first images. All finetuned models then share one
     pass over the test stream, so test images are decoded once as well.
@@ -269,11 +269,11 @@ def fewshot(
         backbone: on the device to work on; it is not changed.
         train_paths: training images to draw from.
         train_labels: their labels [N].
-        test: stream of (images, labels) over the test set, normalised for this backbone.
+        test: stream of (images, labels) over the test set, normalized for this backbone.
         test_labels: labels [Q] in the stream's order; every class must occur in training.
         shots: the values of K.
         trials: draws for each K.
-        seed: seed of draws, initialisation, order and crops.
+        seed: seed of draws, initialization, order and crops.
         classes: class names by label, for messages.
         settings: the recipe; None is the paper's.
 

@@ -141,7 +141,7 @@ def info_nce(
         k: their positive keys [B, D], a constant.
         queue: negatives [K, D], a constant, used as they are (unit rows in MoCo); K may be 0.
         temperature: tau.
-        normalize: L2-normalise q and k first; the gradient passes through it. Rows of q shorter than 1e-12 get none.
+        normalize: L2-normalize q and k first; the gradient passes through it. Rows of q shorter than 1e-12 get none.
         reduction: mean, sum or none ([B]).
         impl: triton (fused kernels), torch (any device), or auto: triton on CUDA where it applies.
 

@@ -20,7 +20,7 @@ class _QueueLoss(nn.Module):
 
     Args:
         temperature: tau.
-        normalize: L2-normalise queries and keys inside.
+        normalize: L2-normalize queries and keys inside.
         reduction: mean, sum or none.
         impl: auto, triton or torch.
     """

@@ -59,9 +59,9 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue_(self, keys: Tensor) -> None:
-        """Normalise keys [B, D] and write them over the oldest rows, wrapping; of more than K, the last K stay.
+        """Normalize keys [B, D] and write them over the oldest rows, wrapping; of more than K, the last K stay.
 
-        No host synchronisation: the pointer lives on the device.
+        No host synchronization: the pointer lives on the device.
 
         Raises:
             ValueError: no float matrix, or another width or device than the queue's.

@@ -55,11 +55,11 @@ def sample_boxes(
     if not alpha > 0:
         raise ValueError(f"alpha={alpha!r} is out of range; it must be positive")
     side = torch.sqrt(1 - _beta(alpha, n, generator))
-    centre = torch.rand(n, 2, dtype=torch.float64, generator=generator)
+    center = torch.rand(n, 2, dtype=torch.float64, generator=generator)
     edges = []
     for axis, length in enumerate((height, width)):
         cut = (length * side).round().long()
-        start = (length * centre[:, axis]).long().clamp_(max=length - 1) - cut // 2
+        start = (length * center[:, axis]).long().clamp_(max=length - 1) - cut // 2
         edges.append((start.clamp(0, length), (start + cut).clamp(0, length)))
     (top, bottom), (left, right) = edges
     area = (bottom - top) * (right - left)

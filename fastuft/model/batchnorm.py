@@ -1,6 +1,6 @@
 """BatchNorm over virtual sub-batches: hides which samples share a batch, on one device.
 
-A query and its key that share batch statistics can recognise each other by them. MoCo shuffles samples across GPUs;
+A query and its key that share batch statistics can recognize each other by them. MoCo shuffles samples across GPUs;
 on one device, statistics over groups of the batch (in an order that differs between the query's and the key's
 sub-batches) serve the same end. Keys of the state dict stay BatchNorm's own.
 """
@@ -25,7 +25,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     group: int = 32
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [B, C, H, W], keeping its memory format."""
+        """Normalize x [B, C, H, W], keeping its memory format."""
         if not self.training:
             return super().forward(x)
         if x.shape[0] % self.group:
@@ -33,7 +33,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 f"batch of {x.shape[0]} images does not divide into statistics groups of {self.group}; "
                 "set model.bn_group to a divisor of the batch of one device, or model.bn to plain"
             )
-        normalised, means, variances = (_fused if torch.compiler.is_compiling() else _by_group)(self, x)
+        normalized, means, variances = (_fused if torch.compiler.is_compiling() else _by_group)(self, x)
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -41,11 +41,11 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 moved = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
                 self.running_mean.lerp_(means.mean(0), moved)
                 self.running_var.lerp_(variances.mean(0), moved)
-        return normalised
+        return normalized
 
 
 def _by_group(bn: SplitBatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalised x, means, unbiased variances [groups, C]) by the backend's own BatchNorm of each group.
+    """(normalized x, means, unbiased variances [groups, C]) by the backend's own BatchNorm of each group.
 
     Eagerly several times faster than the formula of ``_fused``, each of whose steps would walk over all of x in fp32.
     """
@@ -53,11 +53,11 @@ def _by_group(bn: SplitBatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     means = torch.zeros(len(parts), bn.num_features, device=x.device)
     variances = torch.zeros_like(means)
     # With momentum 1 the "running" statistics are this batch's.
-    normalised = [
+    normalized = [
         F.batch_norm(part, means[i], variances[i], bn.weight, bn.bias, True, 1.0, bn.eps)
         for i, part in enumerate(parts)
     ]
-    return torch.cat(normalised), means, variances
+    return torch.cat(normalized), means, variances
 
 
 def _fused(bn: SplitBatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,8 +72,8 @@ def _fused(bn: SplitBatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shift = -mean * scale
     count = grouped[0].numel() // grouped.shape[2]
     unbiased = variance.detach() * (count / max(count - 1, 1))
-    normalised = torch.addcmul(shift, grouped.float(), scale).to(x.dtype).flatten(0, 1)
-    return normalised, mean.detach().flatten(1), unbiased.flatten(1)
+    normalized = torch.addcmul(shift, grouped.float(), scale).to(x.dtype).flatten(0, 1)
+    return normalized, mean.detach().flatten(1), unbiased.flatten(1)
 
 
 def has_batchnorm(module: nn.Module) -> bool:

@@ -327,7 +327,7 @@ def load_init(target: MoCo | Encoder | nn.Module, path: str | Path, *, allow_mis
 
 
 def export_backbone(backbone: nn.Module, path: str | Path, *, arch: str, stem: str) -> None:
-    """Write a backbone as safetensors whose metadata says how to rebuild it and how to normalise its inputs.
+    """Write a backbone as safetensors whose metadata says how to rebuild it and how to normalize its inputs.
 
     Args:
         backbone: as ``build_backbone(arch, stem)`` gives it.

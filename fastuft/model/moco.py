@@ -16,7 +16,7 @@ class ProjectionHead(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Backbone and projection head: images [B, 3, H, W] -> embeddings [B, dim], not normalised."""
+    """Backbone and projection head: images [B, 3, H, W] -> embeddings [B, dim], not normalized."""
 
     def __init__(self, backbone: nn.Module, dim: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """ResNet and ResNet-v2 (BiT) backbones without classifier.
 
 ResNet's state-dict keys are torchvision's (without ``fc``), so official checkpoints load by name. ResNet-v2 follows Big
-Transfer: pre-activation bottlenecks, GroupNorm and weight-standardised convolutions.
+Transfer: pre-activation bottlenecks, GroupNorm and weight-standardized convolutions.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class ResNet(nn.Module):
 
     Attributes:
         num_features: width of the pooled features.
-        mean, std: normalisation of the inputs, for pixels in [0, 1].
+        mean, std: normalization of the inputs, for pixels in [0, 1].
     """
 
     mean = IMAGENET_MEAN
@@ -120,7 +120,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features [B, num_features] of normalised images [B, 3, H, W]."""
+        """Pooled features [B, num_features] of normalized images [B, 3, H, W]."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
         for stage in range(self.num_stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
@@ -128,7 +128,7 @@ class ResNet(nn.Module):
 
 
 class StdConv2d(nn.Conv2d):
-    """Convolution whose kernel is standardised per output channel (Qiao et al. 2019)."""
+    """Convolution whose kernel is standardized per output channel (Qiao et al. 2019)."""
 
     def forward(self, x: Tensor) -> Tensor:
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
@@ -160,7 +160,7 @@ class PreActBottleneck(nn.Module):
 
 
 class ResNetV2(nn.Module):
-    """BiT ResNet-v2 (Kolesnikov et al. 2020): GroupNorm and weight standardisation, inputs (x - 0.5) / 0.5.
+    """BiT ResNet-v2 (Kolesnikov et al. 2020): GroupNorm and weight standardization, inputs (x - 0.5) / 0.5.
 
     Args:
         depths: blocks of each stage.
@@ -171,7 +171,7 @@ class ResNetV2(nn.Module):
 
     Attributes:
         num_features: width of the pooled features.
-        mean, std: normalisation of the inputs, for pixels in [0, 1].
+        mean, std: normalization of the inputs, for pixels in [0, 1].
     """
 
     mean = HALF
@@ -204,7 +204,7 @@ class ResNetV2(nn.Module):
         self.num_features = inputs
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features [B, num_features] of normalised images [B, 3, H, W]."""
+        """Pooled features [B, num_features] of normalized images [B, 3, H, W]."""
         x = self.maxpool(self.conv1(images))
         for stage in range(self.num_stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
@@ -237,12 +237,12 @@ class TimmBackbone(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features [B, num_features] of normalised images [B, 3, H, W]."""
+        """Pooled features [B, num_features] of normalized images [B, 3, H, W]."""
         return self.network(images)
 
 
 def build_backbone(arch: str, stem: Stem = "imagenet") -> nn.Module:
-    """A randomly initialised backbone.
+    """A randomly initialized backbone.
 
     Args:
         arch: a name in ``ARCHS``, or ``timm:NAME`` where timm is installed.

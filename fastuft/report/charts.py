@@ -13,8 +13,8 @@ from matplotlib.figure import Figure as Canvas
 
 from fastuft.report.files import RunFiles
 
-# Okabe and Ito's colours, told apart by colour-blind readers; lines also differ in style once they repeat.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F5F5F")
+# Okabe and Ito's colors, told apart by color-blind readers; lines also differ in style once they repeat.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F5F5F")
 STYLES = ("-", "--", ":", "-.")
 CURVES = (("loss", "loss"), ("alignment", "alignment"), ("distribution", "distribution"), ("lr", "learning rate"))
 WATCHED = (("retrieval", "retrieval %"), ("source_clustering", "source clustering %"))
@@ -48,7 +48,7 @@ def _uri(canvas: Canvas, format: str) -> str:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average of odd ``window``; ends average over what is there."""
+    """Centered moving average of odd ``window``; ends average over what is there."""
     half = window // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -59,7 +59,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | None:
     """Loss, alignment, distribution and learning rate of the first run of the named arms against steps.
 
-    Colours are those of the arms' places in ``arms``. None without metrics.
+    Colors are those of the arms' places in ``arms``. None without metrics.
     """
     shown = {name: runs[0] for name, runs in arms.items() if name in names and len(runs[0].series("loss")[0])}
     if not shown:
@@ -74,11 +74,11 @@ def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | Non
                 steps, values = shown[name].series(key)
                 if not len(steps):
                     continue
-                colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
+                color, style = COLORS[number % len(COLORS)], STYLES[number // len(COLORS) % len(STYLES)]
                 window = 1 if key == "lr" else max(1, len(values) // 25) | 1
                 if window > 1:
-                    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
-                axes.plot(steps, smooth(values, window), style, color=colour, linewidth=1.5, label=name)
+                    axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
+                axes.plot(steps, smooth(values, window), style, color=color, linewidth=1.5, label=name)
             axes.set_title(title)
             axes.set_xlabel("step")
         handles, labels = panels[0].get_legend_handles_labels()
@@ -100,16 +100,16 @@ def watched(arms: dict[str, list[RunFiles]]) -> str | None:
             for number, (name, runs) in enumerate(arms.items()):
                 steps, values = runs[0].series(key, "watch")
                 if len(steps):
-                    colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
-                    axes.plot(steps, 100 * values, style, marker="o", markersize=3, color=colour, label=name)
+                    color, style = COLORS[number % len(COLORS)], STYLES[number // len(COLORS) % len(STYLES)]
+                    axes.plot(steps, 100 * values, style, marker="o", markersize=3, color=color, label=name)
             axes.set_title(title)
             axes.set_xlabel("step")
             axes.legend(fontsize=8)
         return _uri(canvas, "svg")
 
 
-def class_colours(count: int) -> np.ndarray:
-    """``count`` colours [count, 4]: ten well-separated ones, or hues around the circle at two lightnesses."""
+def class_colors(count: int) -> np.ndarray:
+    """``count`` colors [count, 4]: ten well-separated ones, or hues around the circle at two lightnesses."""
     if count <= 10:
         return matplotlib.colormaps["tab10"](np.arange(count))
     hues = matplotlib.colormaps["hsv"](np.linspace(0, 1, count, endpoint=False))
@@ -118,11 +118,11 @@ def class_colours(count: int) -> np.ndarray:
 
 
 def maps(arms: dict[str, list[RunFiles]], classes: Sequence[str]) -> str | None:
-    """t-SNE maps of the arms beside each other, points coloured by class; None when no run has one."""
+    """t-SNE maps of the arms beside each other, points colored by class; None when no run has one."""
     shown = {name: runs[0].arrays for name, runs in arms.items() if "tsne" in runs[0].arrays}
     if not shown:
         return None
-    colours = class_colours(max(1, len(classes)))
+    colors = class_colors(max(1, len(classes)))
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     with matplotlib.rc_context(STYLE):
@@ -132,14 +132,14 @@ def maps(arms: dict[str, list[RunFiles]], classes: Sequence[str]) -> str | None:
             axes.set_axis_off()
         for axes, (name, arrays) in zip(panels, shown.items(), strict=False):
             points, labels = arrays["tsne"], arrays["tsne_labels"]
-            tint = [colours[label % len(colours)] if label >= 0 else (0.35, 0.35, 0.35, 1.0) for label in labels]
+            tint = [colors[label % len(colors)] if label >= 0 else (0.35, 0.35, 0.35, 1.0) for label in labels]
             axes.scatter(points[:, 0], points[:, 1], s=max(3, 2400 / len(points)), c=tint, linewidths=0, alpha=0.85)
             axes.set_title(name, loc="center")
             axes.set_aspect("equal", adjustable="datalim")
         if 1 < len(classes) <= 20 and any((arrays["tsne_labels"] >= 0).any() for arrays in shown.values()):
             marks = [
-                matplotlib.lines.Line2D([], [], marker="o", linestyle="", markersize=5, color=colour, label=name)
-                for name, colour in zip(classes, colours, strict=False)
+                matplotlib.lines.Line2D([], [], marker="o", linestyle="", markersize=5, color=color, label=name)
+                for name, color in zip(classes, colors, strict=False)
             ]
             canvas.legend(
                 handles=marks, loc="outside lower center", ncols=min(4 * columns, len(marks)), handletextpad=0.1

@@ -42,10 +42,10 @@ class Thumb:
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """A query with its neighbours, and its neighbours before training where they are known."""
+    """A query with its neighbors, and its neighbors before training where they are known."""
 
     query: Thumb
-    neighbours: list[Thumb]
+    neighbors: list[Thumb]
     before: list[Thumb]
 
 
@@ -63,12 +63,12 @@ def _thumbnails(run: RunFiles, styles: dict[str, str]) -> list[tuple[str, str]]:
 
 def _gallery(run: RunFiles, styles: dict[str, str]) -> list[GalleryRow]:
     arrays = run.arrays
-    if "neighbours" not in arrays:
+    if "neighbors" not in arrays:
         return []
     thumbs = _thumbnails(run, styles)
 
-    def neighbours(prefix: str, row: int) -> list[Thumb]:
-        if f"{prefix}neighbours" not in arrays:
+    def neighbors(prefix: str, row: int) -> list[Thumb]:
+        if f"{prefix}neighbors" not in arrays:
             return []
         right = arrays.get(f"{prefix}right")
         return [
@@ -77,21 +77,18 @@ def _gallery(run: RunFiles, styles: dict[str, str]) -> list[GalleryRow]:
                 f"{thumbs[at][1]} (cosine {arrays[f'{prefix}similarity'][row, j]:.2f})",
                 None if right is None else bool(right[row, j]),
             )
-            for j, at in enumerate(arrays[f"{prefix}neighbours"][row])
+            for j, at in enumerate(arrays[f"{prefix}neighbors"][row])
         ]
 
     return [
-        GalleryRow(Thumb(*thumbs[at]), neighbours("", row), neighbours("before_", row))
+        GalleryRow(Thumb(*thumbs[at]), neighbors("", row), neighbors("before_", row))
         for row, at in enumerate(arrays["queries"][:GALLERY_ROWS])
     ]
 
 
 def _used_styles(galleries: dict[str, list[GalleryRow]], styles: dict[str, str]) -> dict[str, str]:
     used = {
-        thumb.style
-        for rows in galleries.values()
-        for row in rows
-        for thumb in (row.query, *row.neighbours, *row.before)
+        thumb.style for rows in galleries.values() for row in rows for thumb in (row.query, *row.neighbors, *row.before)
     }
     return {style: uri for style, uri in styles.items() if style in used}
 
@@ -171,7 +168,7 @@ def _remarks(groups: dict[str, list[RunFiles]]) -> list[str]:
             "The runs took different numbers of steps (see Timings): part of a difference may be training length."
         )
     if any(lookup(run.evaluation, "fewshot") for runs in groups.values() for run in runs):
-        remarks.append("K-shot figures are mean class accuracies after finetuning on K labelled images a class.")
+        remarks.append("K-shot figures are mean class accuracies after finetuning on K labeled images a class.")
     if sum(1 for runs in groups.values() if any(run.evaluation for run in runs)) > 1:
         remarks.append("Bold marks the highest mean of a column as printed; it is no test of significance.")
     return remarks

@@ -160,7 +160,7 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
         share("source before %", "forgetting", "before", kind="reference"),
         plain("alignment", "label_free", "alignment"),
         plain("uniformity", "label_free", "uniformity"),
-        share("neighbours kept %", "label_free", "neighbour_overlap", kind="change"),
+        share("neighbors kept %", "label_free", "neighbor_overlap", kind="change"),
         plain("target CKA", "label_free", "target_drift", "linear_cka"),
         plain("source CKA", "source_drift", "linear_cka"),
         plain("source cosine", "source_drift", "mean_cosine"),

@@ -30,9 +30,9 @@ def evaluation_length(measurement: Measurement, scale: Scale, trials: int) -> tu
     settings, size = scale.evaluation, scale.sizes[measurement.dataset]
     steps = images = 0
     for shots in measurement.shots:
-        labelled = shots * size.classes
-        steps += settings.fewshot_epochs * math.ceil(labelled / FewShotSettings.batch_size)
-        images += settings.fewshot_epochs * labelled
+        labeled = shots * size.classes
+        steps += settings.fewshot_epochs * math.ceil(labeled / FewShotSettings.batch_size)
+        images += settings.fewshot_epochs * labeled
     for _ in measurement.semi_shots:
         each = math.ceil(size.train / (RATIO * settings.semi_batch))
         steps += settings.semi_epochs * each

@@ -1,4 +1,4 @@
-"""Supervised training of a backbone on labelled folders: the pretraining of Tables 3 and 4 where no checkpoint is given."""
+"""Supervised training of a backbone on labeled folders: the pretraining of Tables 3 and 4 where no checkpoint is given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuft.config import AugmentConfig
-from fastuft.data import LabelledTrainStream, labelled_folder
+from fastuft.data import LabeledTrainStream, labeled_folder
 from fastuft.model import BACKBONE_FILE, build_backbone, export_backbone
 from fastuft.randomness import keyed_seed
 
@@ -48,13 +48,13 @@ def train_supervised(
     Returns:
         The mean loss of the last epoch.
     """
-    paths, labels, classes = labelled_folder(folder)
+    paths, labels, classes = labeled_folder(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "supervised"))
         backbone: Any = build_backbone(arch, stem)
         model = nn.Sequential(backbone, nn.Linear(backbone.num_features, len(classes)))
     model.train().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    stream = LabelledTrainStream(
+    stream = LabeledTrainStream(
         paths,
         labels,
         augment=augment,

@@ -1,4 +1,4 @@
-"""What a training step works on: encoders, queue, optimiser, and how they are put together from a configuration."""
+"""What a training step works on: encoders, queue, optimizer, and how they are put together from a configuration."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def build_learner(config: TrainConfig, ranks: Ranks, *, load: bool = True) -> tu
         (learner, what became of the tensors of ``config.init`` or None).
 
     Raises:
-        ValueError: batch, BatchNorm mode, optimiser or checkpoint that cannot work.
+        ValueError: batch, BatchNorm mode, optimizer or checkpoint that cannot work.
     """
     local, device = local_batch(config, ranks.world_size), ranks.device
     set_up_device(config, device)

@@ -1,4 +1,4 @@
-"""The optimiser of a run: torch's fused SGD, or apex's."""
+"""The optimizer of a run: torch's fused SGD, or apex's."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def _move(tensors: list[Tensor], moved: list[bool]) -> list[Tensor]:
 
 
 def build_optimizer(config: OptimConfig, parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """The optimiser of ``optim.optimizer``.
+    """The optimizer of ``optim.optimizer``.
 
     Args:
-        config: rate, momentum, weight decay, which optimiser.
+        config: rate, momentum, weight decay, which optimizer.
         parameters: what it updates.
         device: where they are.
 
@@ -58,7 +58,7 @@ def build_optimizer(config: OptimConfig, parameters: list[nn.Parameter], device:
     if config.optimizer == "sgd":
         kind = ChannelsLastSGD if device.type == "cpu" else torch.optim.SGD
         optimizer = kind(parameters, fused=True, **options)
-        # Left to itself it takes uninitialised memory for momentum, which stays so where the gradient scaler skips the
+        # Left to itself it takes uninitialized memory for momentum, which stays so where the gradient scaler skips the
         # first step (fp16 overflows there). From zeros the first step is the same.
         for parameter in parameters if config.momentum else ():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -23,7 +23,7 @@ _FIXED = {
     "seed",
     "content_hash",
 }
-# What may differ without a word: it changes nothing of what is learnt.
+# What may differ without a word: it changes nothing of what is learned.
 _FREE = ("out", "resume", "max_steps", "init", "target", "source", "allow_missing", "runtime.", "watch.", "data.")
 
 
@@ -74,7 +74,7 @@ def check_same_run(state: dict[str, Any], config: dict[str, Any], content_hash: 
         state: the checkpoint's.
         config: as nested mappings.
         content_hash: of the training images.
-        main: whether to warn of other settings that change what is learnt.
+        main: whether to warn of other settings that change what is learned.
 
     Raises:
         ValueError: images or settings without which the state means something else.

@@ -354,7 +354,7 @@ class _Run:
 
     def _headline(self) -> str:
         counts = f"{self.manifest.num_target} target and {self.manifest.num_source} replayed images"
-        start = "random initialisation"
+        start = "random initialization"
         if self.init_report is not None:
             matched, ignored = len(self.init_report["matched"]), len(self.init_report["ignored"])
             head = "its head" if self.init_report["head_loaded"] else "a fresh head"

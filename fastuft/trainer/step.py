@@ -20,7 +20,7 @@ def train_step(learner: Learner, batch: Batch, mark: Callable[[str], None]) -> T
     """Loss, gradient, update; nothing here waits for the device.
 
     Args:
-        learner: encoders, queue, optimiser, method.
+        learner: encoders, queue, optimizer, method.
         batch: this rank's views; ``batch.query`` is mixed in place.
         mark: called with the name of each part when it has been issued.
 

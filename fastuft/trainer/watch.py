@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastuft.config import TrainConfig, WatchConfig
-from fastuft.data import EvalStream, labelled_folder
+from fastuft.data import EvalStream, labeled_folder
 from fastuft.evaluate import clustering_accuracy, extract_features, retrieval_accuracy
 
 
@@ -27,7 +27,7 @@ def evaluate(backbone: nn.Module, config: TrainConfig, device: torch.device) -> 
     """Figures of the query encoder's backbone as fractions: ``retrieval``, ``source_clustering``."""
 
     def features(folder: str) -> tuple[torch.Tensor, list[int]]:
-        paths, labels, _ = labelled_folder(folder)
+        paths, labels, _ = labeled_folder(folder)
         module: Any = backbone
         stream = EvalStream(
             paths,

@@ -31,7 +31,7 @@ def fastuft(*arguments, status=0):
 
 
 def write_classes(folder, classes, count, generator):
-    """Class folders of stripes whose direction and colour tell the class, nested, in several formats."""
+    """Class folders of stripes whose direction and color tell the class, nested, in several formats."""
     y, x = np.mgrid[:SIDE, :SIDE]
     for label in range(classes):
         place = folder / f"class {label}"
@@ -40,8 +40,8 @@ def write_classes(folder, classes, count, generator):
             phase = generator.uniform(0, 2 * np.pi)
             angle = np.pi * label / classes + generator.normal(0, 0.05)
             wave = np.sin(0.7 * (x * np.cos(angle) + y * np.sin(angle)) + phase)
-            colour = np.array([1.0, 0.3 + 0.2 * label, 1.0 - 0.3 * label])
-            pixels = 128 + 90 * wave[..., None] * colour + generator.normal(0, 10, (SIDE, SIDE, 3))
+            color = np.array([1.0, 0.3 + 0.2 * label, 1.0 - 0.3 * label])
+            pixels = 128 + 90 * wave[..., None] * color + generator.normal(0, 10, (SIDE, SIDE, 3))
             suffix = ("png", "jpg", "webp", "bmp")[index % 4]
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(place / f"{index}.{suffix}")
 
@@ -103,12 +103,12 @@ def test_the_run_refuses_a_second_start_and_resumes(job):
 def test_evaluation_with_and_without_labels(job):
     folders = ["--train", job.root / "target", "--source", job.root / "source", "--before", job.root / "moco.pth.tar"]
     small = ["--size", SIDE, "--shots", "1", "--trials", "1", "--fewshot-epochs", "1", "--tsne-points", "12"]
-    labelled = job.root / "labelled"
-    output = fastuft("eval", "--checkpoint", job.run, *folders, "--test", job.root / "test", *small, "--out", labelled)
+    labeled = job.root / "labeled"
+    output = fastuft("eval", "--checkpoint", job.run, *folders, "--test", job.root / "test", *small, "--out", labeled)
     assert "retrieval" in output and "report.html" in output
-    figures = json.loads((labelled / "eval.json").read_text())
+    figures = json.loads((labeled / "eval.json").read_text())
     assert 0 <= figures["retrieval"] <= 1
-    page = (labelled / "report.html").read_text()
+    page = (labeled / "report.html").read_text()
     assert "<html" in page and "http://" not in page.replace("http://www.w3.org", "")
 
     flat = job.root / "flat"
@@ -128,14 +128,14 @@ def test_evaluation_with_and_without_labels(job):
         "--tsne-points",
         "0",
         "--out",
-        job.root / "unlabelled",
+        job.root / "unlabeled",
     )
     assert "no accuracy is known" in output and "forgetting of the source is not known" in output
-    assert "neighbours kept %" in output and "uniformity" in output and "target CKA" in output
-    figures = json.loads((job.root / "unlabelled" / "eval.json").read_text())
-    assert "retrieval" not in figures and {"before", "target_drift", "neighbour_overlap"} <= set(figures["label_free"])
-    page = (job.root / "unlabelled" / "report.html").read_text()
-    assert "no accuracy is known" in page and ">before<" in page and ">after<" in page  # neighbours side by side
+    assert "neighbors kept %" in output and "uniformity" in output and "target CKA" in output
+    figures = json.loads((job.root / "unlabeled" / "eval.json").read_text())
+    assert "retrieval" not in figures and {"before", "target_drift", "neighbor_overlap"} <= set(figures["label_free"])
+    page = (job.root / "unlabeled" / "report.html").read_text()
+    assert "no accuracy is known" in page and ">before<" in page and ">after<" in page  # neighbors side by side
 
 
 def test_export_and_evaluation_of_the_exported_file(job):

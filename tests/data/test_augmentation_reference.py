@@ -48,7 +48,7 @@ def test_decoding_beside_torchvision(photos, loader):
     hold(DECODE, loader, (ours - theirs).abs().numpy())
 
 
-DECODE, EVALUATION = "decode", "evaluation: resize 256, centre crop 224"
+DECODE, EVALUATION = "decode", "evaluation: resize 256, center crop 224"
 
 # Which parameters of a view each case keeps; the others are set to do nothing.
 CASES = {
@@ -58,7 +58,7 @@ CASES = {
     "saturation": ("saturation",),
     "hue": ("hue",),
     "all four, torchvision in the same order": ("hue", "saturation", "contrast", "brightness"),
-    "greyscale": ("grey",),
+    "grayscale": ("gray",),
     "blur": ("sigma",),
     "mirror": ("flip",),
     "rotation": ("angle",),
@@ -67,7 +67,7 @@ NOTHING = {"angle": 0, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0
 
 
 def stated():
-    """{operator: {loader: mean absolute difference in grey levels}} of the table in docs/augmentations.md."""
+    """{operator: {loader: mean absolute difference in gray levels}} of the table in docs/augmentations.md."""
     page = Path(__file__).parents[2] / "docs" / "augmentations.md"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "|" in line]
     return {
@@ -86,14 +86,14 @@ def hold(operator, loader, difference):
 
 
 def parameters(case):
-    augment = AugmentConfig(jitter_p=1.0, greyscale_p=0.0, blur_p=1.0, flip_p=1.0, rotation=15.0)
+    augment = AugmentConfig(jitter_p=1.0, grayscale_p=0.0, blur_p=1.0, flip_p=1.0, rotation=15.0)
     view = draw_views(augment, np.tile([500, 375], (COUNT, 1)), uniforms(0, 0, 0, np.arange(COUNT)))
     kept = CASES[case]
     changes = {name: np.full_like(getattr(view, name), value) for name, value in NOTHING.items() if name not in kept}
     if "roi_start" not in kept:  # a crop of the very size: no resampling
         start = np.floor(np.array([375 - SIZE, 500 - SIZE]) * np.random.default_rng(1).random((COUNT, 2)))
         changes |= {"roi_start": start.astype(np.float32), "roi_end": (start + SIZE).astype(np.float32)}
-    if "grey" in kept:
+    if "gray" in kept:
         changes["saturation"] = np.zeros(COUNT, np.float32)
     return dataclasses.replace(view, **changes)
 
@@ -109,7 +109,7 @@ def reference(case, image, view, row):
         "saturation": lambda: transforms.adjust_saturation(x, float(view.saturation[row])),
         "contrast": lambda: transforms.adjust_contrast(x, float(view.contrast[row])),
         "brightness": lambda: transforms.adjust_brightness(x, float(view.brightness[row])),
-        "grey": lambda: transforms.to_grayscale(x, 3),
+        "gray": lambda: transforms.to_grayscale(x, 3),
         "sigma": lambda: x.filter(ImageFilter.GaussianBlur(float(view.sigma[row]))),
         "flip": lambda: transforms.hflip(x),
     }
@@ -127,7 +127,7 @@ def test_operators_beside_torchvision(photos, case, loader):
     spec = ViewSpec(
         size=SIZE,
         num_views=1,
-        colour=bool(kept & {"brightness", "contrast", "saturation", "hue", "grey"}),
+        color=bool(kept & {"brightness", "contrast", "saturation", "hue", "gray"}),
         blur="sigma" in kept,
         rotation="angle" in kept,
         batch_size=COUNT,

@@ -63,20 +63,20 @@ def turned(image, orientation, place, **options):
 def write(kind, place):
     """Write one kind of image; returns the upright RGB pixels that are to be read."""
     image = picture()
-    grey = image.convert("L")
+    gray = image.convert("L")
     pixels = np.asarray(image)
-    if kind == "grey.jpg":
-        grey.save(place, quality=100)
-        return np.asarray(grey.convert("RGB"))
+    if kind == "gray.jpg":
+        gray.save(place, quality=100)
+        return np.asarray(gray.convert("RGB"))
     if kind == "cmyk.jpg":
         image.convert("CMYK").save(place, quality=100, subsampling=0)
     elif kind == "progressive.jpg":
         image.save(place, quality=100, subsampling=0, progressive=True)
     elif kind == "mpo.jpg":
-        image.save(place, format="MPO", save_all=True, append_images=[grey.convert("RGB")], quality=100, subsampling=0)
-    elif kind == "16-bit-grey.png":
-        Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(place)
-        return np.asarray(grey.convert("RGB"))
+        image.save(place, format="MPO", save_all=True, append_images=[gray.convert("RGB")], quality=100, subsampling=0)
+    elif kind == "16-bit-gray.png":
+        Image.fromarray(np.asarray(gray).astype(np.uint16) * 257).save(place)
+        return np.asarray(gray.convert("RGB"))
     elif kind == "16-bit-rgb.png":
         place.write_bytes(png_16_bit_rgb(image))
     elif kind in ("palette.png", "palette.bmp"):
@@ -110,11 +110,11 @@ def write(kind, place):
 
 
 KINDS = [
-    "grey.jpg",
+    "gray.jpg",
     "cmyk.jpg",
     "progressive.jpg",
     "mpo.jpg",
-    "16-bit-grey.png",
+    "16-bit-gray.png",
     "16-bit-rgb.png",
     "palette.png",
     "palette.bmp",
@@ -131,7 +131,7 @@ KINDS = [
 
 
 def test_each_kind_is_read_upright_as_rgb(tmp_path):
-    """Greyscale, palette, CMYK, 16 bits, transparency (dropped), first frame, orientation: the same in both loaders."""
+    """Grayscale, palette, CMYK, 16 bits, transparency (dropped), first frame, orientation: the same in both loaders."""
     places = [tmp_path / kind for kind in KINDS]
     truth = [np.ascontiguousarray(write(kind, place)) for kind, place in zip(KINDS, places, strict=True)]
     assert verify_files(map(str, places), decode=True) == []

@@ -326,7 +326,7 @@ class StubbornBackend:
 
 
 def test_a_file_that_only_pillow_decodes_is_copied_wherever_it_is_named(manifest, monkeypatch):
-    """Also where a list of labelled images names it twice."""
+    """Also where a list of labeled images names it twice."""
     monkeypatch.setattr(feed_module, "make_backend", lambda loader, spec: StubbornBackend(spec))
     monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
     stream = EvalStream([*manifest.paths[:3], manifest.paths[0]], [0, 1, 2, 3], size=8, batch_size=3, **PLAIN)
@@ -604,7 +604,7 @@ def test_the_pipeline_of_a_gpu_is_well_formed(strong):
     spec = ViewSpec(
         size=32,
         num_views=2,
-        colour=True,
+        color=True,
         blur=True,
         rotation=True,
         batch_size=4,

@@ -14,16 +14,16 @@ from fastuft.data import (
     SMALL_IMAGES,
     BadImageError,
     EvalStream,
-    LabelledTrainStream,
+    LabeledTrainStream,
     Manifest,
     TrainStream,
-    labelled_folder,
+    labeled_folder,
     verify_files,
 )
 from fastuft.data.files import open_rgb
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-COLOUR = dataclasses.replace(AugmentConfig(), size=32)
+COLOR = dataclasses.replace(AugmentConfig(), size=32)
 LOADERS = ["dali", "torch"]
 
 
@@ -76,7 +76,7 @@ def test_the_remainder_differs_between_epochs(folders):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("augment", [SMALL_IMAGES, COLOUR], ids=["small", "colour"])
+@pytest.mark.parametrize("augment", [SMALL_IMAGES, COLOR], ids=["small", "color"])
 def test_pixels_do_not_depend_on_ranks_or_threads(folders, loader, augment):
     whole = list(make(folders, loader, augment, threads=2).epoch(1))
     ranks = [list(make(folders, loader, augment, rank=r, world_size=2).epoch(1)) for r in range(2)]
@@ -104,7 +104,7 @@ def test_epochs_and_seeds_differ(folders):
     assert not torch.equal(first.index, second.index) and not torch.equal(first.index, other.index)
 
 
-@pytest.mark.parametrize("augment", [dataclasses.replace(SMALL_IMAGES, rotation=0.0), COLOUR], ids=["small", "colour"])
+@pytest.mark.parametrize("augment", [dataclasses.replace(SMALL_IMAGES, rotation=0.0), COLOR], ids=["small", "color"])
 def test_both_loaders_give_nearly_the_same_pixels(folders, augment):
     ours, theirs = (next(make(folders, loader, augment).epoch(0)) for loader in LOADERS)
     assert torch.equal(ours.index, theirs.index)
@@ -133,7 +133,7 @@ def test_prefill_gives_key_views_of_many_images(folders):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_evaluation_is_in_order_and_keeps_the_last_images(folders, loader):
-    paths, labels, names = labelled_folder(folders[0])
+    paths, labels, names = labeled_folder(folders[0])
     assert names == ["class0", "class1", "class2"]
     stream = EvalStream(paths, labels, size=32, resize=36, batch_size=16, loader=loader, **PLAIN)
     batches = list(stream)
@@ -144,8 +144,8 @@ def test_evaluation_is_in_order_and_keeps_the_last_images(folders, loader):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_evaluation_view_is_resize_and_centre_crop(folders, loader):
-    paths, _, _ = labelled_folder(folders[0])
+def test_evaluation_view_is_resize_and_center_crop(folders, loader):
+    paths, _, _ = labeled_folder(folders[0])
     stream = EvalStream(paths, size=32, resize=40, loader=loader, **PLAIN)
     for path, image in zip(paths, next(iter(stream))[0], strict=True):
         original = open_rgb(path)
@@ -159,12 +159,12 @@ def test_evaluation_view_is_resize_and_centre_crop(folders, loader):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_labelled_stream_shuffles_images_with_their_labels(folders, loader):
-    paths, labels, _ = labelled_folder(folders[0])
+def test_labeled_stream_shuffles_images_with_their_labels(folders, loader):
+    paths, labels, _ = labeled_folder(folders[0])
     plain = AugmentConfig(
-        size=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), jitter_p=0, greyscale_p=0, blur_p=0, flip_p=0.5
+        size=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0.5
     )
-    stream = LabelledTrainStream(paths, labels, augment=plain, batch_size=16, seed=0, loader=loader, **PLAIN)
+    stream = LabeledTrainStream(paths, labels, augment=plain, batch_size=16, seed=0, loader=loader, **PLAIN)
     first, second = ([label for _, label in stream.epoch(e)] for e in (0, 1))
     assert sorted(torch.cat(first).tolist()) == sorted(labels)
     assert not torch.equal(torch.cat(first), torch.cat(second))
@@ -253,6 +253,6 @@ def test_missing_and_empty_folders_are_named(tmp_path, make_path):
 
 
 def test_list_files_name_paths_relative_to_themselves(folders, tmp_path):
-    paths = labelled_folder(folders[0])[0][:3]
+    paths = labeled_folder(folders[0])[0][:3]
     (tmp_path / "list.txt").write_text("# a comment\n" + "\n".join(paths) + "\n\n")
     assert list(Manifest.build(str(tmp_path / "list.txt")).paths) == paths

@@ -14,15 +14,15 @@ from fastuft.data import BadImageError, StrongConfig, WeakStrongStream
 from fastuft.data.strong import BINS, FILL, RANGES, draw_strong, draws_of, magnitude
 
 WHOLE = AugmentConfig(
-    size=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), jitter_p=0, greyscale_p=0, blur_p=0, flip_p=0
+    size=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0
 )
-GREY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+GRAY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 LOADERS = ["dali", "torch"]
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """Twelve smooth colour pictures of 32 pixels."""
+    """Twelve smooth color pictures of 32 pixels."""
     root = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
     files = []
@@ -35,9 +35,9 @@ def paths(tmp_path_factory):
 
 
 def views(paths, loader, strong, augment=WHOLE, epoch=0, batch=5, threads=2, seed=3):
-    """(weak, strong) in grey levels, [n, 3, 32, 32] each."""
+    """(weak, strong) in gray levels, [n, 3, 32, 32] each."""
     stream = WeakStrongStream(
-        paths, augment=augment, strong=strong, batch_size=batch, seed=seed, loader=loader, threads=threads, **GREY
+        paths, augment=augment, strong=strong, batch_size=batch, seed=seed, loader=loader, threads=threads, **GRAY
     )
     pairs = list(stream.epoch(epoch))
     assert len(pairs) == len(stream)
@@ -51,7 +51,7 @@ def test_loaders_agree_on_each_operator(paths, name):
     dali, pillow = (views(paths, loader, config)[1] for loader in LOADERS)
     inside = (..., slice(1, -1), slice(1, -1))  # Pillow does not sharpen the border
     difference = (dali[inside] - pillow[inside]).abs()
-    # Histogram equalisation follows OpenCV in DALI and Pillow's own table there; borders of moved images blend otherwise.
+    # Histogram equalization follows OpenCV in DALI and Pillow's own table there; borders of moved images blend otherwise.
     bound = {"equalize": 6.0, "rotate": 3.0, "shear_x": 3.0, "shear_y": 3.0, "translate_x": 6.0, "translate_y": 6.0}
     assert difference.mean() < bound.get(name, 1.0), difference.mean()
     weak = views(paths, "torch", config)[0]
@@ -106,12 +106,12 @@ def test_magnitudes_span_their_ranges():
         (lambda: StrongConfig(num_ops=-1), "num_ops=-1"),
         (
             lambda: WeakStrongStream(
-                ["x"], augment=AugmentConfig(), strong=StrongConfig(), batch_size=2, seed=0, **GREY
+                ["x"], augment=AugmentConfig(), strong=StrongConfig(), batch_size=2, seed=0, **GRAY
             ),
-            "jitter_p, greyscale_p and blur_p must be 0",
+            "jitter_p, grayscale_p and blur_p must be 0",
         ),
         (
-            lambda: WeakStrongStream([], augment=WHOLE, strong=StrongConfig(), batch_size=2, seed=0, **GREY),
+            lambda: WeakStrongStream([], augment=WHOLE, strong=StrongConfig(), batch_size=2, seed=0, **GRAY),
             "paths is empty",
         ),
     ],

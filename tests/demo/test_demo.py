@@ -75,10 +75,10 @@ def test_figures_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
 
 def test_lines_tell_their_run():
     lines = io.StringIO()
-    labelled = run._Labelled("seed 0, naive", lines)
-    assert not labelled.isatty()
-    print("epoch 1", 2, file=labelled)
-    print("two\nlines", file=labelled, flush=True)
+    labeled = run._Labeled("seed 0, naive", lines)
+    assert not labeled.isatty()
+    print("epoch 1", 2, file=labeled)
+    print("two\nlines", file=labeled, flush=True)
     expected = ["epoch 1 2", "two", "lines"]
     assert lines.getvalue().splitlines() == [f"[seed 0, naive] {line}" for line in expected]
 

@@ -16,8 +16,8 @@ from fastuft.config import EvalConfig
 from fastuft.evaluate import evaluate_backbone, read_images, write_evaluation
 
 
-class ColourNet(nn.Module):
-    """Mean colours and a few random features of them."""
+class ColorNet(nn.Module):
+    """Mean colors and a few random features of them."""
 
     num_features, mean, std = 6, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -77,12 +77,12 @@ def config(folders, **changes):
 
 @pytest.fixture(scope="module")
 def full(folders):
-    return evaluate_backbone(ColourNet(), config(folders, source=folders["source"]), before=ColourNet(1))
+    return evaluate_backbone(ColorNet(), config(folders, source=folders["source"]), before=ColorNet(1))
 
 
-def test_labelled_folders_give_every_metric(full):
+def test_labeled_folders_give_every_metric(full):
     metrics = full.metrics
-    assert metrics["labelled"] and metrics["classes"] == ["<blue>", "green", "red"]
+    assert metrics["labeled"] and metrics["classes"] == ["<blue>", "green", "red"]
     assert metrics["counts"] == {"train": 24, "test": 15, "source": 12}
     assert 0 <= metrics["retrieval"] <= 1 and len(metrics["clustering"]["trials"]) == 2
     assert set(metrics["fewshot"]) == {"1", "2"}
@@ -91,12 +91,12 @@ def test_labelled_folders_give_every_metric(full):
     assert set(metrics["before"]) == {"retrieval", "clustering"}
     assert set(metrics["forgetting"]) == {"after", "before"}
     assert set(metrics["source_drift"]) == {"linear_cka", "mean_cosine"}
-    assert {"alignment", "uniformity", "before", "neighbour_overlap", "target_drift"} <= set(metrics["label_free"])
+    assert {"alignment", "uniformity", "before", "neighbor_overlap", "target_drift"} <= set(metrics["label_free"])
     assert metrics["statements"] == []
     assert {"features", "retrieval", "clustering", "fewshot"} <= set(metrics["timings"])
 
 
-def test_separable_colours_score_high(full):
+def test_separable_colors_score_high(full):
     assert full.metrics["retrieval"] > 0.9 and full.metrics["clustering"]["mean"] > 0.9
 
 
@@ -106,10 +106,10 @@ def test_arrays_hold_map_gallery_and_marks(full):
     assert arrays["queries"].shape == (4,)
     names = arrays["thumb_names"]
     for prefix in ("", "before_"):
-        assert arrays[f"{prefix}neighbours"].shape == (4, 5)
+        assert arrays[f"{prefix}neighbors"].shape == (4, 5)
         for row, query in enumerate(arrays["queries"]):
             own = names[query].split("/")[0]
-            same = [names[at].split("/")[0] == own for at in arrays[f"{prefix}neighbours"][row]]
+            same = [names[at].split("/")[0] == own for at in arrays[f"{prefix}neighbors"][row]]
             assert same == arrays[f"{prefix}right"][row].tolist()
     first = arrays["thumb_png"][: arrays["thumb_offsets"][1]].tobytes()
     assert first.startswith(b"\x89PNG") and len(arrays["thumb_offsets"]) == len(names) + 1
@@ -141,16 +141,16 @@ def test_an_evaluation_broken_off_while_it_is_written_is_not_taken_for_finished(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_device_is_refused(folders):
     with pytest.raises(ValueError, match="device='cuda' needs a CUDA device, and none is available; use auto or cpu"):
-        evaluate_backbone(ColourNet(), config(folders, device="cuda"))
+        evaluate_backbone(ColorNet(), config(folders, device="cuda"))
 
 
 def test_figures_repeat_with_the_seed(folders, full):
-    again = evaluate_backbone(ColourNet(), config(folders, source=folders["source"]), before=ColourNet(1))
+    again = evaluate_backbone(ColorNet(), config(folders, source=folders["source"]), before=ColorNet(1))
     assert {**again.metrics, "timings": 0} == {**full.metrics, "timings": 0}
 
 
 def test_backbone_is_left_as_it_was(folders):
-    backbone = ColourNet().train()
+    backbone = ColorNet().train()
     state = {name: value.clone() for name, value in backbone.state_dict().items()}
     evaluate_backbone(backbone, config(folders, shots=[1], trials=1))
     assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
@@ -158,47 +158,47 @@ def test_backbone_is_left_as_it_was(folders):
 
 
 def test_without_labels_the_report_says_what_is_not_known(folders):
-    result = evaluate_backbone(ColourNet(), config(folders, train=folders["flat"], test=None), before=ColourNet(1))
+    result = evaluate_backbone(ColorNet(), config(folders, train=folders["flat"], test=None), before=ColorNet(1))
     metrics = result.metrics
-    assert not metrics["labelled"] and not {"retrieval", "clustering", "fewshot", "forgetting"} & set(metrics)
+    assert not metrics["labeled"] and not {"retrieval", "clustering", "fewshot", "forgetting"} & set(metrics)
     assert "no accuracy is known" in metrics["statements"][0]
-    assert 0 <= metrics["label_free"]["neighbour_overlap"] <= 1
+    assert 0 <= metrics["label_free"]["neighbor_overlap"] <= 1
     assert math.isfinite(metrics["label_free"]["uniformity"])
     arrays = result.arrays
     assert "right" not in arrays and set(arrays["tsne_labels"]) == {-1}
     for prefix in ("", "before_"):
-        assert not (arrays[f"{prefix}neighbours"] == arrays["queries"][:, None]).any()
+        assert not (arrays[f"{prefix}neighbors"] == arrays["queries"][:, None]).any()
 
 
-def test_labelled_train_without_test_clusters_only(folders):
-    metrics = evaluate_backbone(ColourNet(), config(folders, test=None)).metrics
+def test_labeled_train_without_test_clusters_only(folders):
+    metrics = evaluate_backbone(ColorNet(), config(folders, test=None)).metrics
     assert "clustering" in metrics and "retrieval" not in metrics and "fewshot" not in metrics
-    assert any("No labelled test set" in s for s in metrics["statements"])
+    assert any("No labeled test set" in s for s in metrics["statements"])
     assert any("No earlier checkpoint" in s for s in metrics["statements"])
 
 
-def test_unlabelled_test_and_source(folders):
+def test_unlabeled_test_and_source(folders):
     metrics = evaluate_backbone(
-        ColourNet(), config(folders, test=folders["flat"], source=folders["flat"]), before=ColourNet(1)
+        ColorNet(), config(folders, test=folders["flat"], source=folders["flat"]), before=ColorNet(1)
     ).metrics
-    assert not metrics["labelled"] and "forgetting" not in metrics and "source_drift" in metrics
+    assert not metrics["labeled"] and "forgetting" not in metrics and "source_drift" in metrics
     assert any("source has no class sub-folders" in s for s in metrics["statements"])
 
 
 def test_few_shot_runs_that_do_not_settle_are_said(folders):
-    metrics = evaluate_backbone(ColourNet(), config(folders, fewshot_lr=1e-6, trials=1)).metrics
+    metrics = evaluate_backbone(ColorNet(), config(folders, fewshot_lr=1e-6, trials=1)).metrics
     assert any("did not settle (training loss up to 1.1" in s for s in metrics["statements"])
 
 
 def test_single_trial_has_no_spread_and_shots_may_be_left_out(folders):
-    metrics = evaluate_backbone(ColourNet(), config(folders, trials=1, shots=[], gallery=0, tsne_points=0)).metrics
+    metrics = evaluate_backbone(ColorNet(), config(folders, trials=1, shots=[], gallery=0, tsne_points=0)).metrics
     assert metrics["clustering"]["std"] is None and "fewshot" not in metrics
 
 
 def test_cache_changes_nothing(folders, full, tmp_path):
     changed = config(folders, source=folders["source"], cache=str(tmp_path / "cache"))
     for _ in range(2):
-        metrics = evaluate_backbone(ColourNet(), changed, before=ColourNet(1)).metrics
+        metrics = evaluate_backbone(ColorNet(), changed, before=ColorNet(1)).metrics
         assert metrics["retrieval"] == full.metrics["retrieval"]
     assert len(list((tmp_path / "cache").iterdir())) == 6
 
@@ -207,7 +207,7 @@ def test_class_folders_must_agree(folders, tmp_path):
     shutil.copytree(folders["test"], tmp_path / "test")
     (tmp_path / "test" / "red").rename(tmp_path / "test" / "rot")
     with pytest.raises(ValueError, match=r"only in train: 'red'; only in test: 'rot'"):
-        evaluate_backbone(ColourNet(), config(folders, test=str(tmp_path / "test")))
+        evaluate_backbone(ColorNet(), config(folders, test=str(tmp_path / "test")))
 
 
 def test_single_class_folder_is_refused(tmp_path):
@@ -217,11 +217,11 @@ def test_single_class_folder_is_refused(tmp_path):
 
 def test_too_few_images_for_the_shots(folders):
     with pytest.raises(ValueError, match=r"9 shots need 9 training images of every class, but 3 have fewer: '<blue>'"):
-        evaluate_backbone(ColourNet(), config(folders, shots=[9]))
+        evaluate_backbone(ColorNet(), config(folders, shots=[9]))
 
 
 def test_features_with_nan_are_refused(folders):
-    backbone = ColourNet()
+    backbone = ColorNet()
     with torch.no_grad():
         backbone.conv.weight[0] = float("nan")
     with pytest.raises(ValueError, match="holds NaN or infinity in"):
@@ -232,4 +232,4 @@ def test_loose_images_beside_sub_folders_mean_no_labels(folders, tmp_path):
     shutil.copytree(folders["train"], tmp_path / "mixed")
     shutil.copy(tmp_path / "mixed" / "red" / "0.png", tmp_path / "mixed" / "loose.png")
     images = read_images("train", str(tmp_path / "mixed"))
-    assert not images.labelled and len(images.paths) == 25
+    assert not images.labeled and len(images.paths) == 25

@@ -86,9 +86,9 @@ def test_tsne_keeps_separated_groups_apart_and_is_seeded():
     x = rng.normal(size=(60, 12)) * 0.1 + np.eye(12)[labels * 5]
     first = tsne(x, seed=1)
     assert first.shape == (60, 2) and first.dtype == np.float32 and np.isfinite(first).all()
-    centres = np.stack([first[labels == c].mean(0) for c in (0, 1)])
-    spread = max(np.linalg.norm(first[labels == c] - centres[c], axis=1).max() for c in (0, 1))
-    assert np.linalg.norm(centres[0] - centres[1]) > spread
+    centers = np.stack([first[labels == c].mean(0) for c in (0, 1)])
+    spread = max(np.linalg.norm(first[labels == c] - centers[c], axis=1).max() for c in (0, 1))
+    assert np.linalg.norm(centers[0] - centers[1]) > spread
     np.testing.assert_array_equal(first, tsne(x, seed=1))
     with pytest.raises(ValueError, match="at least 5 images, got 3"):
         tsne(x[:3])

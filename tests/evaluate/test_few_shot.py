@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from fastuft.evaluate import FewShotSettings, draw_shots, fewshot, fixmatch
-from fastuft.evaluate.images import crop_box, decode, normalise, random_views, thumbnail_png
+from fastuft.evaluate.images import crop_box, decode, normalize, random_views, thumbnail_png
 from fastuft.evaluate.shots import Classifier, finetune, predict
 
 CLASSES = 3
@@ -18,7 +18,7 @@ QUICK = FewShotSettings(epochs=6, lr=1.0, size=16, resize=16, crop_scale=(1.0, 1
 
 
 class SmallNet(nn.Module):
-    """Colour features of a few convolutions with BatchNorm."""
+    """Color features of a few convolutions with BatchNorm."""
 
     num_features, mean, std = 8, MEAN, STD
 
@@ -33,8 +33,8 @@ class SmallNet(nn.Module):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of three colours with noise: 6 training and 4 test images a class."""
-    root = tmp_path_factory.mktemp("colours")
+    """Images of three colors with noise: 6 training and 4 test images a class."""
+    root = tmp_path_factory.mktemp("colors")
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("test", 4)):
         for c in range(CLASSES):
@@ -55,7 +55,7 @@ def paths_and_labels(root, part):
 def test_stream(paths, labels):
     pool = [image[:, 2:18] for image in decode(paths, 16)]
     for start in range(0, len(paths), 5):
-        batch = normalise(torch.stack(pool[start : start + 5]).float(), MEAN, STD)
+        batch = normalize(torch.stack(pool[start : start + 5]).float(), MEAN, STD)
         yield batch, torch.tensor(labels[start : start + 5])
 
 

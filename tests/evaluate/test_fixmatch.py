@@ -1,4 +1,4 @@
-"""FixMatch: its loss by hand, its draws, what it does with unlabelled images, and what is refused."""
+"""FixMatch: its loss by hand, its draws, what it does with unlabeled images, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 
 from fastuft.data import EvalStream, StrongConfig
 from fastuft.evaluate import FewShotSettings, FixMatchSettings, fewshot, fixmatch
-from fastuft.evaluate.semi import unlabelled_loss
+from fastuft.evaluate.semi import unlabeled_loss
 
-GREY = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+GRAY = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 QUICK = FixMatchSettings(
     FewShotSettings(epochs=4, lr=0.5, backbone_lr=1e-3, batch_size=2, size=16, resize=16, crop_scale=(1, 1), flip_p=0),
     strong=StrongConfig(ops=("identity", "translate_x"), num_ops=1, cutout=0.25),
@@ -24,9 +24,9 @@ QUICK = FixMatchSettings(
 
 
 class SmallNet(nn.Module):
-    """Mean colour after a convolution."""
+    """Mean color after a convolution."""
 
-    num_features, mean, std = 8, GREY["mean"], GREY["std"]
+    num_features, mean, std = 8, GRAY["mean"], GRAY["std"]
 
     def __init__(self):
         super().__init__()
@@ -38,9 +38,9 @@ class SmallNet(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory):
-    """(paths, labels) of 10 training and 6 test images of each of three colours."""
-    root = tmp_path_factory.mktemp("colours")
+def colors(tmp_path_factory):
+    """(paths, labels) of 10 training and 6 test images of each of three colors."""
+    root = tmp_path_factory.mktemp("colors")
     generator = np.random.default_rng(0)
     parts = []
     for part, count in (("train", 10), ("test", 6)):
@@ -56,17 +56,17 @@ def colours(tmp_path_factory):
     return parts
 
 
-def run(colours, backbone=None, train=None, test=None, **changes):
-    (paths, labels), (test_paths, test_labels) = train or colours[0], test or colours[1]
-    stream = EvalStream(test_paths, size=16, resize=16, batch_size=5, threads=1, **GREY)
+def run(colors, backbone=None, train=None, test=None, **changes):
+    (paths, labels), (test_paths, test_labels) = train or colors[0], test or colors[1]
+    stream = EvalStream(test_paths, size=16, resize=16, batch_size=5, threads=1, **GRAY)
     options = {"shots": (1, 2), "trials": 2, "seed": 3, "settings": QUICK, **changes}
     return fixmatch(backbone or SmallNet(), paths, labels, stream, test_labels, **options)
 
 
-def test_the_unlabelled_loss_by_hand():
+def test_the_unlabeled_loss_by_hand():
     weak = torch.tensor([[math.log(0.96), math.log(0.04)], [math.log(0.6), math.log(0.4)]], requires_grad=True)
     strong = torch.tensor([[0.0, math.log(3.0)], [5.0, -5.0]], requires_grad=True)
-    loss, counted = unlabelled_loss(weak, strong, 0.95)
+    loss, counted = unlabeled_loss(weak, strong, 0.95)
     # The first image counts alone: CE(strong, class 0) = -log(1 / (1 + 3)), over both images.
     assert loss.item() == pytest.approx(math.log(4.0) / 2)
     assert counted.item() == 0.5
@@ -75,47 +75,47 @@ def test_the_unlabelled_loss_by_hand():
     assert strong.grad[0].tolist() == pytest.approx([(0.25 - 1) / 2, 0.75 / 2])
 
 
-def test_separable_colours_are_learnt_and_the_backbone_is_left_alone(colours):
+def test_separable_colors_are_learned_and_the_backbone_is_left_alone(colors):
     backbone = SmallNet()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    result = run(colours, backbone, shots=(2,), settings=dataclasses.replace(QUICK, threshold=0.4))
+    result = run(colors, backbone, shots=(2,), settings=dataclasses.replace(QUICK, threshold=0.4))
     assert result.top1[2] == [1.0, 1.0] and result.mean_class[2] == [1.0, 1.0]
     assert all(0 <= share <= 1 for share in result.confident[2])
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
-def test_draws_are_those_of_few_shot_finetuning(colours):
-    (paths, labels), (test_paths, test_labels) = colours
-    stream = EvalStream(test_paths, size=16, resize=16, batch_size=5, threads=1, **GREY)
+def test_draws_are_those_of_few_shot_finetuning(colors):
+    (paths, labels), (test_paths, test_labels) = colors
+    stream = EvalStream(test_paths, size=16, resize=16, batch_size=5, threads=1, **GRAY)
     plain = fewshot(
         SmallNet(), paths, labels, stream, test_labels, shots=(1, 2), trials=2, seed=3, settings=QUICK.finetuning
     )
-    np.testing.assert_array_equal(run(colours).draws, plain.draws)
+    np.testing.assert_array_equal(run(colors).draws, plain.draws)
 
 
-def test_the_same_seed_gives_the_same_and_another_does_not(colours):
-    first, again, other = run(colours), run(colours), run(colours, seed=4)
+def test_the_same_seed_gives_the_same_and_another_does_not(colors):
+    first, again, other = run(colors), run(colors), run(colors, seed=4)
     assert first.train_loss == again.train_loss and first.top1 == again.top1
     assert first.train_loss != other.train_loss
 
 
-def test_unlabelled_images_count_only_above_the_threshold(colours):
-    none = run(colours, settings=dataclasses.replace(QUICK, threshold=1.1))
+def test_unlabeled_images_count_only_above_the_threshold(colors):
+    none = run(colors, settings=dataclasses.replace(QUICK, threshold=1.1))
     assert none.confident == {1: [0.0, 0.0], 2: [0.0, 0.0]}
-    weightless = run(colours, settings=dataclasses.replace(QUICK, threshold=0.0, weight=0.0))
+    weightless = run(colors, settings=dataclasses.replace(QUICK, threshold=0.0, weight=0.0))
     assert weightless.confident == {1: [1.0, 1.0], 2: [1.0, 1.0]}
-    assert weightless.train_loss == none.train_loss  # without its weight the unlabelled loss changes nothing
-    assert run(colours, settings=dataclasses.replace(QUICK, threshold=0.0)).train_loss != none.train_loss
+    assert weightless.train_loss == none.train_loss  # without its weight the unlabeled loss changes nothing
+    assert run(colors, settings=dataclasses.replace(QUICK, threshold=0.0)).train_loss != none.train_loss
 
 
-def test_labels_of_the_unlabelled_images_are_not_used(colours):
-    paths, labels = colours[0]
-    first = run(colours, shots=(1,), trials=1)
+def test_labels_of_the_unlabeled_images_are_not_used(colors):
+    paths, labels = colors[0]
+    first = run(colors, shots=(1,), trials=1)
     drawn = set(first.draws.ravel().tolist())
     # The labels of all images that were not drawn change places; classes and their sizes stay.
     others = [i for i in range(len(labels)) if i not in drawn]
     assert len(others) > 20
-    stream = EvalStream(colours[1][0], size=16, resize=16, batch_size=5, threads=1, **GREY)
+    stream = EvalStream(colors[1][0], size=16, resize=16, batch_size=5, threads=1, **GRAY)
     import fastuft.evaluate.semi as semi
 
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +123,7 @@ def test_labels_of_the_unlabelled_images_are_not_used(colours):
         mixed = list(labels)
         for i, j in zip(others, reversed(others), strict=True):
             mixed[i] = labels[j]
-        again = fixmatch(SmallNet(), paths, mixed, stream, colours[1][1], shots=(1,), trials=1, seed=3, settings=QUICK)
+        again = fixmatch(SmallNet(), paths, mixed, stream, colors[1][1], shots=(1,), trials=1, seed=3, settings=QUICK)
     assert again.train_loss == first.train_loss and again.top1 == first.top1
 
 
@@ -139,11 +139,11 @@ def test_labels_of_the_unlabelled_images_are_not_used(colours):
         ),
     ],
 )
-def test_what_cannot_work_is_refused(colours, changes, words):
-    (paths, labels), (test_paths, test_labels) = colours
+def test_what_cannot_work_is_refused(colors, changes, words):
+    (paths, labels), (test_paths, test_labels) = colors
     if changes.get("test") == "absent":
         changes = {"test": (test_paths, [label + 5 for label in test_labels])}
     if changes.get("train") == "one":
         changes = {"train": (paths, [0] * len(labels)), "test": (test_paths, [0] * len(test_labels))}
     with pytest.raises(ValueError, match=words):
-        run(colours, **changes)
+        run(colors, **changes)

@@ -1,4 +1,4 @@
-"""Unlabelled images help: FixMatch against few-shot finetuning on the demo's digits, from the same initialisation."""
+"""Unlabeled images help: FixMatch against few-shot finetuning on the demo's digits, from the same initialization."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def test_fixmatch_beats_few_shot_finetuning_on_the_digits(tmp_path, record_prope
         record_property(f"K={shots}", f"few-shot {plain['trials']}, FixMatch {semi['trials']}")
         print(f"K = {shots}: few-shot {plain['mean']:.3f}, FixMatch {semi['mean']:.3f} over three draws")
         assert semi["mean"] > plain["mean"]
-        assert np.mean(metrics["fixmatch"][shots]["confident"]["trials"]) > 0.5  # the unlabelled images took part
+        assert np.mean(metrics["fixmatch"][shots]["confident"]["trials"]) > 0.5  # the unlabeled images took part

@@ -106,14 +106,14 @@ def test_retrieval_by_hand():
 
 
 @pytest.mark.parametrize("backend", ["torch", "faiss"])
-def test_neighbours_equal_sklearn(backend, monkeypatch):
+def test_neighbors_equal_sklearn(backend, monkeypatch):
     if backend == "faiss":
         pytest.importorskip("faiss")
     monkeypatch.setattr("fastuft.evaluate.retrieval.BLOCK_VALUES", 7 * 90)  # several uneven blocks
     rng = np.random.default_rng(3)
     gallery, queries = rng.normal(size=(90, 16)).astype("f4"), rng.normal(size=(40, 16)).astype("f4")
     distance, expected = NearestNeighbors(n_neighbors=5, metric="cosine").fit(gallery).kneighbors(queries)
-    values, indices = evaluate.nearest_neighbours(queries, gallery, 5, backend=backend)
+    values, indices = evaluate.nearest_neighbors(queries, gallery, 5, backend=backend)
     np.testing.assert_array_equal(indices.numpy(), expected)
     np.testing.assert_allclose(values.numpy(), 1 - distance, atol=1e-5)
 
@@ -129,10 +129,10 @@ def test_retrieval_equals_torchmetrics():
     assert fastuft.retrieval_accuracy(train, train_y, test, test_y) == pytest.approx(np.mean(expected))
 
 
-def test_neighbours_among_oneself_leave_the_item_out():
+def test_neighbors_among_oneself_leave_the_item_out():
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     x[7] = x[3]  # a duplicate: equal similarity to itself and to its twin
-    _, indices = evaluate.nearest_neighbours(x, x, 3, exclude_self=True)
+    _, indices = evaluate.nearest_neighbors(x, x, 3, exclude_self=True)
     assert indices.shape == (20, 3)
     assert not (indices == torch.arange(20)[:, None]).any()
     assert indices[3, 0] == 7 and indices[7, 0] == 3
@@ -159,21 +159,21 @@ def test_retrieval_of_separated_classes_is_perfect():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_kmeans_equals_sklearn_from_the_same_centres(dtype):
+def test_kmeans_equals_sklearn_from_the_same_centers(dtype):
     rng = np.random.default_rng(5)
     x = (rng.normal(size=(400, 12)) + 2 * rng.normal(size=(8, 12))[rng.integers(0, 8, 400)]).astype(dtype)
     init = x[rng.choice(400, 8, replace=False)]
     theirs = SklearnKMeans(8, init=init, n_init=1, algorithm="lloyd").fit(x)
     ours = evaluate.kmeans(x, 8, init=init)
     np.testing.assert_array_equal(ours.labels.numpy(), theirs.labels_)
-    np.testing.assert_allclose(ours.centres.numpy(), theirs.cluster_centers_, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ours.centers.numpy(), theirs.cluster_centers_, rtol=1e-4, atol=1e-5)
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
 
 
 def test_kmeans_refills_empty_clusters_as_sklearn_does():
     rng = np.random.default_rng(6)
     x = rng.normal(size=(60, 2))
-    init = np.concatenate([x[:3], [[50.0, 50.0], [-50.0, 50.0]]])  # two centres that attract nothing
+    init = np.concatenate([x[:3], [[50.0, 50.0], [-50.0, 50.0]]])  # two centers that attract nothing
     theirs = SklearnKMeans(5, init=init, n_init=1, algorithm="lloyd").fit(x)
     ours = evaluate.kmeans(x, 5, init=init)
     np.testing.assert_array_equal(ours.labels.numpy(), theirs.labels_)
@@ -230,14 +230,14 @@ def test_drift_of_rotated_features():
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
     assert evaluate.drift(x, x) == pytest.approx({"linear_cka": 1.0, "mean_cosine": 1.0})
     assert evaluate.linear_cka(x, 3 * x @ rotation + 1) == pytest.approx(1.0)
-    assert evaluate.neighbour_overlap(x, x @ rotation) == 1.0
+    assert evaluate.neighbor_overlap(x, x @ rotation) == 1.0
     assert "mean_cosine" not in evaluate.drift(x, x[:, :4])
 
 
-def test_neighbour_overlap_of_unrelated_features_is_chance():
+def test_neighbor_overlap_of_unrelated_features_is_chance():
     generator = torch.Generator().manual_seed(5)
     x, y = torch.randn(400, 16, generator=generator), torch.randn(400, 16, generator=generator)
-    assert evaluate.neighbour_overlap(x, y) == pytest.approx(5 / 399, abs=0.01)
+    assert evaluate.neighbor_overlap(x, y) == pytest.approx(5 / 399, abs=0.01)
 
 
 GOOD = np.eye(6) + 1.0
@@ -257,7 +257,7 @@ Y = [0, 0, 0, 1, 1, 1]
         (lambda: fastuft.retrieval_accuracy(GOOD, Y, GOOD, Y, k=7), "k=7 is out of range; allowed: 1 to 6"),
         (lambda: fastuft.retrieval_accuracy(GOOD[0], Y, GOOD, Y), r"train_x has shape \(6,\)"),
         (lambda: fastuft.retrieval_accuracy(GOOD, np.array(Y) + 0.5, GOOD, Y), "not whole"),
-        (lambda: evaluate.nearest_neighbours(GOOD, GOOD, 2, backend="gpu"), "backend='gpu' is not allowed"),
+        (lambda: evaluate.nearest_neighbors(GOOD, GOOD, 2, backend="gpu"), "backend='gpu' is not allowed"),
         (lambda: fastuft.bcubed_precision([0, 1], [0]), "2 entries and labels has 1"),
         (lambda: fastuft.bcubed_precision([], []), "at least one entry"),
         (lambda: evaluate.kmeans(GOOD, 7), "clusters=7 is out of range; allowed: 1 to 6"),

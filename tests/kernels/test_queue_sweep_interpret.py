@@ -254,7 +254,7 @@ def test_public_functions_run_the_kernels():
 
 @pytest.mark.parametrize(("batch", "size"), [(3, 8), (8, 8), (13, 8), (5, 7), (1, 1)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_enqueue_wraps_and_normalises(batch, size, dtype):
+def test_enqueue_wraps_and_normalizes(batch, size, dtype):
     from fastuft.kernels import enqueue
 
     expected = fastuft.KeyQueue(size, 24, dtype=dtype)

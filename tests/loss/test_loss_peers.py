@@ -61,7 +61,7 @@ def agree(function, case: Case, temperature: float, bounds=(VALUE_BOUND, GRADIEN
 
 @pytest.fixture
 def case() -> Case:
-    """Rows of the queue are unit to float64: pytorch-metric-learning normalises its references again."""
+    """Rows of the queue are unit to float64: pytorch-metric-learning normalizes its references again."""
     drawn = Case.random(12, 70, 16, torch.float64)
     return replace(drawn, queue=F.normalize(drawn.queue, dim=1))
 

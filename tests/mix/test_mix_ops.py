@@ -261,7 +261,7 @@ def test_bad_input_is_refused_before_anything_is_written(call, message):
 
 @pytest.mark.parametrize(("alpha", "size"), [(1.0, (32, 32)), (0.2, (32, 32)), (1.0, (48, 20)), (0.2, (20, 48))])
 def test_boxes_follow_the_definition(alpha, size):
-    """Mean area against the definition, averaged over all centres; lam exactly the share that remains."""
+    """Mean area against the definition, averaged over all centers; lam exactly the share that remains."""
     height, width = size
     boxes, lam = fastuft.sample_boxes(100_000, height, width, alpha, torch.Generator().manual_seed(0))
     top, left, bottom, right = boxes.long().unbind(1)
@@ -276,8 +276,8 @@ def test_boxes_follow_the_definition(alpha, size):
 
     def covered(length):
         cut = (length * side).round()
-        centres = torch.arange(length, dtype=torch.float64)
-        start = centres[None] - torch.div(cut, 2, rounding_mode="floor")[:, None]
+        centers = torch.arange(length, dtype=torch.float64)
+        start = centers[None] - torch.div(cut, 2, rounding_mode="floor")[:, None]
         return ((start + cut[:, None]).clamp(0, length) - start.clamp(0, length)).mean(1)
 
     expected = (covered(height) * covered(width)).mean() / (height * width)

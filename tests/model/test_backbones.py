@@ -72,7 +72,7 @@ def test_tiny_network_is_the_demos_size():
     assert 70_000 < sum(p.numel() for p in build_backbone("resnet_tiny", "small").parameters()) < 100_000
 
 
-def test_bit_has_no_batchnorm_and_its_own_normalisation():
+def test_bit_has_no_batchnorm_and_its_own_normalization():
     backbone = build_backbone("bit_resnet50")
     assert not has_batchnorm(backbone) and has_batchnorm(build_backbone("resnet18"))
     assert (backbone.mean, backbone.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -23,47 +23,47 @@ EVIL = "<script>alert(1)</script>"
 SPREAD = {"mean": 0.8125, "std": 0.0125, "trials": [0.8, 0.825]}
 
 
-def png(colour):
+def png(color):
     buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), colour).save(buffer, "PNG")
+    Image.new("RGB", (16, 16), color).save(buffer, "PNG")
     return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
 
 
-def evaluation(retrieval=0.9, labelled=True):
+def evaluation(retrieval=0.9, labeled=True):
     result = {
-        "labelled": labelled,
-        "classes": ["cat", EVIL] if labelled else [],
-        "label_free": {"alignment": 0.3, "uniformity": -2.5, "neighbour_overlap": 0.5},
+        "labeled": labeled,
+        "classes": ["cat", EVIL] if labeled else [],
+        "label_free": {"alignment": 0.3, "uniformity": -2.5, "neighbor_overlap": 0.5},
         "statements": ["No source images were given."],
         "timings": {"features": 1.5, "fewshot": 20.0},
     }
-    if labelled:
+    if labeled:
         shots = {"top1": SPREAD, "mean_class": {**SPREAD, "mean": 0.75}}
         result |= {"retrieval": retrieval, "clustering": SPREAD, "fewshot": {"1": shots, "10": shots}}
         result["forgetting"] = {"after": {"mean": 0.3, "std": None, "trials": [0.3]}}
     return result
 
 
-def arrays(labelled=True):
+def arrays(labeled=True):
     thumbs = [png((i * 40, 90, 200 - 30 * i)) for i in range(6)]
     found = {
         "tsne": np.random.default_rng(0).normal(size=(20, 2)).astype("f4"),
-        "tsne_labels": np.arange(20) % 2 if labelled else np.full(20, -1),
+        "tsne_labels": np.arange(20) % 2 if labeled else np.full(20, -1),
         "queries": np.array([0, 1]),
-        "neighbours": np.array([[2, 3, 4], [3, 4, 5]]),
+        "neighbors": np.array([[2, 3, 4], [3, 4, 5]]),
         "similarity": np.full((2, 3), 0.5, "f4"),
         "thumb_png": np.concatenate(thumbs),
         "thumb_offsets": np.cumsum([0, *map(len, thumbs)]),
         "thumb_names": np.array([f"cats/{EVIL}.png", *(f"cats/{i}.png" for i in range(1, 6))]),
     }
-    if labelled:
+    if labeled:
         found["right"] = np.array([[True, True, False], [True, False, False]])
     else:
-        found["before_neighbours"], found["before_similarity"] = found["neighbours"][::-1], found["similarity"]
+        found["before_neighbors"], found["before_similarity"] = found["neighbors"][::-1], found["similarity"]
     return found
 
 
-def write_run(folder, *, retrieval=0.9, labelled=True, steps=40, parts=("train", "eval")):
+def write_run(folder, *, retrieval=0.9, labeled=True, steps=40, parts=("train", "eval")):
     folder.mkdir(parents=True)
     if "train" in parts:
         rows = [
@@ -86,8 +86,8 @@ def write_run(folder, *, retrieval=0.9, labelled=True, steps=40, parts=("train",
         (folder / "summary.json").write_text(json.dumps(summary | {"versions": {"fastuft": "0.1.0"}}))
         (folder / "config.yaml").write_text(f"target: {EVIL}\n")
     if "eval" in parts:
-        (folder / "eval.json").write_text(json.dumps(evaluation(retrieval, labelled)))
-        np.savez(folder / "eval_arrays.npz", **arrays(labelled))
+        (folder / "eval.json").write_text(json.dumps(evaluation(retrieval, labeled)))
+        np.savez(folder / "eval_arrays.npz", **arrays(labeled))
     return folder
 
 
@@ -166,7 +166,7 @@ def test_accuracies_and_label_free_figures_are_two_tables(tmp_path):
         (folder / "eval.json").write_text(json.dumps(found))
     first, second = table(runs).split("\n\n")
     assert "retrieval %" in first and "source before %" in first and "alignment" not in first
-    assert "alignment" in second and "neighbours kept %" in second
+    assert "alignment" in second and "neighbors kept %" in second
     assert len(table(runs, "csv").splitlines()) == 3
     write_report(tmp_path / "report.html", runs)
     text = (tmp_path / "report.html").read_text()
@@ -199,10 +199,10 @@ def test_names_from_disk_are_escaped(tmp_path):
 
 
 def test_report_without_labels_shows_before_and_after(tmp_path):
-    write_report(tmp_path / "report.html", [("arm", write_run(tmp_path / "a", labelled=False))])
+    write_report(tmp_path / "report.html", [("arm", write_run(tmp_path / "a", labeled=False))])
     words = " ".join(read(tmp_path / "report.html")[1].words)
     assert "before" in words and "after" in words and "✓" not in words
-    assert "neighbours kept %" in words and "retrieval %" not in words
+    assert "neighbors kept %" in words and "retrieval %" not in words
 
 
 @pytest.mark.parametrize("part", ["train", "eval"])
@@ -210,7 +210,7 @@ def test_report_of_half_a_run(tmp_path, part):
     write_report(tmp_path / "report.html", [("arm", write_run(tmp_path / "a", parts=(part,)))])
     words = " ".join(read(tmp_path / "report.html")[1].words)
     assert ("Training curves" in words) == (part == "train")
-    assert ("Nearest neighbours" in words) == (part == "eval")
+    assert ("Nearest neighbors" in words) == (part == "eval")
 
 
 def test_training_and_evaluation_folders_may_differ(tmp_path):

@@ -24,7 +24,7 @@ from fastuft.config import (
 SECTIONS = {
     "model": ModelConfig(arch="resnet_tiny", stem="small", head_dim=16, bn_group=8),
     "method": MethodConfig(queue_size=64, key_momentum=0.9),
-    "augment": AugmentConfig(size=32, jitter_p=0.0, greyscale_p=0.0, blur_p=0.0),
+    "augment": AugmentConfig(size=32, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0),
     "data": DataConfig(batch_size=16, threads=1, replay_fraction=0.5, loader="torch"),
     "optim": OptimConfig(lr=0.05, epochs=2),
     "runtime": RuntimeConfig(device="cpu", tensorboard=False, log_every=1),

@@ -1,4 +1,4 @@
-"""The optimiser on a CPU is torch's SGD, without copies of channels_last weights."""
+"""The optimizer on a CPU is torch's SGD, without copies of channels_last weights."""
 
 from __future__ import annotations
 

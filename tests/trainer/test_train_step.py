@@ -185,7 +185,7 @@ def as_fakes(made, config):
                     fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
                     is_parameter = tensors is module._parameters
                     tensors[name] = nn.Parameter(fake, value.requires_grad) if is_parameter else fake
-    # A GPU's optimiser, which the claim is about.
+    # A GPU's optimizer, which the claim is about.
     optimizer = build_optimizer(config.optim, list(made.moco.query_encoder.parameters()), torch.device("cuda"))
     return dataclasses.replace(made, optimizer=optimizer)
 

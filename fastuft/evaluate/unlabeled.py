@@ -1,4 +1,4 @@
-"""What can be measured without labels: neighbours, alignment and uniformity, drift of the representation."""
+"""What can be measured without labels: neighbors, alignment and uniformity, drift of the representation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastuft.evaluate.inputs import ArrayLike, as_features
-from fastuft.evaluate.retrieval import nearest_neighbours
+from fastuft.evaluate.retrieval import nearest_neighbors
 from fastuft.randomness import keyed_generator
 
 
@@ -47,7 +47,7 @@ def alignment_uniformity(first: ArrayLike, second: ArrayLike, *, seed: int = 0) 
 
 
 def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
-    """Linear centred kernel alignment of two representations of the same images (Kornblith et al. 2019).
+    """Linear centered kernel alignment of two representations of the same images (Kornblith et al. 2019).
 
     |Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F); 1 up to rotation and scale, 0 for unrelated. x: [N, F], y: [N, G].
     """
@@ -68,8 +68,8 @@ def drift(before: ArrayLike, after: ArrayLike) -> dict[str, float]:
     return result
 
 
-def neighbour_overlap(before: ArrayLike, after: ArrayLike, k: int = 5) -> float:
-    """Mean share of each item's ``k`` nearest other items that stay the same; 1 when neighbourhoods are unchanged."""
+def neighbor_overlap(before: ArrayLike, after: ArrayLike, k: int = 5) -> float:
+    """Mean share of each item's ``k`` nearest other items that stay the same; 1 when neighborhoods are unchanged."""
     a, b = _paired("before", before, "after", after)
-    old, new = (nearest_neighbours(x, x, k, exclude_self=True)[1] for x in (a, b))
+    old, new = (nearest_neighbors(x, x, k, exclude_self=True)[1] for x in (a, b))
     return float((old[:, :, None] == new[:, None, :]).any(dim=2).double().mean())
