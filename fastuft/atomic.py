@@ -1,29 +1,111 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, however many processes write them and whenever one of them is killed."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_NAME_BYTES = 160  # of the file's own name in a partial's: file systems allow 255 bytes
+_PARTIAL = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{32}\.partial$")
+_FOREIGN_AGE = 24 * 3600.0  # seconds after which the partial file of a process that cannot be asked is a leftover
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write beside, flush to the disk, then rename: a reader sees the old file or the new one, never a part.
+
+@contextmanager
+def whole_file(path: Path, *, flush: bool = True) -> Iterator[Path]:
+    """Write beside ``path``, then rename: a reader sees the old file or the new one, never a part.
+
+    Yields a path in the same folder that no other writer has, to be written by the body; its suffix is ``.partial``.
+    When the body ends, that file takes the place of ``path``; when it raises, the file is removed.
+
+    Args:
+        path: the file to write; its folder must be there.
+        flush: wait until the content and the new name are on the disk, so that they outlive a loss of power. Without
+            it, thousands of small files are written in seconds; a loss of power may then leave an empty file.
 
     Raises:
         OSError: the disk refused (full, gone); the old file is as it was and nothing is left beside it.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial_beside(path)
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        if flush:
+            _flush(partial)
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name is on the disk too
-        finally:
-            os.close(folder)
-    except OSError:
-        partial.unlink(missing_ok=True)
+        if flush:
+            _flush(path.parent)  # the new name is on the disk too
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, content: bytes | memoryview, *, flush: bool = True) -> None:
+    """Write ``content`` as :func:`whole_file` does.
+
+    Raises:
+        OSError: the disk refused (full, gone); the old file is as it was and nothing is left beside it.
+    """
+    with whole_file(path, flush=flush) as partial:
+        partial.write_bytes(content)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the partial files in ``folder`` whose writers were killed; those that are being written stay.
+
+    A partial file names its writer. It is a leftover when that process is gone; where it ran on another machine, in
+    another container or before a restart, when it has not been written for a day.
+    """
+    for path in folder.glob("*.partial"):
+        with suppress(OSError):  # gone meanwhile, or not ours to remove: it does no harm
+            if _is_leftover(path):
+                path.unlink()
+
+
+def _is_leftover(path: Path) -> bool:
+    writer = _PARTIAL.search(path.name)
+    if writer is None:
+        return False
+    if writer[1] == _process_space():
+        return not _lives(int(writer[2]))
+    return time.time() - path.stat().st_mtime > _FOREIGN_AGE
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _partial_beside(path: Path) -> Path:
+    own = os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])
+    return path.with_name(f"{own}.{_process_space()}-{os.getpid()}-{uuid.uuid4().hex}.partial")
+
+
+@functools.cache
+def _process_space() -> str:
+    """Digest of what makes process numbers comparable: the machine, its start, and the container's numbering."""
+    parts = [os.uname().nodename]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.blake2b("\n".join(parts).encode(errors="surrogateescape"), digest_size=4).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastuft.atomic import write_whole
+from fastuft.atomic import remove_leftovers, write_whole
 
 FORMAT = "fastuft checkpoint 1"
 _NAME = re.compile(r"^step_(\d{8})\.pt$")
@@ -58,8 +58,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep_last
     path = checkpoint_path(folder, step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("*.partial"):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
+        remove_leftovers(folder)
         # The digest first: a kill between the two leaves a digest without a file, which nothing looks at.
         write_whole(_digest_path(path), hashlib.sha256(content).hexdigest().encode())
         write_whole(path, content)

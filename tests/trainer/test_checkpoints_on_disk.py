@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,15 @@ from fastuft.trainer.state import (
     newest_checkpoint,
     save_checkpoint,
 )
+
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from fastuft.atomic import whole_file
+with whole_file(Path(sys.argv[1])) as partial:
+    partial.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def save(folder, step, keep_last=2, keep_every=0):
@@ -59,7 +70,8 @@ def test_a_spoilt_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, spo
 
 def test_what_a_killed_writer_left_is_cleared_and_never_read(tmp_path):
     save(tmp_path, 1)
-    (tmp_path / "step_00000002.pt.partial").write_bytes(b"half")
+    subprocess.run([sys.executable, "-c", KILLED_WRITER, checkpoint_path(tmp_path, 2)], check=False)
+    assert len(list(tmp_path.glob("*.partial"))) == 1
     assert newest_checkpoint(tmp_path)[1] == checkpoint_path(tmp_path, 1)
     save(tmp_path, 3)
     assert not list(tmp_path.glob("*.partial"))

@@ -32,13 +32,15 @@ run.train_step = killed
 """
 WHILE_WRITING = """
 import os, signal
+from fastuft.atomic import whole_file
 from fastuft.model import checkpoint
 from fastuft.trainer import recorder, state
 real = state.write_whole
 def killed(path, content):
     if path.name == {name!r}:
-        path.with_name(path.name + ".partial").write_bytes(bytes(content[: len(content) // 2]))
-        os.kill(os.getpid(), signal.SIGKILL)
+        with whole_file(path) as partial:
+            partial.write_bytes(bytes(content[: len(content) // 2]))
+            os.kill(os.getpid(), signal.SIGKILL)
     real(path, content)
 for module in (checkpoint, recorder, state):
     module.write_whole = killed
