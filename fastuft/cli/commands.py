@@ -79,8 +79,7 @@ def _evaluate(config: EvalConfig) -> int:
     from fastuft.report import load_run, table, write_report
 
     backbone = load_backbone(config.checkpoint, config.arch, config.stem)
-    known = {"arch": str(backbone.arch), "stem": backbone.stem}
-    before = None if config.before is None else load_backbone(config.before, **known)  # type: ignore[arg-type]
+    before = None if config.before is None else load_backbone(config.before, backbone.arch, backbone.stem)
     result = evaluate_backbone(backbone, config, before)
     write_evaluation(config.out, result)
     trained = Path(config.checkpoint)

@@ -29,6 +29,7 @@ from fastuft.evaluate.retrieval import nearest_neighbors, retrieval_accuracy
 from fastuft.evaluate.semi import FixMatchResult, FixMatchSettings, fixmatch
 from fastuft.evaluate.shots import FewShotResult, FewShotSettings, draw_shots, fewshot
 from fastuft.evaluate.unlabeled import alignment_uniformity, drift, neighbor_overlap
+from fastuft.model import Backbone
 from fastuft.randomness import keyed_generator, keyed_seed
 
 NEIGHBORS = 5
@@ -141,7 +142,7 @@ class _Evaluator:
         self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
-    def stream(self, backbone: Any, images: Images) -> Iterator[EvalStream]:
+    def stream(self, backbone: Backbone, images: Images) -> Iterator[EvalStream]:
         config = self.config
         stream = EvalStream(
             images.paths,
@@ -160,7 +161,7 @@ class _Evaluator:
         finally:
             stream.close()
 
-    def features(self, backbone: Any, images: Images) -> Tensor:
+    def features(self, backbone: Backbone, images: Images) -> Tensor:
         config = self.config
         loader = resolve_loader(config.loader)
         settings = f"{config.size} {self.resize} {backbone.mean} {backbone.std} {loader} {self.device.type}"
@@ -208,7 +209,7 @@ class _Evaluator:
             precision=config.precision,
         )
 
-    def fewshot(self, backbone: nn.Module, train: Images, test: Images) -> FewShotResult:
+    def fewshot(self, backbone: Backbone, train: Images, test: Images) -> FewShotResult:
         config = self.config
         with self.timed("fewshot"), self.stream(backbone, test) as stream:
             return fewshot(
@@ -224,7 +225,7 @@ class _Evaluator:
                 settings=self.finetuning(),
             )
 
-    def fixmatch(self, backbone: nn.Module, train: Images, test: Images) -> FixMatchResult:
+    def fixmatch(self, backbone: Backbone, train: Images, test: Images) -> FixMatchResult:
         config = self.config
         recipe = dataclasses.replace(self.finetuning(), epochs=config.semi_epochs, batch_size=config.semi_batch)
         with self.timed("fixmatch"), self.stream(backbone, test) as stream:
@@ -246,7 +247,7 @@ class _Evaluator:
         """Sorted positions of ``most`` random items out of ``count``; the same for every backbone."""
         return np.sort(keyed_generator(self.config.seed, "sample", name).permutation(count)[:most])
 
-    def two_views(self, backbone: Any, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def two_views(self, backbone: Backbone, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Features of two random crops of each image."""
         generator = keyed_generator(self.config.seed, "views")
         pool = decode(paths, self.resize)
@@ -270,7 +271,7 @@ class _Evaluator:
 
 
 def _label_free(
-    run: _Evaluator, backbone: nn.Module, before: nn.Module | None, train: Images, features: list[Tensor]
+    run: _Evaluator, backbone: Backbone, before: Backbone | None, train: Images, features: list[Tensor]
 ) -> dict[str, Any]:
     """Alignment and uniformity of two views, and what changed since ``before``; features are (after, before)."""
     if len(train.paths) < 2:
@@ -344,7 +345,7 @@ def _at_work(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
             module.to(home).train(training)
 
 
-def evaluate_backbone(backbone: nn.Module, config: EvalConfig, before: nn.Module | None = None) -> Evaluation:
+def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone | None = None) -> Evaluation:
     """Every metric that the given folders allow, for one backbone.
 
     With class sub-folders in ``config.train`` and ``config.test``: retrieval, clustering, few-shot. With classes in
@@ -365,7 +366,7 @@ def evaluate_backbone(backbone: nn.Module, config: EvalConfig, before: nn.Module
         return _evaluate(run, backbone, before)
 
 
-def _evaluate(run: _Evaluator, backbone: nn.Module, before: nn.Module | None) -> Evaluation:
+def _evaluate(run: _Evaluator, backbone: Backbone, before: Backbone | None) -> Evaluation:
     config = run.config
     train = read_images("train", config.train)
     test = read_images("test", config.test) if config.test else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastuft.config import AugmentConfig
 from fastuft.data import StrongConfig, WeakStrongStream
@@ -27,6 +27,7 @@ from fastuft.evaluate.shots import (
     predict,
     sgd,
 )
+from fastuft.model import Backbone
 from fastuft.randomness import keyed_generator, keyed_seed
 
 RATIO = 7  # unlabeled images for each labeled one of a step (mu)
@@ -85,7 +86,7 @@ class _Student:
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         images: list[Tensor],
         labels: Tensor,
         settings: FixMatchSettings,
@@ -116,8 +117,8 @@ class _Student:
             keyed_generator(self.seed, "crops", self.step_number),
             scale=recipe.crop_scale,
             flip_p=recipe.flip_p,
-            mean=self.source.mean,  # type: ignore[arg-type]
-            std=self.source.std,  # type: ignore[arg-type]
+            mean=self.source.mean,
+            std=self.source.std,
         )
         return views, self.labels[torch.from_numpy(index).to(self.labels.device, non_blocking=True)]
 
@@ -145,7 +146,7 @@ class _Student:
 
 
 def fixmatch(
-    backbone: nn.Module,
+    backbone: Backbone,
     train_paths: Sequence[str],
     train_labels: ArrayLike,
     test: Iterable[tuple[Tensor, Tensor | None]],
@@ -199,8 +200,8 @@ def fixmatch(
         batch_size=options.ratio * recipe.batch_size,
         seed=keyed_seed(seed, "unlabelled"),
         device=device,
-        mean=backbone.mean,  # type: ignore[arg-type]
-        std=backbone.std,  # type: ignore[arg-type]
+        mean=backbone.mean,
+        std=backbone.std,
         loader=loader,
     )
     students: list[tuple[int, _Student]] = []

@@ -18,6 +18,7 @@ from fastuft.evaluate.accuracy import mean_class_accuracy, top1_accuracy
 from fastuft.evaluate.features import Precision, autocast, module_device
 from fastuft.evaluate.images import decode, random_views
 from fastuft.evaluate.inputs import ArrayLike, as_labels, check_seen, quoted
+from fastuft.model import Backbone
 from fastuft.randomness import keyed_generator, keyed_seed
 
 
@@ -110,9 +111,10 @@ def check_runs(shots: Sequence[int], trials: int) -> None:
 class Classifier(nn.Module):
     """A backbone and a new fully connected layer."""
 
-    def __init__(self, backbone: nn.Module, features: int, classes: int, seed: int) -> None:
+    def __init__(self, backbone: Backbone, classes: int, seed: int) -> None:
         super().__init__()
         self.backbone = backbone
+        features = backbone.num_features
         self.fc = nn.Linear(features, classes)
         with torch.no_grad():
             start = keyed_generator(seed, "classifier").normal(0.0, 0.01, (classes, features))
@@ -120,10 +122,9 @@ class Classifier(nn.Module):
             self.fc.bias.zero_()
 
     @classmethod
-    def on(cls, backbone: nn.Module, classes: int, seed: int) -> Classifier:
+    def on(cls, backbone: Backbone, classes: int, seed: int) -> Classifier:
         """A classifier in training mode on a copy of ``backbone``, on its device."""
-        features: Any = backbone.num_features
-        return cls(copy.deepcopy(backbone), features, classes, seed).to(module_device(backbone)).train()
+        return cls(copy.deepcopy(backbone), classes, seed).to(module_device(backbone)).train()
 
     def train(self, mode: bool = True) -> Classifier:
         """Training mode with BatchNorm left in eval mode: a few images are no statistics."""
@@ -154,7 +155,7 @@ def sgd(
 
 
 def finetune(
-    backbone: nn.Module,
+    backbone: Backbone,
     images: Sequence[Tensor],
     labels: Tensor,
     classes: int,
@@ -182,7 +183,6 @@ def finetune(
         ValueError: the loss stops being finite.
     """
     device = module_device(backbone)
-    source: Any = backbone
     model = Classifier.on(backbone, classes, seed)
     batch = min(settings.batch_size, len(images))
     steps = settings.epochs * math.ceil(len(images) / batch)
@@ -201,8 +201,8 @@ def finetune(
                 generator,
                 scale=settings.crop_scale,
                 flip_p=settings.flip_p,
-                mean=source.mean,
-                std=source.std,
+                mean=backbone.mean,
+                std=backbone.std,
             )
             with autocast(device, settings.precision):
                 logits = model(views)
@@ -248,7 +248,7 @@ def accuracies(
 
 
 def fewshot(
-    backbone: nn.Module,
+    backbone: Backbone,
     train_paths: Sequence[str],
     train_labels: ArrayLike,
     test: Iterable[tuple[Tensor, Tensor | None]],

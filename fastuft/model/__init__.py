@@ -1,5 +1,6 @@
 """Backbones, the MoCo pair of encoders, BatchNorm modes, and checkpoints in and out."""
 
+from fastuft.model.backbone import Backbone, Stem
 from fastuft.model.batchnorm import SplitBatchNorm2d, has_batchnorm, set_batchnorm_mode
 from fastuft.model.checkpoint import (
     BACKBONE_FILE,
@@ -12,11 +13,15 @@ from fastuft.model.checkpoint import (
     read_checkpoint,
 )
 from fastuft.model.moco import Encoder, MoCo, ProjectionHead
-from fastuft.model.resnet import ARCHS, ResNet, ResNetV2, build_backbone
+from fastuft.model.networks import ARCHS, build_backbone
+from fastuft.model.resnet import ResNet
+from fastuft.model.resnet_v2 import ResNetV2
+from fastuft.model.timm_network import TimmBackbone
 
 __all__ = [
     "ARCHS",
     "BACKBONE_FILE",
+    "Backbone",
     "Encoder",
     "InitReport",
     "MoCo",
@@ -24,6 +29,8 @@ __all__ = [
     "ResNet",
     "ResNetV2",
     "SplitBatchNorm2d",
+    "Stem",
+    "TimmBackbone",
     "build_backbone",
     "export",
     "export_backbone",

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastuft
 from fastuft.atomic import write_whole
+from fastuft.model.backbone import Backbone, Stem
 from fastuft.model.moco import Encoder, MoCo
-from fastuft.model.resnet import ResNetV2, Stem, TimmBackbone, build_backbone
+from fastuft.model.networks import build_backbone
+from fastuft.model.resnet_v2 import ResNetV2
+from fastuft.model.timm_network import TimmBackbone
 
 METADATA_KEY = "fastuft"
 BACKBONE_FILE = "backbone.safetensors"
@@ -258,7 +261,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     raise ValueError(f"init={str(path)!r} is a folder without checkpoints; name a run folder or a checkpoint file")
 
 
-def load_init(target: MoCo | Encoder | nn.Module, path: str | Path, *, allow_missing: Sequence[str] = ()) -> InitReport:
+def load_init(target: MoCo | Encoder | Backbone, path: str | Path, *, allow_missing: Sequence[str] = ()) -> InitReport:
     """Load a checkpoint into a backbone, and into its head where the checkpoint has one of the right shapes.
 
     Args:
@@ -326,14 +329,12 @@ def load_init(target: MoCo | Encoder | nn.Module, path: str | Path, *, allow_mis
     )
 
 
-def export_backbone(backbone: nn.Module, path: str | Path, *, arch: str, stem: str) -> None:
+def export_backbone(backbone: Backbone, path: str | Path) -> None:
     """Write a backbone as safetensors whose metadata says how to rebuild it and how to normalize its inputs.
 
     Args:
-        backbone: as ``build_backbone(arch, stem)`` gives it.
+        backbone: as ``build_backbone`` gives it.
         path: file to write, atomically.
-        arch: its name.
-        stem: its stem.
 
     Raises:
         OSError: the disk refused; an older file is as it was.
@@ -341,10 +342,10 @@ def export_backbone(backbone: nn.Module, path: str | Path, *, arch: str, stem: s
     from safetensors.torch import save
 
     metadata = {
-        "arch": arch,
-        "stem": stem,
-        "mean": list(backbone.mean),  # type: ignore[arg-type]
-        "std": list(backbone.std),  # type: ignore[arg-type]
+        "arch": backbone.arch,
+        "stem": backbone.stem,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
         "num_features": backbone.num_features,
         "fastuft_version": fastuft.__version__,
     }
@@ -354,7 +355,7 @@ def export_backbone(backbone: nn.Module, path: str | Path, *, arch: str, stem: s
     write_whole(path, save(state, metadata={METADATA_KEY: json.dumps(metadata)}))
 
 
-def load_backbone(path: str | Path, arch: str | None = None, stem: Stem | None = None) -> nn.Module:
+def load_backbone(path: str | Path, arch: str | None = None, stem: Stem | None = None) -> Backbone:
     """A backbone ready for evaluation.
 
     Args:
@@ -363,7 +364,7 @@ def load_backbone(path: str | Path, arch: str | None = None, stem: Stem | None =
         stem: its stem, likewise.
 
     Returns:
-        The backbone in eval mode, with attributes ``arch`` and ``stem``.
+        The backbone in eval mode.
 
     Raises:
         ValueError: as ``load_init``, or no network named.
@@ -385,7 +386,6 @@ def load_backbone(path: str | Path, arch: str | None = None, stem: Stem | None =
     chosen_stem = stem or known.get("stem") or "imagenet"
     backbone = build_backbone(arch, chosen_stem)
     load_init(backbone, file)
-    backbone.arch, backbone.stem = arch, chosen_stem  # type: ignore[assignment]
     return backbone.eval()
 
 
@@ -395,7 +395,7 @@ def _to_timm_v2(name: str) -> str:
     return re.sub(r"\.gn(\d)\.", r".norm\1.", name).replace(".downsample.", ".downsample.conv.")
 
 
-def export_state_dict(backbone: nn.Module, layout: str, *, num_classes: int = 0) -> dict[str, Tensor]:
+def export_state_dict(backbone: Backbone, layout: str, *, num_classes: int = 0) -> dict[str, Tensor]:
     """State dict under another library's names.
 
     Args:
@@ -423,7 +423,7 @@ def export_state_dict(backbone: nn.Module, layout: str, *, num_classes: int = 0)
         state = {_to_timm_v2(name): value for name, value in state.items()}
         classifier = "head.fc"
     if num_classes:
-        shape = (num_classes, int(backbone.num_features))  # type: ignore[arg-type]
+        shape = (num_classes, backbone.num_features)
         # timm's ResNet-v2 classifies by a 1x1 convolution
         weight = torch.zeros(*shape, 1, 1) if classifier == "head.fc" else torch.zeros(shape)
         state = {**state, f"{classifier}.weight": weight, f"{classifier}.bias": torch.zeros(num_classes)}
@@ -459,7 +459,7 @@ def export(
     if layout == "fastuft":
         if out.suffix != ".safetensors":
             raise ValueError(f"out={str(out)!r}: layout fastuft keeps metadata, which needs the suffix .safetensors")
-        export_backbone(backbone, out, arch=str(backbone.arch), stem=str(backbone.stem))
+        export_backbone(backbone, out)
         return
     state = export_state_dict(backbone, layout, num_classes=num_classes)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from fastuft.model.backbone import Backbone
 
 
 class ProjectionHead(nn.Sequential):
@@ -14,17 +17,25 @@ class ProjectionHead(nn.Sequential):
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__(nn.Linear(num_features, num_features), nn.ReLU(inplace=True), nn.Linear(num_features, dim))
 
+    if TYPE_CHECKING:  # nn.Module's own returns Any
+
+        def __call__(self, features: Tensor) -> Tensor: ...
+
 
 class Encoder(nn.Module):
     """Backbone and projection head: images [B, 3, H, W] -> embeddings [B, dim], not normalized."""
 
-    def __init__(self, backbone: nn.Module, dim: int) -> None:
+    def __init__(self, backbone: Backbone, dim: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = ProjectionHead(backbone.num_features, dim)  # type: ignore[arg-type]
+        self.head = ProjectionHead(backbone.num_features, dim)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
+
+    if TYPE_CHECKING:  # nn.Module's own returns Any
+
+        def __call__(self, images: Tensor) -> Tensor: ...
 
 
 class MoCo(nn.Module):
@@ -37,7 +48,7 @@ class MoCo(nn.Module):
         dim: width D of the embeddings.
     """
 
-    def __init__(self, backbone: nn.Module, dim: int = 128) -> None:
+    def __init__(self, backbone: Backbone, dim: int = 128) -> None:
         super().__init__()
         self.query_encoder = Encoder(backbone, dim)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from fastuft.config import AugmentConfig
 from fastuft.data import LabeledTrainStream, labeled_folder
-from fastuft.model import BACKBONE_FILE, build_backbone, export_backbone
+from fastuft.model import BACKBONE_FILE, Stem, build_backbone, export_backbone
 from fastuft.randomness import keyed_seed
 
 
@@ -21,7 +20,7 @@ def train_supervised(
     out: str | Path,
     *,
     arch: str,
-    stem: Any,
+    stem: Stem,
     augment: AugmentConfig,
     epochs: int,
     lr: float,
@@ -51,7 +50,7 @@ def train_supervised(
     paths, labels, classes = labeled_folder(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "supervised"))
-        backbone: Any = build_backbone(arch, stem)
+        backbone = build_backbone(arch, stem)
         model = nn.Sequential(backbone, nn.Linear(backbone.num_features, len(classes)))
     model.train().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     stream = LabeledTrainStream(
@@ -82,5 +81,5 @@ def train_supervised(
     if not math.isfinite(last):
         raise ValueError(f"supervised training diverged (loss {last}) at lr={lr:g}; lower it")
     Path(out).mkdir(parents=True, exist_ok=True)
-    export_backbone(backbone, Path(out) / BACKBONE_FILE, arch=arch, stem=stem)
+    export_backbone(backbone, Path(out) / BACKBONE_FILE)
     return last

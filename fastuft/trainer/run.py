@@ -108,7 +108,7 @@ class _Run:
             seed=config.data.replay_seed,
             replay_cache=config.data.replay_cache,
         )
-        backbone: Any = self.learner.moco.query_encoder.backbone
+        backbone = self.learner.moco.query_encoder.backbone
         self.stream = TrainStream(
             self.manifest,
             config.data,
@@ -323,7 +323,7 @@ class _Run:
             raise failure or CheckpointError(reasons[0])
 
     def _write_checkpoint(self, state: dict[str, Any]) -> None:
-        runtime, model = self.config.runtime, self.config.model
+        runtime = self.config.runtime
         save_checkpoint(
             self.checkpoint_folder,
             self.global_step,
@@ -333,7 +333,7 @@ class _Run:
         )
         path = self.folder / BACKBONE_FILE
         try:
-            export_backbone(backbone_of(self.learner, state), path, arch=model.arch, stem=model.stem)
+            export_backbone(backbone_of(self.learner, state), path)
         except OSError as error:
             raise CheckpointError(
                 f"{path} could not be written ({error.strerror}); the last good checkpoint is {self._last_good()}. Free "

@@ -7,8 +7,9 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastuft.model import Backbone
 from fastuft.trainer.learner import Learner
 
 _BACKBONE = "query_encoder.backbone."
@@ -66,9 +67,9 @@ def queues_agree(learner: Learner) -> bool:
     return len(set(learner.ranks.gather_objects(checksum))) == 1
 
 
-def backbone_of(learner: Learner, state: dict[str, Any]) -> nn.Module:
+def backbone_of(learner: Learner, state: dict[str, Any]) -> Backbone:
     """The query encoder's backbone, with the running statistics of the snapshot ``state`` where ranks have their own."""
-    backbone: nn.Module = learner.moco.query_encoder.backbone
+    backbone = learner.moco.query_encoder.backbone
     if learner.ranks.world_size == 1:
         return backbone
     backbone = deepcopy(backbone).cpu()

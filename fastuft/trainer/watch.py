@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import Any
 
 import torch
-from torch import nn
 
 from fastuft.config import TrainConfig, WatchConfig
 from fastuft.data import EvalStream, labeled_folder
 from fastuft.evaluate import clustering_accuracy, extract_features, retrieval_accuracy
+from fastuft.model import Backbone
 
 
 def wanted(watch: WatchConfig) -> bool:
@@ -23,20 +22,19 @@ def due(watch: WatchConfig, epochs_done: int) -> bool:
     return wanted(watch) and epochs_done % watch.every_epochs == 0
 
 
-def evaluate(backbone: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, float]:
+def evaluate(backbone: Backbone, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """Figures of the query encoder's backbone as fractions: ``retrieval``, ``source_clustering``."""
 
     def features(folder: str) -> tuple[torch.Tensor, list[int]]:
         paths, labels, _ = labeled_folder(folder)
-        module: Any = backbone
         stream = EvalStream(
             paths,
             labels,
             size=config.augment.size,
             batch_size=config.data.batch_size,
             device=device,
-            mean=module.mean,
-            std=module.std,
+            mean=backbone.mean,
+            std=backbone.std,
             loader=config.data.loader,
         )
         with closing(stream):

@@ -120,7 +120,7 @@ def test_batchnorm_stays_in_eval_mode_but_learns(folder):
     assert 0 < loss < np.log(CLASSES)
     assert torch.equal(model.backbone.bn.running_mean, torch.zeros(8))
     assert not torch.equal(model.backbone.bn.weight, torch.ones(8))
-    assert not Classifier(SmallNet(), 8, CLASSES, 0).train().backbone.bn.training
+    assert not Classifier(SmallNet(), CLASSES, 0).train().backbone.bn.training
 
 
 def test_several_models_share_one_pass(folder):
@@ -131,7 +131,7 @@ def test_several_models_share_one_pass(folder):
         passes.append(1)
         yield from test_stream(paths, labels)
 
-    models = [Classifier(SmallNet(), 8, CLASSES, seed).eval() for seed in range(3)]
+    models = [Classifier(SmallNet(), CLASSES, seed).eval() for seed in range(3)]
     together = predict(models, stream())
     assert together.shape == (3, len(paths)) and len(passes) == 1
     np.testing.assert_array_equal(together[1], predict(models[1:2], stream())[0])
@@ -199,7 +199,7 @@ def test_nothing_to_draw_is_refused(folder, run):
 
 
 def test_logits_are_float32_under_autocast():
-    model = Classifier(SmallNet(), 8, 1000, 0)
+    model = Classifier(SmallNet(), 1000, 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(torch.randn(4, 3, 16, 16))
     assert logits.dtype == torch.float32

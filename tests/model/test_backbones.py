@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastuft.model import MoCo, SplitBatchNorm2d, build_backbone, has_batchnorm, set_batchnorm_mode
+from fastuft.model import Backbone, MoCo, SplitBatchNorm2d, build_backbone, has_batchnorm, set_batchnorm_mode
 
 
 def fingerprint(state: dict) -> str:
@@ -61,6 +61,18 @@ def test_forward_shape_and_backward(arch, stem, width):
     assert features.shape == (2, width) and backbone.num_features == width
     features.sum().backward()
     assert all(p.grad is not None for p in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem"), [("resnet_tiny", "small"), ("bit_resnet_tiny", "small"), ("resnet18", "imagenet")]
+)
+def test_every_network_is_a_backbone_that_says_what_it_is(arch, stem):
+    backbone = build_backbone(arch, stem).eval()
+    assert isinstance(backbone, Backbone)
+    assert (backbone.arch, backbone.stem) == (arch, stem)
+    assert backbone.input_size == (32 if stem == "small" else 224)
+    images = torch.randn(2, 3, backbone.input_size, backbone.input_size)
+    assert torch.equal(backbone(images), backbone.features(images))
 
 
 def test_stem_is_chosen_by_configuration_alone():

@@ -203,7 +203,7 @@ def test_bit_archives_load_without_pickle(tmp_path):
 
 def test_exported_backbone_says_what_it_is(tmp_path):
     backbone = build_backbone("bit_resnet_tiny", "small")
-    export_backbone(backbone, tmp_path / "run" / "backbone.safetensors", arch="bit_resnet_tiny", stem="small")
+    export_backbone(backbone, tmp_path / "run" / "backbone.safetensors")
     for place in (tmp_path / "run", tmp_path / "run" / "backbone.safetensors"):
         loaded = load_backbone(place)
         assert equal(loaded, backbone) and not loaded.training
@@ -222,7 +222,7 @@ def test_backbone_without_metadata_needs_its_network_named(tmp_path):
 
 def test_export_reads_back_under_each_layout(tmp_path):
     backbone = build_backbone("resnet18")
-    export_backbone(backbone, tmp_path / "b.safetensors", arch="resnet18", stem="imagenet")
+    export_backbone(backbone, tmp_path / "b.safetensors")
     export(tmp_path / "b.safetensors", tmp_path / "tv.pth", layout="torchvision", num_classes=10)
     state = torch.load(tmp_path / "tv.pth", weights_only=True)
     assert state["fc.weight"].shape == (10, 512)
@@ -252,9 +252,7 @@ def test_export_of_resnet_v2_round_trips_through_timms_names(tmp_path):
     ],
 )
 def test_impossible_exports_are_refused(tmp_path, arguments, message):
-    export_backbone(
-        build_backbone("resnet_tiny", "small"), tmp_path / "b.safetensors", arch="resnet_tiny", stem="small"
-    )
+    export_backbone(build_backbone("resnet_tiny", "small"), tmp_path / "b.safetensors")
     out = tmp_path / arguments.pop("out", "x.pth")
     with pytest.raises(ValueError, match=message):
         export(tmp_path / "b.safetensors", out, **arguments)
@@ -308,7 +306,7 @@ def test_exports_load_strictly_in_torchvision_and_timm(tmp_path, arch, layout, n
     network = their_network(arch, layout, num_classes)
     torch.manual_seed(2)
     backbone = build_backbone(arch)
-    export_backbone(backbone, tmp_path / "b.safetensors", arch=arch, stem="imagenet")
+    export_backbone(backbone, tmp_path / "b.safetensors")
     export(tmp_path / "b.safetensors", tmp_path / "x.pth", layout=layout, num_classes=num_classes)
     network.load_state_dict(torch.load(tmp_path / "x.pth", weights_only=True), strict=True)
     if not num_classes:
@@ -349,7 +347,7 @@ def test_half_precision_weights_are_taken_in_full(moco, donor, tmp_path):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_an_export_that_the_disk_refuses_leaves_the_older_file(tmp_path, monkeypatch, suffix):
     backbone = build_backbone("resnet_tiny", "small")
-    export_backbone(backbone, tmp_path / "b.safetensors", arch="resnet_tiny", stem="small")
+    export_backbone(backbone, tmp_path / "b.safetensors")
     out = tmp_path / f"out{suffix}"
     export(tmp_path / "b.safetensors", out, layout="torchvision")
     before = out.read_bytes()
