@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import typing
 
 import pytest
 
@@ -14,10 +16,13 @@ from fastuft.config import (
     MethodConfig,
     ModelConfig,
     OptimConfig,
+    Positive,
+    Range,
     RuntimeConfig,
     TrainConfig,
     WatchConfig,
     as_paths,
+    check_values,
 )
 
 GROUPS = (ModelConfig, MethodConfig, AugmentConfig, DataConfig, OptimConfig, RuntimeConfig, WatchConfig)
@@ -118,6 +123,23 @@ def test_evaluation_values():
         EvalConfig(checkpoint="c", train="t", loader="ffcv")
     with pytest.raises(ValueError, match="precision='fp16'"):
         EvalConfig(checkpoint="c", train="t", precision="fp16")
+
+
+def test_allowed_values_are_read_from_the_annotations():
+    @dataclasses.dataclass
+    class Options:
+        layers: list[typing.Annotated[int, Range(1)]]
+        kinds: list[typing.Literal["a", "b"]]
+        limit: Positive | None = None
+
+    check_values(Options([1, 2], ["a"]), "group")
+    for values, word in (
+        (([1, 0], []), "group.layers=0 is out of range; allowed: [1, inf]"),
+        (([], ["c"]), "group.kinds='c' is not allowed; choose one of 'a', 'b'"),
+        (([], [], 0.0), "group.limit=0.0 is out of range; allowed: (0, inf]"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(word)):
+            check_values(Options(*values), "group")
 
 
 def test_paths():

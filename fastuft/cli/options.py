@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastuft.config import check_choice, check_range
+from fastuft.config import AtLeast0, AtLeast1, Positive, Range, check_values
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class ExportOptions:
     layout: Literal["fastuft", "torchvision", "timm"] = "fastuft"
     arch: str | None = None
     stem: Literal["imagenet", "small"] | None = None
-    num_classes: int = 0
+    num_classes: AtLeast0 = 0
 
     def __post_init__(self) -> None:
-        check_range("num_classes", self.num_classes, 0)
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,13 @@ class VerifyOptions:
     paths: list[str]
     decode: bool = False
     bad_list: str = "bad_files.txt"
-    workers: int = 0
-    max_megapixels: float = 180.0
+    workers: AtLeast0 = 0
+    max_megapixels: Positive = 180.0
 
     def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError("paths is empty; name at least one folder, list file or image")
-        check_range("workers", self.workers, 0)
-        check_range("max_megapixels", self.max_megapixels, 0.0, low_open=True)
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,11 @@ class BenchOptions:
     impl: list[str] = field(default_factory=list)
     json: str | None = None
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    threads: int = 1
-    seconds: float = 1.0
+    threads: AtLeast1 = 1
+    seconds: Positive = 1.0
 
     def __post_init__(self) -> None:
-        check_range("threads", self.threads, 1)
-        check_range("seconds", self.seconds, 0.0, low_open=True)
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -136,17 +134,13 @@ class DemoOptions:
     """
 
     out: str = "runs/demo"
-    seeds: int = 1
+    seeds: AtLeast1 = 1
     first_seed: int = 0
-    pretrain_epochs: int = 20
-    finetune_epochs: int = 40
-    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    trials: int = 1
-    num_glyphs: int = 8000
+    pretrain_epochs: AtLeast1 = 20
+    finetune_epochs: AtLeast1 = 40
+    shots: list[Literal[1, 2, 4, 8, 16]] = field(default_factory=lambda: [1, 2, 4, 8])
+    trials: AtLeast1 = 1
+    num_glyphs: Annotated[int, Range(128)] = 8000
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "pretrain_epochs", "finetune_epochs", "trials"):
-            check_range(name, getattr(self, name), 1)
-        check_range("num_glyphs", self.num_glyphs, 128)
-        for shot in self.shots:
-            check_choice("shots", shot, (1, 2, 4, 8, 16))
+        check_values(self)

@@ -149,6 +149,8 @@ def normalized(arguments: Sequence[str], command: Command | None) -> list[str]:
                 equals, value = "=", given.pop(0)
             if equals and not value.startswith("["):
                 items = value.split(",")
-                value = json.dumps(items) if get_args(kind)[0] is str else f"[{','.join(items)}]"
+                member = get_args(kind)[0]
+                text = member is str or isinstance(next(iter(get_args(member)), None), str)
+                value = json.dumps(items) if text else f"[{','.join(items)}]"
         result.append(f"--{name}{equals}{value}")
     return result

@@ -1,0 +1,67 @@
+"""The options of fastuft: trees of frozen dataclasses, standard library only.
+
+Field docstrings are shown by ``--help``. The values that a field may have stand in its annotation, combinations of fields
+in ``__post_init__``, so that an impossible configuration is refused before any work starts.
+"""
+
+from fastuft.config.checks import (
+    AtLeast0,
+    AtLeast1,
+    Fraction,
+    NonNegative,
+    PathName,
+    Paths,
+    Positive,
+    Range,
+    Span,
+    as_paths,
+    check_choice,
+    check_range,
+    check_values,
+)
+from fastuft.config.evaluation import EvalConfig
+from fastuft.config.reproduction import DATASETS, FIGURES, TABLES, ReproduceConfig, WeightsConfig
+from fastuft.config.training import (
+    AugmentConfig,
+    BatchNormMode,
+    DataConfig,
+    MethodConfig,
+    Mix,
+    ModelConfig,
+    OptimConfig,
+    RuntimeConfig,
+    TrainConfig,
+    WatchConfig,
+)
+
+__all__ = [
+    "DATASETS",
+    "FIGURES",
+    "TABLES",
+    "AtLeast0",
+    "AtLeast1",
+    "AugmentConfig",
+    "BatchNormMode",
+    "DataConfig",
+    "EvalConfig",
+    "Fraction",
+    "MethodConfig",
+    "Mix",
+    "ModelConfig",
+    "NonNegative",
+    "OptimConfig",
+    "PathName",
+    "Paths",
+    "Positive",
+    "Range",
+    "ReproduceConfig",
+    "RuntimeConfig",
+    "Span",
+    "TrainConfig",
+    "WatchConfig",
+    "WeightsConfig",
+    "as_paths",
+    "check_choice",
+    "check_range",
+    "check_values",
+]

@@ -1,0 +1,307 @@
+"""Options of a training run.
+
+One tree describes a run completely: the command line builds it, the run folder keeps it as ``config.yaml``, and loading
+that file gives the same run again. Numbers default to the paper's recipe for unsupervised finetuning (lr 0.015, batch 256,
+200 epochs, K = 65536, tau = 0.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from fastuft.config.checks import (
+    AtLeast0,
+    AtLeast1,
+    Fraction,
+    NonNegative,
+    PathName,
+    Paths,
+    Positive,
+    Range,
+    Span,
+    as_paths,
+    check_range,
+    check_values,
+)
+
+Mix = Literal["none", "cutmix", "mixup"]
+BatchNormMode = Literal["auto", "plain", "split", "shuffle", "sync"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone, projection head and key encoder.
+
+    Args:
+        arch: resnet18 | resnet34 | resnet50 | resnet101, resnet_tiny (the demo's three-block network),
+            bit_resnet50 | bit_resnet101 (ResNet-v2 with GroupNorm and weight standardization), or timm:NAME.
+        stem: imagenet (7x7, stride 2, max-pool) or small (3x3, no max-pool; stride 1, resnet_tiny's 2); never inferred.
+        head_dim: width D of the embedding.
+        bn: batch statistics of the encoders; auto is split on one device and shuffle on several.
+            Networks without BatchNorm ignore it.
+        bn_group: images in one statistics group of ``split``; must divide the batch of one device.
+    """
+
+    arch: str = "resnet50"
+    stem: Literal["imagenet", "small"] = "imagenet"
+    head_dim: AtLeast1 = 128
+    bn: BatchNormMode = "auto"
+    bn_group: Annotated[int, Range(2)] = 32
+
+    def __post_init__(self) -> None:
+        check_values(self, "model")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """MoCoV2 and the paper's two additions (Li et al. 2021, Eq. 4-6).
+
+    Args:
+        temperature: tau.
+        queue_size: K, negatives kept.
+        key_momentum: m of the key encoder's moving average.
+        queue_prefill: fill the queue with keys of training images before epoch 0 (finetuning) or start
+            from random unit rows (pretraining).
+        mix: how the mixed query of Eq. 5 is made.
+        mix_weight: w in L = L_q + w L_m.
+        mix_only: train on L_m alone (about 2/3 of the cost).
+        alpha: lambda ~ Beta(alpha, alpha).
+        mix_per: one lambda and box for the whole batch, or one a pair.
+    """
+
+    temperature: Positive = 0.2
+    queue_size: AtLeast1 = 65536
+    key_momentum: Fraction = 0.999
+    queue_prefill: bool = True
+    mix: Mix = "cutmix"
+    mix_weight: NonNegative = 1.0
+    mix_only: bool = False
+    alpha: Positive = 1.0
+    mix_per: Literal["batch", "pair"] = "batch"
+
+    def __post_init__(self) -> None:
+        check_values(self, "method")
+        if self.mix_only and self.mix == "none":
+            raise ValueError("method.mix_only=True needs a mixed query; set method.mix to cutmix or mixup")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """The random views of one training image (MoCoV2's list; ``fastuft.data.SMALL_IMAGES`` suits 32 px).
+
+    Args:
+        size: side of the square crop, pixels.
+        crop_scale: area range of the random resized crop.
+        crop_ratio: aspect range of the random resized crop.
+        brightness: jitter strength.
+        contrast: jitter strength.
+        saturation: jitter strength.
+        hue: jitter strength.
+        jitter_p: probability of the color jitter.
+        grayscale_p: probability of dropping the color.
+        blur_sigma: range of the Gaussian blur's sigma, pixels.
+        blur_p: probability of the blur.
+        flip_p: probability of the horizontal flip.
+        rotation: rotation drawn from +-rotation degrees; 0 leaves the operator out.
+    """
+
+    size: Annotated[int, Range(8)] = 224
+    crop_scale: Annotated[tuple[float, float], Span(top=1.0)] = (0.2, 1.0)
+    crop_ratio: Annotated[tuple[float, float], Span()] = (3 / 4, 4 / 3)
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.4
+    hue: Annotated[float, Range(0.0, 0.5)] = 0.1
+    jitter_p: Fraction = 0.8
+    grayscale_p: Fraction = 0.2
+    blur_sigma: Annotated[tuple[float, float], Span()] = (0.1, 2.0)
+    blur_p: Fraction = 0.5
+    flip_p: Fraction = 0.5
+    rotation: Annotated[float, Range(0.0, 180.0)] = 0.0
+
+    def __post_init__(self) -> None:
+        check_values(self, "augment")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Streams of training images.
+
+    Args:
+        batch_size: global batch, images a step over all ranks.
+        replay_fraction: share of the source set that joins training (sparse source data replaying).
+        replay_seed: seed of the one fixed draw of that share.
+        replay_mode: union (one shuffled pass over target and replay) or balanced (fixed source share a batch).
+        replay_share: source share of each batch when ``replay_mode`` is balanced.
+        replay_cache: folder to copy the drawn source images to once (fast local disk).
+        loader: dali, torch, or auto (DALI when installed, otherwise the PyTorch loader, said in one line).
+        threads: decoding threads; 0 derives it from the machine.
+        prefetch: batches prepared ahead.
+        hw_decoder_load: share of JPEGs given to the GPU's hardware decoder.
+        on_bad_file: error names the file and stops; skip replaces it by a good one and counts it.
+        drop_last: leave out the last partial batch of an epoch (needed with ``split`` statistics).
+        max_megapixels: largest image in megapixels that is decoded at all.
+    """
+
+    batch_size: Annotated[int, Range(2)] = 256
+    replay_fraction: Fraction = 0.1
+    replay_seed: int = 0
+    replay_mode: Literal["union", "balanced"] = "union"
+    replay_share: Fraction = 0.5
+    replay_cache: str | None = None
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    threads: AtLeast0 = 0
+    prefetch: AtLeast1 = 2
+    hw_decoder_load: Fraction = 0.9
+    on_bad_file: Literal["error", "skip"] = "error"
+    drop_last: bool = True
+    max_megapixels: Positive = 180.0
+
+    def __post_init__(self) -> None:
+        check_values(self, "data")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule.
+
+    Args:
+        lr: learning rate at the configured batch; see ``scale_lr``.
+        scale_lr: multiply ``lr`` by batch_size / 256 (linear scaling, off by default).
+        momentum: SGD momentum.
+        weight_decay: SGD weight decay.
+        epochs: passes over the union.
+        schedule: cosine to zero over all steps, or constant.
+        warmup_epochs: linear warm-up from zero.
+        clip_grad: largest gradient norm; 0 is off.
+        optimizer: sgd, or apex_fused_sgd (needs NVIDIA's apex).
+    """
+
+    lr: Positive = 0.015
+    scale_lr: bool = False
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 1e-4
+    epochs: AtLeast1 = 200
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    clip_grad: NonNegative = 0.0
+    optimizer: Literal["sgd", "apex_fused_sgd"] = "sgd"
+
+    def __post_init__(self) -> None:
+        check_values(self, "optim")
+        check_range("optim.warmup_epochs", self.warmup_epochs, 0.0, self.epochs, remedy="it is a part of optim.epochs")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How the run uses the machine.
+
+    Args:
+        device: auto (cuda when present), cuda or cpu.
+        precision: auto is bf16 on a GPU and fp32 on a CPU; fp16 uses a GradScaler.
+        compile: torch.compile the encoders.
+        deterministic: bit-exact reruns on a GPU, at some cost; a CPU run always is.
+        log_every: steps between metric rows.
+        save_every: steps between checkpoints; 0 saves once an epoch.
+        keep_last: newest checkpoints kept.
+        keep_every: also keep each checkpoint whose step is a multiple of this; 0 keeps none.
+        tensorboard: write TensorBoard events beside metrics.jsonl.
+        wandb: log to Weights & Biases when it is installed.
+        timeout: seconds after which processes that wait for a lost one give up.
+    """
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    compile: bool = False
+    deterministic: bool = False
+    log_every: AtLeast1 = 10
+    save_every: AtLeast0 = 0
+    keep_last: AtLeast1 = 2
+    keep_every: AtLeast0 = 0
+    tensorboard: bool = True
+    wandb: bool = False
+    timeout: Positive = 600.0
+
+    def __post_init__(self) -> None:
+        check_values(self, "runtime")
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """Optional evaluation while training.
+
+    Args:
+        train: labeled folder used as retrieval gallery.
+        test: labeled folder whose images query the gallery.
+        source: source folder whose clustering is watched (forgetting).
+        every_epochs: epochs between evaluations; 0 is off.
+    """
+
+    train: str | None = None
+    test: str | None = None
+    source: str | None = None
+    every_epochs: AtLeast0 = 0
+
+    def __post_init__(self) -> None:
+        check_values(self, "watch")
+        if self.every_epochs and not (self.source or (self.train and self.test)):
+            raise ValueError(
+                f"watch.every_epochs={self.every_epochs} needs something to watch; "
+                "set watch.train and watch.test, or watch.source"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: finetuning (with ``init``) or pretraining (without).
+
+    Args:
+        target: unlabeled images: a folder, a list file (.txt), or several of them as '[a, b]'.
+        out: run folder.
+        init: checkpoint to start from (MoCo, torchvision, timm, lightly or fastuft layout); none starts at random.
+        allow_missing: patterns of backbone tensors that ``init`` may lack.
+        source: source images for replaying: a folder, a list file, or several as '[a, b]'; none trains on the target
+            alone.
+        seed: seed of initialization, order and augmentation.
+        resume: no starts afresh and refuses a folder that holds a run; auto goes on from the newest good
+            checkpoint in ``out`` or starts afresh; a path names the checkpoint.
+        max_steps: stop after this many steps (the schedule still spans all epochs).
+        model: the network.
+        method: the loss and its additions.
+        augment: the views.
+        data: the streams.
+        optim: the optimizer.
+        runtime: the machine.
+        watch: evaluation while training.
+    """
+
+    target: Paths
+    out: PathName
+    init: PathName | None = None
+    allow_missing: list[str] = field(default_factory=list)
+    source: Paths | None = None
+    seed: int = 0
+    resume: PathName = "no"
+    max_steps: AtLeast1 | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if not as_paths(self.target):
+            raise ValueError("target is empty; name a folder or a list file of images")
+        if self.allow_missing and self.init is None:
+            raise ValueError(
+                f"allow_missing={self.allow_missing!r} says what a checkpoint may lack and there is none; set init, or "
+                "leave allow_missing out"
+            )
+        if self.data.replay_mode == "balanced" and not as_paths(self.source):
+            raise ValueError("data.replay_mode='balanced' needs source images; set source, or use replay_mode union")
+        if self.model.bn == "split" and not self.data.drop_last:
+            raise ValueError("model.bn='split' needs whole batches; set data.drop_last to true, or use bn plain")
