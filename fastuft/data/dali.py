@@ -215,7 +215,7 @@ class DaliBackend:
 
     def _to_torch(self, result: Any) -> Tensor:
         # The dynamic executor hands out buffers that it does not write again while they are held.
-        tensor = torch.from_dlpack(result.as_tensor()).permute(0, 3, 1, 2)
+        tensor = torch.utils.dlpack.from_dlpack(result.as_tensor()).permute(0, 3, 1, 2)
         return tensor if tensor.dtype == self.spec.dtype else tensor.to(self.spec.dtype)
 
     def parses(self, path: str) -> bool:

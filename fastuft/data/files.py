@@ -121,7 +121,7 @@ def _scan_cached(root: str) -> list[str]:
     try:
         known = json.loads(place.read_text())
         if known["root"] == root and all(os.stat(f).st_mtime_ns == m for f, m in known["folders"].items()):
-            return known["files"]
+            return [str(file) for file in known["files"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # no cache, an unreadable one, or a folder that is gone: scan
     files, folders = _scan_folder(root)

@@ -66,7 +66,10 @@ class ViewParameters:
     @property
     def twisted(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """[n] whether brightness, contrast, saturation or hue change anything."""
-        return (self.brightness != 1) | (self.contrast != 1) | (self.saturation != 1) | (self.hue != 0)
+        twisted: np.ndarray[Any, np.dtype[np.bool_]] = (
+            (self.brightness != 1) | (self.contrast != 1) | (self.saturation != 1) | (self.hue != 0)
+        )
+        return twisted
 
 
 @lru_cache(maxsize=64)

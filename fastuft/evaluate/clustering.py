@@ -58,7 +58,8 @@ class KMeans:
 
 
 def _squared_norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return norms.square()
 
 
 def _squared_distances(x: Tensor, norms: Tensor, centers: Tensor) -> Tensor:

@@ -34,4 +34,4 @@ def tsne(features: ArrayLike, *, perplexity: float = 30.0, seed: int = 0) -> np.
 
         return np.asarray(openTSNE.TSNE(perplexity=perplexity, random_state=seed).fit(x), dtype=np.float32)
     start = "pca" if components >= 2 else "random"
-    return TSNE(perplexity=perplexity, init=start, random_state=seed).fit_transform(x).astype(np.float32)
+    return np.asarray(TSNE(perplexity=perplexity, init=start, random_state=seed).fit_transform(x), dtype=np.float32)

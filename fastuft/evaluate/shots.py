@@ -138,7 +138,8 @@ class Classifier(nn.Module):
         """Logits [B, classes] in float32 under autocast too: in bfloat16 classes would tie."""
         features = self.backbone(images)
         with torch.autocast(images.device.type, enabled=False):
-            return self.fc(features.float())
+            logits: Tensor = self.fc(features.float())
+        return logits
 
 
 def sgd(

@@ -102,7 +102,8 @@ def cutmix(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
     _check_images(images, in_place=False)
     _check_boxes(boxes, images.shape[0], images)
     _check_partner(partner, images)
-    return torch.ops.fastuft.cutmix(images, boxes, partner)
+    mixed: Tensor = torch.ops.fastuft.cutmix(images, boxes, partner)
+    return mixed
 
 
 def cutmix_(images: Tensor, boxes: Tensor) -> Tensor:
@@ -144,7 +145,8 @@ def mixup(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
     _check_images(images, in_place=False)
     _check_lam(lam, images.shape[0], images)
     _check_partner(partner, images)
-    return torch.ops.fastuft.mixup(images, lam, partner)
+    mixed: Tensor = torch.ops.fastuft.mixup(images, lam, partner)
+    return mixed
 
 
 def mixup_(images: Tensor, lam: Tensor) -> Tensor:

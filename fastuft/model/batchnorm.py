@@ -7,9 +7,13 @@ sub-batches) serve the same end. Keys of the state dict stay BatchNorm's own.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -81,7 +85,7 @@ def has_batchnorm(module: nn.Module) -> bool:
     return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())
 
 
-def set_batchnorm_mode(module: nn.Module, mode: str, group: int = 32) -> nn.Module:
+def set_batchnorm_mode(module: Module, mode: str, group: int = 32) -> Module:
     """Put every BatchNorm2d of ``module`` into a mode, keeping parameters, buffers and state-dict keys.
 
     Args:
@@ -91,7 +95,8 @@ def set_batchnorm_mode(module: nn.Module, mode: str, group: int = 32) -> nn.Modu
         group: samples a group of split.
     """
     if mode == "sync":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        converted: Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return converted
     if mode not in ("plain", "shuffle", "split"):
         raise ValueError(f"model.bn={mode!r} is not allowed here; choose one of 'plain', 'split', 'shuffle', 'sync'")
     for child in module.modules():
@@ -101,6 +106,3 @@ def set_batchnorm_mode(module: nn.Module, mode: str, group: int = 32) -> nn.Modu
             if isinstance(child, SplitBatchNorm2d):
                 child.group = group
     return module
-
-
-__all__ = ["SplitBatchNorm2d", "has_batchnorm", "set_batchnorm_mode"]

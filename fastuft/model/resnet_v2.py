@@ -44,7 +44,8 @@ class PreActBottleneck(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(activated)
         y: Tensor = self.conv1(activated)
         y = self.conv2(F.relu(self.gn2(y), inplace=True))
-        return shortcut + self.conv3(F.relu(self.gn3(y), inplace=True))
+        y = self.conv3(F.relu(self.gn3(y), inplace=True))
+        return y + shortcut
 
 
 class ResNetV2(Backbone):

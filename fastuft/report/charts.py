@@ -53,7 +53,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+    return np.asarray((sums[high] - sums[low]) / (high - low))
 
 
 def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | None:

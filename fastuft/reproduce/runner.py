@@ -302,7 +302,7 @@ class Grid:
         fresh = summary.exists() and summary.stat().st_mtime_ns != before  # an older one tells of an earlier stop
         result = _read_json(summary) if fresh else {}
         if result.get("interrupted"):
-            return result["interrupted"]
+            return str(result["interrupted"])
         if failed or not result.get("finished"):
             raise ValueError(f"training ended early in {self.config.processes} processes; the same command goes on")
         return None
@@ -399,12 +399,14 @@ def _run_stoppable(command: list[str]) -> int:
 
 def _given(config: ReproduceConfig, backbone: Backbone) -> str | None:
     """The checkpoint that was named for a pretrained backbone."""
-    return getattr(config.weights, f"{backbone.pretraining}_{backbone.network}")
+    given: str | None = getattr(config.weights, f"{backbone.pretraining}_{backbone.network}")
+    return given
 
 
 def _plain(config: TrainConfig | EvalConfig) -> dict[str, Any]:
     """A configuration as its file reads: lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -122,7 +122,8 @@ class Learner:
 
     def partners(self, keys: Tensor) -> Tensor:
         """Keys of each image's partner in the mix [b, D]."""
-        return keys.unflatten(0, (-1, min(self.mix_group, len(keys)))).flip(1).flatten(0, 1)
+        groups: Tensor = keys.unflatten(0, (-1, min(self.mix_group, len(keys))))
+        return groups.flip(1).flatten(0, 1)
 
 
 @contextmanager
@@ -225,7 +226,7 @@ def build_learner(config: TrainConfig, ranks: Ranks, *, load: bool = True) -> tu
         report = load_init(moco, config.init, allow_missing=config.allow_missing)
     moco.copy_query_to_key()
     if bn != "none":
-        moco = set_batchnorm_mode(moco, bn, config.model.bn_group)  # type: ignore[assignment]
+        moco = set_batchnorm_mode(moco, bn, config.model.bn_group)
     moco.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     queue = KeyQueue(
         config.method.queue_size,

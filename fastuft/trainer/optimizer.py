@@ -70,4 +70,5 @@ def build_optimizer(config: OptimConfig, parameters: list[nn.Parameter], device:
             "optim.optimizer='apex_fused_sgd' needs NVIDIA's apex, built from its own repository; the package named "
             "apex on PyPI is an unrelated web toolkit. Use optim.optimizer=sgd, which is fused as well"
         ) from error
-    return FusedSGD(parameters, **options)
+    fused: torch.optim.Optimizer = FusedSGD(parameters, **options)
+    return fused
