@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastuft.config import AugmentConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
-from fastuft.data import Batch, Manifest, TrainStream
+from fastuft.data import Batch, Loading, Manifest, TrainStream
 from fastuft.loss import info_nce_with_terms
 from fastuft.trainer.distributed import Ranks
 from fastuft.trainer.learner import DTYPES, Learner, build_learner
@@ -389,10 +389,11 @@ def test_images_a_second(benchmark, device, scale, photos, part):
     manifest = Manifest.build(photos, None, fraction=0.0, seed=0)
     backbone: Any = learner.moco.query_encoder.backbone
     dtype = DTYPES[learner.precision]
-    options = {"seed": 0, "device": device, "dtype": dtype, "mean": backbone.mean, "std": backbone.std}
     # On a CPU loader and encoders share the cores: threads as in training. Beside a GPU the loader takes them all.
     threads = 0 if device.type == "cuda" else torch.get_num_threads()
-    stream = TrainStream(manifest, dataclasses.replace(config.data, threads=threads), config.augment, **options)
+    data = dataclasses.replace(config.data, threads=threads)
+    loading = Loading.of(data, mean=backbone.mean, std=backbone.std, device=device, dtype=dtype)
+    stream = TrainStream(manifest, data, config.augment, loading=loading, seed=0)
     step, alone = ours(learner), encoders_alone(learner, passes=2)
     ready = images_of(size, device, dtype)()
     epochs = itertools.count()

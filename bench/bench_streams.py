@@ -27,7 +27,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from fastuft.config import AugmentConfig, DataConfig
-from fastuft.data import Manifest, TrainStream
+from fastuft.data import Loading, Manifest, TrainStream
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MOCO = AugmentConfig()
@@ -84,7 +84,7 @@ def stream_pass(paths: list[str], augment: AugmentConfig, loader: str, **changes
         peer("nvidia.dali", "nvidia-dali-cuda130")
     manifest = Manifest.build(paths)
     data = DataConfig(**{"batch_size": min(32, len(paths)), "threads": 1, "loader": loader, **changes})
-    stream = TrainStream(manifest, data, augment, seed=0, mean=MEAN, std=STD)
+    stream = TrainStream(manifest, data, augment, loading=Loading.of(data, mean=MEAN, std=STD), seed=0)
     epochs = iter(range(10**9))
 
     def one_pass() -> Iterator[tuple[Tensor, Tensor]]:
@@ -300,7 +300,8 @@ def many(tmp_path_factory, photos, smoke) -> Manifest:
 def gpu_stream(manifest: Manifest, device: torch.device, hw_decoder_load: float) -> TrainStream:
     peer("nvidia.dali", "nvidia-dali-cuda130")
     data = DataConfig(batch_size=256, loader="dali", hw_decoder_load=hw_decoder_load)
-    return TrainStream(manifest, data, MOCO, seed=0, device=device, dtype=torch.bfloat16, mean=MEAN, std=STD)
+    loading = Loading.of(data, mean=MEAN, std=STD, device=device, dtype=torch.bfloat16)
+    return TrainStream(manifest, data, MOCO, loading=loading, seed=0)
 
 
 @pytest.mark.gpu

@@ -1,35 +1,45 @@
 """Images from files to normalized views: manifest, order, random numbers, decoding backends, streams."""
 
-from fastuft.data.backend import processors
-from fastuft.data.feed import resolve_loader
+from fastuft.data.evaluation import EvalStream
 from fastuft.data.files import (
+    IMAGE_SUFFIXES,
     BadFile,
     BadImageError,
     image_size,
     labeled_folder,
     list_images,
+    open_rgb,
     verify_files,
     write_bad_list,
 )
+from fastuft.data.labeled import LabeledTrainStream
+from fastuft.data.loading import Loader, Loading, processors, resolve_loader
 from fastuft.data.manifest import Manifest
-from fastuft.data.streams import Batch, EvalStream, LabeledTrainStream, TrainStream, WeakStrongStream
 from fastuft.data.strong import StrongConfig
-from fastuft.data.views import SMALL_IMAGES
+from fastuft.data.training import Batch, TrainStream
+from fastuft.data.views import CROP_DRAWS, SMALL_IMAGES, crop_regions
+from fastuft.data.weak_strong import WeakStrongStream
 
 __all__ = [
+    "CROP_DRAWS",
+    "IMAGE_SUFFIXES",
     "SMALL_IMAGES",
     "BadFile",
     "BadImageError",
     "Batch",
     "EvalStream",
     "LabeledTrainStream",
+    "Loader",
+    "Loading",
     "Manifest",
     "StrongConfig",
     "TrainStream",
     "WeakStrongStream",
+    "crop_regions",
     "image_size",
     "labeled_folder",
     "list_images",
+    "open_rgb",
     "processors",
     "resolve_loader",
     "verify_files",

@@ -76,11 +76,11 @@ def _strong(x: Any, spec: ViewSpec, drawn: dict[str, Any]) -> Any:
 def _decoded(path: Any, spec: ViewSpec) -> Any:
     """Upright RGB [H, W, 3] uint8 of a file, on the device that decodes."""
     options: dict[str, Any] = {"device": "cpu"}
-    if spec.device.type == "cuda":
+    if spec.loading.device.type == "cuda":
         # The chroma upsampling of the CPU decoder: pixels then differ between devices by rounding only.
-        options = {"device": "mixed", "hw_decoder_load": spec.hw_decoder_load, "jpeg_fancy_upsampling": True}
+        options = {"device": "mixed", "hw_decoder_load": spec.loading.hw_decoder_load, "jpeg_fancy_upsampling": True}
         width, height = spec.largest
-        if width and spec.hw_decoder_load > 0:
+        if width and spec.loading.hw_decoder_load > 0:
             options |= {"preallocate_width_hint": width, "preallocate_height_hint": height}
     # Plain reads: a file that shrinks while it is mapped would end the process.
     return fn.decoders.image(fn.io.file.read(path, dont_use_mmap=True), output_type=types.RGB, **options)
@@ -94,7 +94,9 @@ def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
     inputs = fn.external_source(source=source, num_outputs=1 + len(used) * spec.num_views + len(strong), batch=True)
     image = _decoded(inputs[0], spec)
     # DALI knows no bfloat16; half precision is finer there (views stay within +-3) and half the traffic of a GPU.
-    half = spec.dtype == torch.float16 or (spec.dtype == torch.bfloat16 and spec.device.type == "cuda")
+    half = spec.loading.dtype == torch.float16 or (
+        spec.loading.dtype == torch.bfloat16 and spec.loading.device.type == "cuda"
+    )
     outputs = []
     for view in range(spec.num_views):
         drawn = {name: inputs[1 + view * len(used) + place] for place, name in enumerate(used)}
@@ -123,8 +125,8 @@ def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
             fn.crop_mirror_normalize(
                 x,
                 mirror=drawn["flip"],
-                mean=[255 * value for value in spec.mean],
-                std=[255 * value for value in spec.std],
+                mean=[255 * value for value in spec.loading.mean],
+                std=[255 * value for value in spec.loading.std],
                 dtype=types.FLOAT16 if half else types.FLOAT,
                 output_layout="HWC",
             )
@@ -150,8 +152,8 @@ class DaliBackend:
         self._under_way: deque[Request] = deque()
         self._failure: BaseException | None = None
         self._device_id: int | None = None
-        if spec.device.type == "cuda":
-            index = spec.device.index
+        if spec.loading.device.type == "cuda":
+            index = spec.loading.device.index
             self._device_id = torch.cuda.current_device() if index is None else index
         self._build()
 
@@ -163,9 +165,9 @@ class DaliBackend:
                 self._feed,
                 self.spec,
                 batch_size=self.spec.batch_size,
-                num_threads=self.spec.num_threads,
+                num_threads=self.spec.loading.num_threads,
                 device_id=self._device_id,
-                prefetch_queue_depth=self.spec.prefetch,
+                prefetch_queue_depth=self.spec.loading.prefetch,
             )
             self._pipeline.build()
         self._fresh = True
@@ -216,7 +218,8 @@ class DaliBackend:
     def _to_torch(self, result: Any) -> Tensor:
         # The dynamic executor hands out buffers that it does not write again while they are held.
         tensor = torch.utils.dlpack.from_dlpack(result.as_tensor()).permute(0, 3, 1, 2)
-        return tensor if tensor.dtype == self.spec.dtype else tensor.to(self.spec.dtype)
+        dtype = self.spec.loading.dtype
+        return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
     def parses(self, path: str) -> bool:
         """See :class:`fastuft.data.backend.Backend`.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import tempfile
 import threading
 import warnings
@@ -12,45 +10,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from fastuft.data.backend import Backend, DecodeError, Request, ViewSpec
 from fastuft.data.files import BadFile, BadImageError, image_size, in_threads, open_rgb
+from fastuft.data.loading import resolve_loader
 from fastuft.randomness import keyed_generator
-
-Loader = Literal["auto", "dali", "torch"]
 
 _LOOKERS = 16  # threads that look at new files; on network storage each waits
 _MANY_BAD = 0.5  # share of bad files at which skipping stops making sense
-_said_missing = False
 
 
-def resolve_loader(loader: Loader) -> Literal["dali", "torch"]:
-    """dali or torch; ``auto`` takes DALI where it is installed and says so, once, where it is not.
-
-    Raises:
-        ValueError: dali asked for where it is missing.
-    """
-    global _said_missing
-    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-    if loader == "torch" or (loader == "auto" and not installed):
-        if loader == "auto" and not _said_missing:
-            print("DALI is not installed: images go through the slower PyTorch loader.", file=sys.stderr)
-            _said_missing = True
-        return "torch"
-    if not installed:
-        raise ValueError(
-            "data.loader='dali' needs DALI; pip install nvidia-dali-cuda130 (or -cuda120), or set data.loader=torch"
-        )
-    return "dali"
-
-
-def make_backend(loader: Loader, spec: ViewSpec) -> Backend:
-    """The backend that ``loader`` names."""
-    if resolve_loader(loader) == "dali":
+def make_backend(spec: ViewSpec) -> Backend:
+    """The backend that ``spec.loading.loader`` names."""
+    if resolve_loader(spec.loading.loader) == "dali":
         from fastuft.data.dali import DaliBackend
 
         return DaliBackend(spec)
@@ -97,28 +72,19 @@ class Feed:
     Args:
         paths: files.
         spec: how views are made.
-        loader: auto, dali or torch.
         rule: for bad files.
-        max_megapixels: largest image that is decoded.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        spec: ViewSpec,
-        loader: Loader,
-        rule: BadFileRule | None = None,
-        max_megapixels: float = 180.0,
-    ) -> None:
+    def __init__(self, paths: Sequence[str], spec: ViewSpec, rule: BadFileRule | None = None) -> None:
         self.paths = paths
         self.sizes = np.zeros((len(paths), 2), np.int32)  # width, height of upright images; 0: not looked at yet
         self._rule = rule or BadFileRule()
-        self._max_megapixels = max_megapixels
+        self._max_megapixels = spec.loading.max_megapixels
         self._bad: dict[int, str] = {}
         self._copies: dict[int, str] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._lock = threading.RLock()  # requests are made by a thread, failures dealt with by the consumer's
-        self._backend = make_backend(loader, spec)
+        self._backend = make_backend(spec)
 
     @property
     def bad_files(self) -> list[BadFile]:

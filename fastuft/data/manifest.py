@@ -111,20 +111,6 @@ class Manifest:
         """Write as JSON."""
         write_whole(Path(path), json.dumps({**self.summary(), "paths": self.paths}).encode())
 
-    @classmethod
-    def load(cls, path: str | Path) -> Manifest:
-        """Read what ``save`` wrote.
-
-        Raises:
-            ValueError: another kind of file.
-        """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            content.pop("num_source")
-            return cls(**{**content, "paths": tuple(content["paths"])})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no manifest of fastuft ({error}); build it anew from the folders") from error
-
 
 def _digest(paths: Sequence[str]) -> str:
     def size(path: str) -> int:

@@ -100,7 +100,7 @@ def make_view(
         x = gaussian_blur(x, float(view.sigma[row]))
     if view.flip[row]:
         x = x.flip(2)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.loading.mean, spec.loading.std))
     return (x / 255 - mean) / std
 
 
@@ -109,7 +109,7 @@ class TorchBackend:
 
     def __init__(self, spec: ViewSpec) -> None:
         self.spec = spec
-        self._pool = ThreadPoolExecutor(spec.num_threads)
+        self._pool = ThreadPoolExecutor(spec.loading.num_threads)
 
     def _sample(self, request: Request, row: int) -> list[Tensor]:
         image = open_rgb(request.paths[row])
@@ -129,7 +129,7 @@ class TorchBackend:
                 jobs = [self._pool.submit(self._sample, request, row) for row in range(len(request.paths))]
                 under_way.append((request, jobs))
 
-        for _ in range(1 + self.spec.prefetch):
+        for _ in range(1 + self.spec.loading.prefetch):
             take()
         while under_way:
             request, jobs = under_way.popleft()
@@ -141,10 +141,10 @@ class TorchBackend:
             yield request, [self._collate([sample[view] for sample in samples]) for view in range(len(request.views))]
 
     def _collate(self, views: list[Tensor]) -> Tensor:
-        batch = torch.stack(views).to(self.spec.dtype, memory_format=torch.channels_last)
-        if self.spec.device.type == "cuda":
+        batch = torch.stack(views).to(self.spec.loading.dtype, memory_format=torch.channels_last)
+        if self.spec.loading.device.type == "cuda":
             batch = batch.pin_memory()  # a copy from pageable memory would make the host wait
-        return batch.to(self.spec.device, non_blocking=True)
+        return batch.to(self.spec.loading.device, non_blocking=True)
 
     def parses(self, path: str) -> bool:
         """See :class:`fastuft.data.backend.Backend`; Pillow has read the header before."""
@@ -152,7 +152,7 @@ class TorchBackend:
 
     def undecodable(self, paths: list[str]) -> list[str]:
         """See :class:`fastuft.data.backend.Backend`."""
-        return [entry.path for entry in verify_files(paths, decode=True, workers=self.spec.num_threads)]
+        return [entry.path for entry in verify_files(paths, decode=True, workers=self.spec.loading.num_threads)]
 
     def close(self) -> None:
         """See :class:`fastuft.data.backend.Backend`."""

@@ -20,7 +20,8 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 _BLOCK = 1024  # positions that share a generator; unrelated to the batch size
 _TRIES = 10  # proposals of a random resized crop, as in the usual definition
-_DRAWS = 2 * _TRIES + 12
+CROP_DRAWS = 2 * _TRIES + 2  # uniform draws of one crop
+_DRAWS = CROP_DRAWS + 10
 
 # Small images (32 px): mild crops, a little rotation, no flip; digits and glyphs keep their meaning.
 SMALL_IMAGES = AugmentConfig(
@@ -91,6 +92,41 @@ def _factor(strength: float, u: np.ndarray, applied: np.ndarray) -> Floats:
     return np.where(applied, 1 + strength * (2 * u - 1), 1.0).astype(np.float32)
 
 
+def crop_regions(
+    sizes: np.ndarray, u: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Floats, Floats]:
+    """Random resized crops: area uniform in ``scale``, log aspect uniform in ``ratio``, position uniform.
+
+    The first of ten proposals that fits is taken, otherwise the largest centered crop of an allowed aspect.
+
+    Args:
+        sizes: int [n, 2] width and height of the images.
+        u: uniform draws [n, CROP_DRAWS].
+        scale: smallest and largest share of the area.
+        ratio: smallest and largest aspect, width over height.
+
+    Returns:
+        (start, end), [n, 2] (y, x) each, whole pixels.
+    """
+    width, height = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
+    low, high = scale
+    area = width * height * (low + (high - low) * u[:, :_TRIES])
+    log_low, log_high = np.log(ratio)
+    aspect = np.exp(log_low + (log_high - log_low) * u[:, _TRIES : 2 * _TRIES])
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.argmax(1)[:, None]
+    w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
+    none = ~fits.any(1, keepdims=True)
+    allowed = np.clip(width / height, *ratio)
+    w = np.where(none, np.maximum(1, np.rint(np.minimum(width, height * allowed))), w)
+    h = np.where(none, np.maximum(1, np.rint(np.minimum(height, width / allowed))), h)
+    left = np.where(none, np.floor((width - w) / 2), np.floor((width - w + 1) * u[:, -2:-1]))
+    top = np.where(none, np.floor((height - h) / 2), np.floor((height - h + 1) * u[:, -1:]))
+    start = np.concatenate([top, left], 1).astype(np.float32)
+    return start, np.concatenate([top + h, left + w], 1).astype(np.float32)
+
+
 def draw_views(augment: AugmentConfig, sizes: np.ndarray, u: np.ndarray) -> ViewParameters:
     """Parameters of one random view of each image.
 
@@ -99,39 +135,23 @@ def draw_views(augment: AugmentConfig, sizes: np.ndarray, u: np.ndarray) -> View
         sizes: int [n, 2] width and height of the upright originals.
         u: uniform draws [n, draws].
     """
-    width, height = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
-    low, high = augment.crop_scale
-    area = width * height * (low + (high - low) * u[:, :_TRIES])
-    log_low, log_high = np.log(augment.crop_ratio)
-    aspect = np.exp(log_low + (log_high - log_low) * u[:, _TRIES : 2 * _TRIES])
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = fits.argmax(1)[:, None]
-    w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
-    # Where no proposal fits: the largest centered crop of an allowed aspect.
-    none = ~fits.any(1, keepdims=True)
-    ratio = np.clip(width / height, *augment.crop_ratio)
-    w = np.where(none, np.maximum(1, np.rint(np.minimum(width, height * ratio))), w)
-    h = np.where(none, np.maximum(1, np.rint(np.minimum(height, width / ratio))), h)
-    rest = u[:, 2 * _TRIES :]
-    left = np.where(none, np.floor((width - w) / 2), np.floor((width - w + 1) * rest[:, 0:1]))
-    top = np.where(none, np.floor((height - h) / 2), np.floor((height - h + 1) * rest[:, 1:2]))
-
-    jitter = rest[:, 2] < augment.jitter_p
-    gray = rest[:, 7] < augment.grayscale_p
-    saturation = np.where(gray, np.float32(0), _factor(augment.saturation, rest[:, 5], jitter))
-    blur = rest[:, 8] < augment.blur_p
+    first, last = crop_regions(sizes, u[:, :CROP_DRAWS], augment.crop_scale, augment.crop_ratio)
+    rest = u[:, CROP_DRAWS:]
+    jitter = rest[:, 0] < augment.jitter_p
+    gray = rest[:, 5] < augment.grayscale_p
+    saturation = np.where(gray, np.float32(0), _factor(augment.saturation, rest[:, 3], jitter))
+    blur = rest[:, 6] < augment.blur_p
     sigma_low, sigma_high = augment.blur_sigma
     return ViewParameters(
-        roi_start=np.concatenate([top, left], 1).astype(np.float32),
-        roi_end=np.concatenate([top + h, left + w], 1).astype(np.float32),
-        angle=(augment.rotation * (2 * rest[:, 10] - 1)).astype(np.float32),
-        brightness=_factor(augment.brightness, rest[:, 3], jitter),
-        contrast=_factor(augment.contrast, rest[:, 4], jitter),
+        roi_start=first,
+        roi_end=last,
+        angle=(augment.rotation * (2 * rest[:, 8] - 1)).astype(np.float32),
+        brightness=_factor(augment.brightness, rest[:, 1], jitter),
+        contrast=_factor(augment.contrast, rest[:, 2], jitter),
         saturation=saturation.astype(np.float32),
-        hue=np.where(jitter, 360 * augment.hue * (2 * rest[:, 6] - 1), 0).astype(np.float32),
-        sigma=np.where(blur, sigma_low + (sigma_high - sigma_low) * rest[:, 9], 0).astype(np.float32),
-        flip=(rest[:, 11] < augment.flip_p).astype(np.int32),
+        hue=np.where(jitter, 360 * augment.hue * (2 * rest[:, 4] - 1), 0).astype(np.float32),
+        sigma=np.where(blur, sigma_low + (sigma_high - sigma_low) * rest[:, 7], 0).astype(np.float32),
+        flip=(rest[:, 9] < augment.flip_p).astype(np.int32),
     )
 
 

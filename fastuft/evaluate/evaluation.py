@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastuft.atomic import write_whole
 from fastuft.config import EvalConfig
-from fastuft.data import EvalStream, labeled_folder, list_images, resolve_loader
+from fastuft.data import EvalStream, Loading, labeled_folder, list_images, resolve_loader
 from fastuft.evaluate.clustering import clustering_accuracy
 from fastuft.evaluate.embedding import tsne
 from fastuft.evaluate.features import autocast, cached_features, module_device, weights_hash
@@ -147,14 +147,10 @@ class _Evaluator:
         stream = EvalStream(
             images.paths,
             images.labels.tolist() if images.labeled else None,
+            loading=Loading(backbone.mean, backbone.std, self.device, loader=config.loader),
             size=config.size,
             resize=self.resize,
             batch_size=config.batch_size,
-            device=self.device,
-            dtype=torch.float32,
-            mean=backbone.mean,
-            std=backbone.std,
-            loader=config.loader,
         )
         try:
             yield stream

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastuft.config import AugmentConfig
-from fastuft.data import StrongConfig, WeakStrongStream
-from fastuft.data.feed import Loader
+from fastuft.data import Loader, Loading, StrongConfig, WeakStrongStream
 from fastuft.evaluate.features import autocast, module_device
 from fastuft.evaluate.images import decode, random_views
 from fastuft.evaluate.inputs import ArrayLike, as_labels, check_seen
@@ -193,16 +192,13 @@ def fixmatch(
     device = module_device(backbone)
     stream = WeakStrongStream(
         train_paths,
+        loading=Loading(backbone.mean, backbone.std, device, loader=loader),
         augment=AugmentConfig(
             size=recipe.size, crop_scale=recipe.crop_scale, flip_p=recipe.flip_p, jitter_p=0, grayscale_p=0, blur_p=0
         ),
         strong=options.strong,
         batch_size=options.ratio * recipe.batch_size,
         seed=keyed_seed(seed, "unlabelled"),
-        device=device,
-        mean=backbone.mean,
-        std=backbone.std,
-        loader=loader,
     )
     students: list[tuple[int, _Student]] = []
     for trial in range(trials):

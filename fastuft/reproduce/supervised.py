@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastuft.config import AugmentConfig
-from fastuft.data import LabeledTrainStream, labeled_folder
+from fastuft.data import LabeledTrainStream, Loading, labeled_folder
 from fastuft.model import BACKBONE_FILE, Stem, build_backbone, export_backbone
 from fastuft.randomness import keyed_seed
 
@@ -56,12 +56,10 @@ def train_supervised(
     stream = LabeledTrainStream(
         paths,
         labels,
+        loading=Loading(backbone.mean, backbone.std, torch.device(device)),
         augment=augment,
         batch_size=batch_size,
         seed=seed,
-        device=device,
-        mean=backbone.mean,
-        std=backbone.std,
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
     steps = epochs * math.ceil(len(paths) / batch_size)

@@ -17,7 +17,7 @@ from torch import Tensor
 import fastuft
 from fastuft.atomic import write_whole
 from fastuft.config import TrainConfig
-from fastuft.data import Manifest, TrainStream
+from fastuft.data import Loading, Manifest, TrainStream
 from fastuft.model import BACKBONE_FILE, export_backbone
 from fastuft.trainer import watch
 from fastuft.trainer.distributed import (
@@ -113,13 +113,16 @@ class _Run:
             self.manifest,
             config.data,
             config.augment,
+            loading=Loading.of(
+                config.data,
+                mean=backbone.mean,
+                std=backbone.std,
+                device=ranks.device,
+                dtype=DTYPES[self.learner.precision],
+            ),
             seed=config.seed,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            device=ranks.device,
-            dtype=DTYPES[self.learner.precision],
-            mean=backbone.mean,
-            std=backbone.std,
         )
         self.total_steps = config.optim.epochs * self.stream.steps_per_epoch
         self.limit = min(self.total_steps, config.max_steps or self.total_steps)

@@ -7,7 +7,7 @@ from contextlib import closing
 import torch
 
 from fastuft.config import TrainConfig, WatchConfig
-from fastuft.data import EvalStream, labeled_folder
+from fastuft.data import EvalStream, Loading, labeled_folder
 from fastuft.evaluate import clustering_accuracy, extract_features, retrieval_accuracy
 from fastuft.model import Backbone
 
@@ -30,12 +30,9 @@ def evaluate(backbone: Backbone, config: TrainConfig, device: torch.device) -> d
         stream = EvalStream(
             paths,
             labels,
+            loading=Loading.of(config.data, mean=backbone.mean, std=backbone.std, device=device),
             size=config.augment.size,
             batch_size=config.data.batch_size,
-            device=device,
-            mean=backbone.mean,
-            std=backbone.std,
-            loader=config.data.loader,
         )
         with closing(stream):
             return extract_features(backbone, stream, device)[0], labels

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from stream_cases import plain
 
 from fastuft.config import AugmentConfig
 from fastuft.data import EvalStream
@@ -20,7 +21,6 @@ from fastuft.data.views import draw_views, uniforms
 transforms = pytest.importorskip("torchvision.transforms.functional", reason="torchvision is not installed")
 samples = pytest.importorskip("sklearn.datasets")
 
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 COUNT, SIZE = 64, 224
 
 
@@ -43,7 +43,7 @@ def photos(tmp_path_factory):
 def test_decoding_beside_torchvision(photos, loader):
     """The whole image, neither resized nor cropped beyond a square."""
     io = pytest.importorskip("torchvision.io")
-    ours = next(iter(EvalStream(photos, size=375, resize=375, loader=loader, **PLAIN)))[0] * 255
+    ours = next(iter(EvalStream(photos, size=375, resize=375, loading=plain(loader))))[0] * 255
     theirs = torch.stack([transforms.center_crop(io.decode_image(path), [375, 375]) for path in photos])
     hold(DECODE, loader, (ours - theirs).abs().numpy())
 
@@ -131,11 +131,9 @@ def test_operators_beside_torchvision(photos, case, loader):
         blur="sigma" in kept,
         rotation="angle" in kept,
         batch_size=COUNT,
-        device=torch.device("cpu"),
-        threads=1,
-        **PLAIN,
+        loading=plain(loader, threads=1),
     )
-    backend = make_backend(loader, spec)
+    backend = make_backend(spec)
     ((_, (images,)),) = backend.run(iter([Request(photos, (view,), np.arange(COUNT))]))
     ours = images.permute(0, 2, 3, 1).numpy() * 255
     theirs = np.stack([reference(case, open_rgb(path), view, row) for row, path in enumerate(photos)])
@@ -144,7 +142,7 @@ def test_operators_beside_torchvision(photos, case, loader):
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
 def test_evaluation_beside_torchvision(photos, loader):
-    ours = next(iter(EvalStream(photos, size=SIZE, resize=256, loader=loader, **PLAIN)))[0]
+    ours = next(iter(EvalStream(photos, size=SIZE, resize=256, loading=plain(loader))))[0]
     theirs = []
     for path in photos:
         resized = transforms.resize(open_rgb(path), [256])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stream_cases import LOADERS, plain, smooth_picture, stream_of
 
 from fastuft.config import AugmentConfig, DataConfig
 from fastuft.data import (
@@ -16,41 +17,19 @@ from fastuft.data import (
     EvalStream,
     LabeledTrainStream,
     Manifest,
-    TrainStream,
     labeled_folder,
     verify_files,
 )
 from fastuft.data.files import open_rgb
 
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 COLOR = dataclasses.replace(AugmentConfig(), size=32)
-LOADERS = ["dali", "torch"]
-
-
-def draw(generator, width, height):
-    """A smooth random picture: resampling differences between libraries stay small on it."""
-    coarse = generator.integers(0, 256, (4, 4, 3)).astype(np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for name, count in (("target", 41), ("source", 90)):
-        for index in range(count):
-            suffix = ("jpg", "png", "webp", "bmp")[index % 4]
-            place = root / name / f"class{index % 3}" / f"{index:03d}.{suffix}"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            draw(generator, 40 + index % 7, 50 - index % 5).save(place)
-    return str(root / "target"), str(root / "source")
 
 
 def make(folders, loader="dali", augment=SMALL_IMAGES, seed=3, **changes):
     ranks = {name: changes.pop(name) for name in ("rank", "world_size") if name in changes}
     manifest = Manifest.build(*folders, fraction=0.3, seed=1)
     data = DataConfig(**{"batch_size": 16, "loader": loader, "threads": 1, **changes})
-    return TrainStream(manifest, data, augment, seed=seed, **ranks, **PLAIN)
+    return stream_of(manifest, data, augment, seed=seed, **ranks)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -135,7 +114,7 @@ def test_prefill_gives_key_views_of_many_images(folders):
 def test_evaluation_is_in_order_and_keeps_the_last_images(folders, loader):
     paths, labels, names = labeled_folder(folders[0])
     assert names == ["class0", "class1", "class2"]
-    stream = EvalStream(paths, labels, size=32, resize=36, batch_size=16, loader=loader, **PLAIN)
+    stream = EvalStream(paths, labels, size=32, resize=36, batch_size=16, loading=plain(loader))
     batches = list(stream)
     assert [len(images) for images, _ in batches] == [16, 16, 9] and len(stream) == 3
     assert torch.cat([label for _, label in batches]).tolist() == labels
@@ -146,7 +125,7 @@ def test_evaluation_is_in_order_and_keeps_the_last_images(folders, loader):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_evaluation_view_is_resize_and_center_crop(folders, loader):
     paths, _, _ = labeled_folder(folders[0])
-    stream = EvalStream(paths, size=32, resize=40, loader=loader, **PLAIN)
+    stream = EvalStream(paths, size=32, resize=40, loading=plain(loader))
     for path, image in zip(paths, next(iter(stream))[0], strict=True):
         original = open_rgb(path)
         resized = original.resize(
@@ -161,10 +140,10 @@ def test_evaluation_view_is_resize_and_center_crop(folders, loader):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_labeled_stream_shuffles_images_with_their_labels(folders, loader):
     paths, labels, _ = labeled_folder(folders[0])
-    plain = AugmentConfig(
+    crops = AugmentConfig(
         size=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0.5
     )
-    stream = LabeledTrainStream(paths, labels, augment=plain, batch_size=16, seed=0, loader=loader, **PLAIN)
+    stream = LabeledTrainStream(paths, labels, augment=crops, batch_size=16, seed=0, loading=plain(loader))
     first, second = ([label for _, label in stream.epoch(e)] for e in (0, 1))
     assert sorted(torch.cat(first).tolist()) == sorted(labels)
     assert not torch.equal(torch.cat(first), torch.cat(second))
@@ -190,15 +169,15 @@ def damage(place, kind):
 def test_bad_files_are_named_or_replaced_and_counted(tmp_path, loader, kind):
     generator = np.random.default_rng(0)
     for index in range(12):
-        draw(generator, 64, 64).save(tmp_path / f"{index:02d}.png")
+        smooth_picture(generator, 64, 64).save(tmp_path / f"{index:02d}.png")
     manifest = Manifest.build(str(tmp_path))
     damage(tmp_path / "05.png", kind)
     config = DataConfig(batch_size=4, loader=loader)
-    stream = TrainStream(manifest, config, SMALL_IMAGES, seed=0, **PLAIN)
+    stream = stream_of(manifest, config, seed=0)
     with pytest.raises(BadImageError, match=r"05\.png.*on_bad_file=skip"):
         for epoch in range(2):
             list(stream.epoch(epoch))
-    skipping = TrainStream(manifest, dataclasses.replace(config, on_bad_file="skip"), SMALL_IMAGES, seed=0, **PLAIN)
+    skipping = stream_of(manifest, dataclasses.replace(config, on_bad_file="skip"), seed=0)
     batches = list(skipping.epoch(0)) + list(skipping.epoch(1))
     assert [batch.step for batch in batches] == [0, 1, 2, 0, 1, 2]
     assert [entry.path for entry in skipping.bad_files] == [str(tmp_path / "05.png")]
@@ -222,37 +201,3 @@ def test_impossible_batches_are_refused(folders, changes, message):
         message = "needs 102 images for one step and there are 41"
     with pytest.raises(ValueError, match=message):
         make(folders, "torch", **changes)
-
-
-def test_manifest_is_fixed_by_its_seed_and_round_trips(folders, tmp_path):
-    first, again, other = (Manifest.build(*folders, fraction=0.3, seed=s) for s in (1, 1, 2))
-    assert first == again and first.paths != other.paths
-    assert (first.num_target, first.num_source, first.source_total) == (41, 27, 90)
-    assert first.is_source.sum() == 27 and not first.is_source[:41].any()
-    first.save(tmp_path / "manifest.json")
-    assert Manifest.load(tmp_path / "manifest.json") == first
-
-
-def test_replay_cache_copies_once_and_goes_on(folders, tmp_path):
-    place = tmp_path / "cache"
-    first = Manifest.build(*folders, fraction=0.3, replay_cache=str(place))
-    copies = [path for path in first.paths if path.startswith(str(place))]
-    assert len(copies) == 27
-    stamps = {path: (place / path).stat().st_mtime_ns for path in copies}
-    (place / copies[0]).write_bytes(b"cut")
-    again = Manifest.build(*folders, fraction=0.3, replay_cache=str(place))
-    assert again.paths == first.paths
-    changed = [path for path in copies if (place / path).stat().st_mtime_ns != stamps[path]]
-    assert changed == copies[:1]
-
-
-@pytest.mark.parametrize("make_path", [lambda p: p / "nowhere", lambda p: p])
-def test_missing_and_empty_folders_are_named(tmp_path, make_path):
-    with pytest.raises(ValueError, match=str(make_path(tmp_path))):
-        Manifest.build(str(make_path(tmp_path)))
-
-
-def test_list_files_name_paths_relative_to_themselves(folders, tmp_path):
-    paths = labeled_folder(folders[0])[0][:3]
-    (tmp_path / "list.txt").write_text("# a comment\n" + "\n".join(paths) + "\n\n")
-    assert list(Manifest.build(str(tmp_path / "list.txt")).paths) == paths

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stream_cases import LOADERS, plain
 
 from fastuft.config import AugmentConfig
 from fastuft.data import BadImageError, StrongConfig, WeakStrongStream
@@ -16,8 +17,6 @@ from fastuft.data.strong import BINS, FILL, RANGES, draw_strong, draws_of, magni
 WHOLE = AugmentConfig(
     size=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0
 )
-GRAY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-LOADERS = ["dali", "torch"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def paths(tmp_path_factory):
 def views(paths, loader, strong, augment=WHOLE, epoch=0, batch=5, threads=2, seed=3):
     """(weak, strong) in gray levels, [n, 3, 32, 32] each."""
     stream = WeakStrongStream(
-        paths, augment=augment, strong=strong, batch_size=batch, seed=seed, loader=loader, threads=threads, **GRAY
+        paths, augment=augment, strong=strong, batch_size=batch, seed=seed, loading=plain(loader, threads=threads)
     )
     pairs = list(stream.epoch(epoch))
     assert len(pairs) == len(stream)
@@ -106,12 +105,12 @@ def test_magnitudes_span_their_ranges():
         (lambda: StrongConfig(num_ops=-1), "num_ops=-1"),
         (
             lambda: WeakStrongStream(
-                ["x"], augment=AugmentConfig(), strong=StrongConfig(), batch_size=2, seed=0, **GRAY
+                ["x"], augment=AugmentConfig(), strong=StrongConfig(), batch_size=2, seed=0, loading=plain()
             ),
             "jitter_p, grayscale_p and blur_p must be 0",
         ),
         (
-            lambda: WeakStrongStream([], augment=WHOLE, strong=StrongConfig(), batch_size=2, seed=0, **GRAY),
+            lambda: WeakStrongStream([], augment=WHOLE, strong=StrongConfig(), batch_size=2, seed=0, loading=plain()),
             "paths is empty",
         ),
     ],

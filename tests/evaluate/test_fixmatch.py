@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastuft.data import EvalStream, StrongConfig
+from fastuft.data import EvalStream, Loading, StrongConfig
 from fastuft.evaluate import FewShotSettings, FixMatchSettings, fewshot, fixmatch
 from fastuft.evaluate.semi import unlabeled_loss
 
-GRAY = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+LOADING = Loading((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), threads=1)
 QUICK = FixMatchSettings(
     FewShotSettings(epochs=4, lr=0.5, backbone_lr=1e-3, batch_size=2, size=16, resize=16, crop_scale=(1, 1), flip_p=0),
     strong=StrongConfig(ops=("identity", "translate_x"), num_ops=1, cutout=0.25),
@@ -26,7 +26,7 @@ QUICK = FixMatchSettings(
 class SmallNet(nn.Module):
     """Mean color after a convolution."""
 
-    num_features, mean, std = 8, GRAY["mean"], GRAY["std"]
+    num_features, mean, std = 8, LOADING.mean, LOADING.std
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ def colors(tmp_path_factory):
 
 def run(colors, backbone=None, train=None, test=None, **changes):
     (paths, labels), (test_paths, test_labels) = train or colors[0], test or colors[1]
-    stream = EvalStream(test_paths, size=16, resize=16, batch_size=5, threads=1, **GRAY)
+    stream = EvalStream(test_paths, size=16, resize=16, batch_size=5, loading=LOADING)
     options = {"shots": (1, 2), "trials": 2, "seed": 3, "settings": QUICK, **changes}
     return fixmatch(backbone or SmallNet(), paths, labels, stream, test_labels, **options)
 
@@ -86,7 +86,7 @@ def test_separable_colors_are_learned_and_the_backbone_is_left_alone(colors):
 
 def test_draws_are_those_of_few_shot_finetuning(colors):
     (paths, labels), (test_paths, test_labels) = colors
-    stream = EvalStream(test_paths, size=16, resize=16, batch_size=5, threads=1, **GRAY)
+    stream = EvalStream(test_paths, size=16, resize=16, batch_size=5, loading=LOADING)
     plain = fewshot(
         SmallNet(), paths, labels, stream, test_labels, shots=(1, 2), trials=2, seed=3, settings=QUICK.finetuning
     )
@@ -115,7 +115,7 @@ def test_labels_of_the_unlabeled_images_are_not_used(colors):
     # The labels of all images that were not drawn change places; classes and their sizes stay.
     others = [i for i in range(len(labels)) if i not in drawn]
     assert len(others) > 20
-    stream = EvalStream(colors[1][0], size=16, resize=16, batch_size=5, threads=1, **GRAY)
+    stream = EvalStream(colors[1][0], size=16, resize=16, batch_size=5, loading=LOADING)
     import fastuft.evaluate.semi as semi
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,107 @@
+"""How images are loaded: where to, in which form, by what."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastuft.config import DataConfig
+
+Loader = Literal["auto", "dali", "torch"]
+Triple = tuple[float, float, float]
+CPU = torch.device("cpu")
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time, and of the period they are for
+_said_missing = False
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the images of a stream are loaded.
+
+    Args:
+        mean: of the network's inputs, for pixels in [0, 1].
+        std: likewise.
+        device: where the images are wanted; a CUDA device decodes there.
+        dtype: float32, float16 or bfloat16.
+        loader: auto, dali or torch.
+        threads: decoding threads; 0 takes the processors of this process.
+        prefetch: batches made ahead.
+        hw_decoder_load: share of JPEGs for a GPU's hardware decoder.
+        max_megapixels: largest image that is decoded.
+    """
+
+    mean: Triple
+    std: Triple
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    loader: Loader = "auto"
+    threads: int = 0
+    prefetch: int = 2
+    hw_decoder_load: float = 0.9
+    max_megapixels: float = 180.0
+
+    @classmethod
+    def of(
+        cls,
+        data: DataConfig,
+        *,
+        mean: Triple,
+        std: Triple,
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> Loading:
+        """What a configuration says, for one network on one device."""
+        return cls(
+            mean=mean,
+            std=std,
+            device=device,
+            dtype=dtype,
+            loader=data.loader,
+            threads=data.threads,
+            prefetch=data.prefetch,
+            hw_decoder_load=data.hw_decoder_load,
+            max_megapixels=data.max_megapixels,
+        )
+
+    @property
+    def num_threads(self) -> int:
+        """Threads to use; the processes of one machine, one per GPU, share its processors."""
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return self.threads or max(1, processors() // local_ranks)
+
+
+def processors() -> int:
+    """Processors that this process may use: those it may run on, at most its container's quota."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return min(here, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control groups of version 2, or "max"
+        return here
+
+
+def resolve_loader(loader: Loader) -> Literal["dali", "torch"]:
+    """dali or torch; ``auto`` takes DALI where it is installed and says so, once, where it is not.
+
+    Raises:
+        ValueError: dali asked for where it is missing.
+    """
+    global _said_missing
+    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if loader == "torch" or (loader == "auto" and not installed):
+        if loader == "auto" and not _said_missing:
+            print("DALI is not installed: images go through the slower PyTorch loader.", file=sys.stderr)
+            _said_missing = True
+        return "torch"
+    if not installed:
+        raise ValueError(
+            "data.loader='dali' needs DALI; pip install nvidia-dali-cuda130 (or -cuda120), or set data.loader=torch"
+        )
+    return "dali"

@@ -1,0 +1,155 @@
+"""The training stream: two views of each target and replayed source image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastuft.config import AugmentConfig, DataConfig
+from fastuft.data.feed import BadFileRule
+from fastuft.data.files import BadImageError, image_size
+from fastuft.data.loading import Loading
+from fastuft.data.manifest import Manifest
+from fastuft.data.order import EpochPlan, Positions
+from fastuft.data.stream import Drawn, ImageStream
+from fastuft.data.views import draw_views, uniforms
+
+_PROBED = 256  # images looked at to reserve memory in a GPU's decoder
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a training step.
+
+    Args:
+        query: [b, 3, H, W] channels_last, normalized; the views of the query encoder.
+        key: the same images' other views.
+        index: int64 [b] on the CPU, positions in the manifest.
+        is_source: bool [b] on the CPU, which are replayed source images.
+        epoch: epoch, from 0.
+        step: step within the epoch, from 0.
+    """
+
+    query: Tensor
+    key: Tensor
+    index: Tensor
+    is_source: Tensor
+    epoch: int
+    step: int
+
+
+class TrainStream(ImageStream):
+    """Two augmented views of target and replayed source images.
+
+    The order, the crops and every other random number are functions of (seed, epoch, global position, view): the same
+    images and views come for any number of ranks, threads and restarts. Rank r takes rows [r b, (r + 1) b) of each
+    global batch.
+
+    Args:
+        manifest: the training set.
+        data: batch, replay mode and bad-file rule.
+        augment: strengths of the views.
+        loading: how images are loaded.
+        seed: the run's seed.
+        rank: this process.
+        world_size: processes.
+
+    Raises:
+        ValueError: fewer images than a batch, or a batch that does not divide over the ranks.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: DataConfig,
+        augment: AugmentConfig,
+        *,
+        loading: Loading,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if data.batch_size % world_size:
+            raise ValueError(
+                f"data.batch_size={data.batch_size} does not divide over {world_size} processes; "
+                f"choose a multiple of {world_size}"
+            )
+        if not data.drop_last and world_size > 1:
+            raise ValueError("data.drop_last=False works with one process only; set data.drop_last to true")
+        self._plan = EpochPlan(
+            num_target=manifest.num_target,
+            num_source=manifest.num_source,
+            batch=data.batch_size,
+            mode=data.replay_mode,
+            share=data.replay_share,
+            drop_last=data.drop_last,
+        )
+        pools = (range(manifest.num_target), range(manifest.num_target, len(manifest)))
+        super().__init__(
+            manifest.paths,
+            augment,
+            loading,
+            batch_size=data.batch_size // world_size,
+            num_views=2,
+            largest=_largest(manifest.paths) if loading.device.type == "cuda" else (0, 0),
+            rule=BadFileRule(data.on_bad_file == "skip", seed, pools),
+        )
+        self.manifest = manifest
+        self.seed = seed
+        self._global_batch = data.batch_size
+        self._first_row = rank * (data.batch_size // world_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps of one epoch."""
+        return self._plan.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch, from ``start_step`` on.
+
+        Raises:
+            BadImageError: a bad file under ``on_bad_file: error``; it names the file and the remedy.
+        """
+        order = self._plan.order(self.seed, epoch)
+        is_source = torch.from_numpy(self.manifest.is_source)
+        for step, index, (query, key) in self._pass(epoch, order, range(start_step, self.steps_per_epoch)):
+            yield Batch(query, key, index, is_source[index], epoch, step)
+
+    def _positions(self, step: int, count: int) -> Positions:
+        first = step * self._global_batch + self._first_row
+        return np.arange(first, min(first + self.batch_size, count))
+
+    def _draw(self, epoch: int, positions: Positions, sizes: np.ndarray) -> Drawn:
+        draws = (uniforms(self.seed, epoch, view, positions) for view in range(2))
+        return tuple(draw_views(self.augment, sizes, u) for u in draws), None
+
+    def prefill(self, count: int) -> Iterator[Tensor]:
+        """Key views [b, 3, H, W] of at least ``count`` images over all ranks, to fill the queue before training.
+
+        The order and the views belong to epoch -1, so training draws none of them. More images than the manifest
+        holds are taken from further passes (-2, -3, ...). Batches are whole, so the last may go beyond ``count``.
+        """
+        epoch = -1
+        while count > 0:
+            for batch in self.epoch(epoch):
+                yield batch.key
+                count -= self._global_batch
+                if count <= 0:
+                    break
+            epoch -= 1
+
+
+def _largest(paths: Sequence[str]) -> tuple[int, int]:
+    """Largest width and height among some of the images, evenly spread; bad files do not count."""
+    sizes = [(0, 0)]
+    for path in paths[:: max(1, len(paths) // _PROBED)]:
+        try:
+            sizes.append(image_size(path))
+        except BadImageError:
+            continue
+    width, height = (max(side) for side in zip(*sizes, strict=True))
+    return width, height

@@ -1,0 +1,132 @@
+"""Files that cannot be used: replaced alike everywhere, copied where only Pillow reads them, or named."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from stream_cases import LOADERS, plain, small_stream, stream_of
+
+from fastuft.config import DataConfig
+from fastuft.data import EvalStream, image_size
+from fastuft.data import feed as feed_module
+from fastuft.data.backend import DecodeError
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_skipped_files_have_replacements_of_their_kind_on_every_rank(manifest, tmp_path, loader):
+    """A file that fails only in the decoder: the same replacements for one rank, two ranks and a restart."""
+    paths = []
+    for index, path in enumerate(manifest.paths):
+        copy = tmp_path / f"{index:02d}.png"
+        content = Path(path).read_bytes()
+        if index in (3, 21, 30):  # header and end are whole
+            third = len(content) // 3
+            content = content[:third] + bytes(third) + content[2 * third :]
+        copy.write_bytes(content)
+        paths.append(str(copy))
+    damaged = dataclasses.replace(manifest, paths=tuple(paths))
+    data = DataConfig(
+        batch_size=8, loader=loader, threads=1, on_bad_file="skip", replay_mode="balanced", replay_share=0.5
+    )
+
+    def stream(rank=0, world_size=1):
+        return stream_of(damaged, data, seed=5, rank=rank, world_size=world_size)
+
+    one = stream()
+    whole = [batch for epoch in range(2) for batch in one.epoch(epoch)]
+    assert [os.path.basename(entry.path) for entry in one.bad_files] == ["03.png", "21.png", "30.png"]
+    assert all("cannot be decoded" in entry.reason for entry in one.bad_files)
+    for batch in whole:
+        assert int(batch.is_source.sum()) == 4 and not {3, 21, 30} & set(batch.index.tolist())
+    ranks = [stream(rank, 2) for rank in range(2)]
+    parts = [[batch for epoch in range(2) for batch in rank.epoch(epoch)] for rank in ranks]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([half.query for half in halves]), batch.query)
+    resumed = list(stream().epoch(1, start_step=1))
+    assert torch.equal(resumed[0].key, whole[len(whole) // 2 + 1].key)
+
+
+def test_too_many_bad_files_stop_even_when_skipping(manifest, tmp_path):
+    paths = list(manifest.paths)
+    for index in range(20, 29):
+        paths[index] = str(tmp_path / f"{index}.png")
+    damaged = dataclasses.replace(manifest, paths=tuple(paths))
+    with pytest.raises(ValueError, match=r"of 15 files are bad, too many to skip .*verify-data"):
+        list(small_stream(damaged, "torch", on_bad_file="skip", drop_last=False).epoch(0))
+
+
+def test_new_files_are_looked_at_in_parallel_and_a_batch_ahead(manifest, monkeypatch):
+    """On network storage each look waits; the batch that is wanted must not."""
+    lock, under_way, most, looked = threading.Lock(), 0, 0, 0
+
+    def slow_look(path, max_megapixels):
+        nonlocal under_way, most, looked
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.05)
+        with lock:
+            under_way -= 1
+            looked += 1
+        return image_size(path, max_megapixels)
+
+    monkeypatch.setattr(feed_module, "image_size", slow_look)
+    stream = small_stream(manifest, "torch", prefetch=1)
+    batches = stream.epoch(0)
+    next(batches)
+    assert most > 1
+    # One batch is handed out, two are being made, and one more is looked at meanwhile.
+    give_up = time.monotonic() + 10
+    while looked < 32 and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert looked == 32
+    batches.close()
+
+
+class StubbornBackend:
+    """Cannot decode one file, whose header it reads."""
+
+    refused = ""
+
+    def __init__(self, spec):
+        self.spec = spec
+
+    def run(self, requests):
+        for request in requests:
+            if self.refused in request.paths:
+                raise DecodeError(request.paths, RuntimeError("decoder"))
+            yield request, [torch.zeros(len(request.paths), 3, 8, 8)]
+
+    def parses(self, path):
+        return True
+
+    def undecodable(self, paths):
+        return [path for path in paths if path == self.refused]
+
+    def close(self):
+        pass
+
+
+def test_a_file_that_only_pillow_decodes_is_copied_wherever_it_is_named(manifest, monkeypatch):
+    """Also where a list of labeled images names it twice."""
+    monkeypatch.setattr(feed_module, "make_backend", lambda spec: StubbornBackend(spec))
+    monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
+    stream = EvalStream([*manifest.paths[:3], manifest.paths[0]], [0, 1, 2, 3], size=8, batch_size=3, loading=plain())
+    with pytest.warns(UserWarning, match=r"00\.png: DALI does not decode it"):
+        labels = [label.tolist() for _, label in stream]
+    assert labels == [[0, 1, 2], [3]]
+    stream.close()
+
+
+def test_a_failure_that_is_no_files_fault_names_the_images_under_way(manifest, monkeypatch):
+    monkeypatch.setattr(feed_module, "make_backend", lambda spec: StubbornBackend(spec))
+    monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
+    monkeypatch.setattr(StubbornBackend, "undecodable", lambda self, paths: [])
+    with pytest.raises(DecodeError, match=r"(?s)decoder.*under way were: .*00\.png"):
+        list(EvalStream(manifest.paths[:3], size=8, loading=plain()))
