@@ -15,6 +15,8 @@ from typing import BinaryIO, TypeVar
 
 from PIL import Image, ImageOps
 
+from fastuft.atomic import write_whole
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _SCAN_CACHE_FROM = 20_000  # smaller folders are scanned anew each time
 _ORIENTATION = 0x0112  # EXIF tag
@@ -128,9 +130,8 @@ def _scan_cached(root: str) -> list[str]:
     if len(files) >= _SCAN_CACHE_FROM:
         try:
             base.mkdir(parents=True, exist_ok=True)
-            partial = place.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps({"root": root, "folders": folders, "files": files}))
-            partial.replace(place)
+            content = json.dumps({"root": root, "folders": folders, "files": files}).encode()
+            write_whole(place, content, flush=False)
         except OSError:
             pass  # the cache only saves time
     return files
@@ -319,4 +320,4 @@ def verify_files(
 
 def write_bad_list(path: str | Path, bad: Sequence[BadFile]) -> None:
     """Write bad files as lines of path, tab, reason."""
-    Path(path).write_bytes(b"".join(os.fsencode(f"{entry.path}\t{entry.reason}\n") for entry in bad))
+    write_whole(Path(path), b"".join(os.fsencode(f"{entry.path}\t{entry.reason}\n") for entry in bad))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from fastuft.atomic import write_whole
+from fastuft.atomic import remove_leftovers, whole_file, write_whole
 from fastuft.data.files import in_threads, list_images, printable
 from fastuft.randomness import keyed_generator
 
@@ -150,8 +150,7 @@ def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
     lock = threading.Lock()
     # Of several ranks one copies, and the others find its copies.
     with FileLock(place / ".lock"), open(index_path, "a+", buffering=1, encoding="utf-8", errors="replace") as index:
-        for left in place.glob("*.partial"):  # by a process that was killed
-            left.unlink()
+        remove_leftovers(place)
         index.seek(0)
         lines = index.read().split("\n")
         if lines.pop():  # the last line was cut off
@@ -185,11 +184,10 @@ def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
 
 def _write_compared(target: Path, content: bytes) -> None:
     """Write a file that is whole or not there, and read it back."""
-    partial = target.with_suffix(f"{target.suffix}.partial")
-    partial.write_bytes(content)
-    if partial.read_bytes() != content:
-        raise OSError(errno.EIO, "the copy differs from its original")
-    partial.replace(target)
+    with whole_file(target, flush=False) as partial:
+        partial.write_bytes(content)
+        if partial.read_bytes() != content:
+            raise OSError(errno.EIO, "the copy differs from its original")
 
 
 def _read_index(lines: Sequence[str]) -> dict[str, list[int]]:
