@@ -7,7 +7,8 @@
     python bench/report.py page                      # docs/benchmarks.md and its plots, from the newest of each device
 
 A result file holds the machine, the versions, what was left out, and for each benchmark its group, median, quantiles
-and recorded counts. The page says "not measured yet" where a device has no figure.
+and recorded counts. Of a device without figures the page says "not measured yet", in one line per
+benchmark file.
 """
 
 from __future__ import annotations
@@ -166,29 +167,29 @@ def _markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> li
     return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
+def _missing_kinds(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Kinds of device that no result was taken on."""
+    kinds = [] if "cpu" in results else ["a CPU"]
+    return [*kinds, "a GPU"] if all(name == "cpu" for name in results) else kinds
+
+
 def _file_section(file: str, results: dict[str, dict[str, Any]]) -> list[str]:
     title, text = _claim(file)
     lines = [f"## {title}", ""]
     lines += [text, ""] if text else []
     lines += [f"`pytest bench/{file} --benchmark-only`, or `fastuft bench {file[6:-3]} --slow true`", ""]
+    unmeasured = []
     for result in results.values():
         groups = by_group(entry for entry in result["benchmarks"] if entry["file"] == file)
-        if groups:
-            lines += [f"### On {result['device']}", ""]
+        if not groups:
+            unmeasured.append(result["device"])
+            continue
+        lines += [f"### On {result['device']}", ""]
         for group, members in groups.items():
             lines += [f"**{group or title}**", ""]
             lines += [*_markdown_table(("", *HEADERS), [(label(e), *cells(e, members)) for e in members]), ""]
-        if not groups:
-            lines += [f"### On {result['device']}", "", NOT_MEASURED.capitalize() + ".", ""]
-    if "cpu" not in results:
-        lines += ["### On a CPU", "", NOT_MEASURED.capitalize() + ".", ""]
-    if all(name == "cpu" for name in results):
-        names = dict.fromkeys(
-            label(entry) for result in results.values() for entry in result["benchmarks"] if entry["file"] == file
-        )
-        rows = [(entry, *[NOT_MEASURED] * len(HEADERS)) for entry in names]
-        table = _markdown_table(("", *HEADERS), rows) if rows else [NOT_MEASURED.capitalize() + "."]
-        lines += ["### On a GPU", "", *table, ""]
+    for device in unmeasured + _missing_kinds(results):
+        lines += [f"On {device}: {NOT_MEASURED}.", ""]
     return lines
 
 
@@ -336,11 +337,9 @@ def write_page(results_folder: Path, page: Path) -> None:
             left_out,
         )
         lines.append("| " + " | ".join(cells_) + " |")
-    if all(name == "cpu" for name in results):
-        lines.append("| NVIDIA GPU |" + f" {NOT_MEASURED} |" * 5)
-    if "cpu" not in results:
-        lines.append("| CPU |" + f" {NOT_MEASURED} |" * 5)
     lines.append("")
+    for device in _missing_kinds(results):
+        lines += [f"On {device}: {NOT_MEASURED}.", ""]
     for name, result in results.items():
         plots = _plots(name, result, page.parent / "benchmarks")
         if plots:

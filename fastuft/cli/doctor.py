@@ -41,6 +41,7 @@ NEEDED = {
     "scikit-learn": "1.5",
     "matplotlib": "3.9",
     "jinja2": "3.1",
+    "packaging": "23",
 }
 TORCH, TRITON, DALI = "2.11", "3.6", "2.0"
 EXTRA = "pip install 'fastuft[train-cu13]' (or -cu12, -cpu)"
@@ -74,12 +75,18 @@ def version(*names: str) -> str | None:
 
 
 def older(found: str, lowest: str) -> bool:
-    """Whether the version that ends ``found`` is below ``lowest``."""
+    """Whether the version that ends ``found`` belongs to a release before ``lowest``.
 
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", text.split()[-1].partition("+")[0])]
-
-    return numbers(found) < numbers(lowest)
+    Without the ``packaging`` package nothing counts as older; `check_packages` then reports that it is missing.
+    """
+    try:
+        from packaging.version import InvalidVersion, Version
+    except ModuleNotFoundError:
+        return False
+    try:
+        return Version(found.split()[-1]).release < Version(lowest).release
+    except InvalidVersion:  # a private build's name says nothing about its age
+        return False
 
 
 def run(*command: str) -> str | None:
@@ -275,6 +282,7 @@ def check_packages() -> Iterator[Finding]:
     if lacking or stale:
         parts = [f"lacking {', '.join(lacking)}"] if lacking else []
         parts += [f"too old: {', '.join(stale)}"] if stale else []
+        parts += ["versions not compared"] if "packaging" in lacking else []
         yield Finding("packages", "problem", "; ".join(parts), EXTRA)
     else:
         yield Finding("packages", "ok", "all installed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,9 +194,18 @@ def test_lowest_versions_are_those_of_the_package():
     )
 
 
-def test_versions_compare_as_numbers():
+def test_versions_compare_by_release():
     assert doctor.older("numpy 1.9", "1.26") and doctor.older("2.9.1+cu126", "2.11")
     assert not doctor.older("2.11.0a0+git1", "2.11") and not doctor.older("PyYAML 6.0", "6")
+    assert not doctor.older("torch internal-build", "2.11")
+
+
+def test_without_packaging_the_missing_comparison_is_reported(machine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "packaging.version", None)  # importing it raises ModuleNotFoundError
+    machine.installed |= {"numpy": "1.9.3"}
+    del machine.installed["packaging"]
+    found = machine.findings()["packages"]
+    assert found.state == "problem" and found.found == "lacking packaging; versions not compared"
 
 
 def test_json(machine, capsys):
