@@ -160,7 +160,7 @@ def _doctor(config: options.DoctorOptions) -> int:
 
 
 def _demo(config: options.DemoOptions) -> int:
-    from fastuft.demo.run import run_demo
+    from fastuft.demo import run_demo
 
     run_demo(
         config.out,
@@ -176,7 +176,7 @@ def _demo(config: options.DemoOptions) -> int:
 
 
 def _reproduce(config: ReproduceConfig) -> int:
-    from fastuft.reproduce.runner import reproduce
+    from fastuft.reproduce import reproduce
 
     return EXIT_FAILED if reproduce(config) else 0
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from fastuft.atomic import write_whole
 from fastuft.randomness import keyed_generator
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -26,6 +27,8 @@ FONT_STEMS = (
     *("cmr10", "cmb10", "cmss10", "cmtt10"),
 )
 NUM_TRAIN_DIGITS = 500
+SIDE = 32  # of every image, pixels
+SEED = 0  # of the glyphs and of the split of the digits
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,12 @@ def render_glyph(character: str, font_path: str, side: int, generator: np.random
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
-def write_demo_images(root: str | Path, *, num_glyphs: int = 8000, side: int = 32, seed: int = 0) -> DemoFolders:
+def write_demo_images(root: str | Path, *, num_glyphs: int) -> DemoFolders:
     """Write the demo's folders below ``root``, once: a finished set of the same parameters is left as it is.
 
     Args:
         root: folder to write to; ``source``, ``train`` and ``test`` are made in it.
         num_glyphs: source images, dealt evenly over the 62 characters.
-        side: side of every image, pixels.
-        seed: seed of the glyphs and of the split of the digits.
     """
     import matplotlib
     from sklearn.datasets import load_digits
@@ -84,7 +85,7 @@ def write_demo_images(root: str | Path, *, num_glyphs: int = 8000, side: int = 3
     root = Path(root)
     folders = DemoFolders(*(str(root / name) for name in ("source", "train", "test")))
     done = root / "images.json"
-    stamp = {"num_glyphs": num_glyphs, "side": side, "seed": seed, **asdict(folders)}
+    stamp = {"num_glyphs": num_glyphs, "side": SIDE, "seed": SEED, **asdict(folders)}
     if done.exists() and json.loads(done.read_text()) == stamp:
         return folders
 
@@ -93,17 +94,17 @@ def write_demo_images(root: str | Path, *, num_glyphs: int = 8000, side: int = 3
         Path(folders.source, class_name(character)).mkdir(parents=True, exist_ok=True)
     for index in range(num_glyphs):
         character = CHARACTERS[index % len(CHARACTERS)]
-        generator = keyed_generator(seed, "glyph", index)
-        glyph = render_glyph(character, fonts[int(generator.integers(len(fonts)))], side, generator)
+        generator = keyed_generator(SEED, "glyph", index)
+        glyph = render_glyph(character, fonts[int(generator.integers(len(fonts)))], SIDE, generator)
         glyph.save(Path(folders.source, class_name(character), f"{index:05d}.png"), compress_level=1)
 
     digits = load_digits()
-    order = keyed_generator(seed, "digits").permutation(len(digits.target))
+    order = keyed_generator(SEED, "digits").permutation(len(digits.target))
     for rank, index in enumerate(order):
         label = int(digits.target[index])
         folder = Path(folders.train if rank < NUM_TRAIN_DIGITS else folders.test, class_name(str(label)))
         folder.mkdir(parents=True, exist_ok=True)
         pixels = Image.fromarray((digits.images[index] * (255 / 16)).astype(np.uint8))
-        pixels.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{index:05d}.png", compress_level=1)
-    done.write_text(json.dumps(stamp))
+        pixels.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{index:05d}.png", compress_level=1)
+    write_whole(done, json.dumps(stamp).encode())
     return folders

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 import torch
 
+from fastuft.atomic import write_whole
 from fastuft.data import processors
 from fastuft.demo.arms import ARMS, PRETRAINED, RAW_PIXELS, Demo
 from fastuft.demo.images import write_demo_images
@@ -79,7 +80,7 @@ def run_demo(
     print(table(runs))
     accuracies = accuracy_table([load_run(*run) for run in runs])
     assert accuracies is not None  # the raw pixels have figures
-    (root / "table.md").write_text(accuracies.markdown(), encoding="utf-8")
+    write_whole(root / "table.md", accuracies.markdown().encode())
     report = root / "report.html"
     notes = [
         f"Source: {num_glyphs} rendered glyphs, with which a small network is pretrained. Target: scikit-learn's handwritten "
@@ -105,7 +106,7 @@ def _same_settings(root: Path, **settings: Any) -> None:
             f"out={str(root)!r} holds a demo with {', '.join(changed)}; go on with the same settings, or choose another out"
         )
     root.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(settings))
+    write_whole(kept, json.dumps(settings).encode())
 
 
 def _run_all(demo: Demo, seeds: Sequence[int]) -> None:

@@ -23,6 +23,7 @@ _EXPORTS = {
     "write_evaluation": "evaluation",
     "cached_features": "features",
     "extract_features": "features",
+    "weights_hash": "features",
     "FixMatchResult": "semi",
     "FixMatchSettings": "semi",
     "fixmatch": "semi",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.evaluation import write_evaluation as write_evaluation
     from fastuft.evaluate.features import cached_features as cached_features
     from fastuft.evaluate.features import extract_features as extract_features
+    from fastuft.evaluate.features import weights_hash as weights_hash
     from fastuft.evaluate.retrieval import nearest_neighbors as nearest_neighbors
     from fastuft.evaluate.retrieval import retrieval_accuracy as retrieval_accuracy
     from fastuft.evaluate.semi import FixMatchResult as FixMatchResult

@@ -6,10 +6,18 @@
 
 from fastuft.report.files import RunFiles, load_run
 from fastuft.report.page import write_report
-from fastuft.report.paper import compare_with_paper, comparison_table, paper_figures, read_results, write_comparison
+from fastuft.report.paper import (
+    Key,
+    compare_with_paper,
+    comparison_table,
+    paper_figures,
+    read_results,
+    write_comparison,
+)
 from fastuft.report.tables import Table, accuracy_table, table
 
 __all__ = [
+    "Key",
     "RunFiles",
     "Table",
     "accuracy_table",

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from fastuft.data import list_images
-from fastuft.data.files import IMAGE_SUFFIXES
+from fastuft.atomic import whole_file, write_whole
+from fastuft.data import IMAGE_SUFFIXES, list_images
 from fastuft.randomness import keyed_generator
 from fastuft.reproduce.cifar import read_cifar_images, read_cifar_names
+
+CALTECH_SEED = 0
 
 Metric = Literal["mean_class", "top1"]
 # (class name, path of the original or a function that writes the image, file name)
@@ -83,13 +83,8 @@ class Layout:
 class PreparedDataset:
     """Class folders of one data set, ready for training and evaluation."""
 
-    name: str
     train: str
     test: str
-    metric: Metric
-    train_size: int
-    test_size: int
-    num_classes: int
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -100,10 +95,10 @@ def _class_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def read_caltech101(folder: Path, *, per_class: int, seed: int) -> tuple[list[Entry], list[Entry]]:
-    """``101_ObjectCategories/<class>/image_0001.jpg``: ``per_class`` images a class train, the rest is the test set.
+def read_caltech101(folder: Path, *, per_class: int) -> tuple[list[Entry], list[Entry]]:
+    """``101_ObjectCategories/<class>/image_0001.jpg``: ``per_class`` images per class train, the rest is the test set.
 
-    The paper does not publish its split; this one is drawn by ``seed`` and is the same on every machine.
+    The paper does not publish its split; this one is drawn by ``CALTECH_SEED`` and is the same on every machine.
     """
     train: list[Entry] = []
     test: list[Entry] = []
@@ -111,7 +106,7 @@ def read_caltech101(folder: Path, *, per_class: int, seed: int) -> tuple[list[En
         files = _image_files(class_folder)
         if len(files) <= per_class:
             raise ValueError(f"class {class_folder.name} has {len(files)} images; more than {per_class} are needed")
-        order = keyed_generator(seed, "caltech101", class_folder.name).permutation(len(files))
+        order = keyed_generator(CALTECH_SEED, "caltech101", class_folder.name).permutation(len(files))
         for rank, index in enumerate(order):
             (train if rank < per_class else test).append((class_folder.name, files[index], files[index].name))
     return train, test
@@ -201,16 +196,11 @@ LAYOUTS = {
 }
 
 
-def read_splits(name: str, folder: Path, *, caltech_per_class: int, seed: int) -> tuple[list[Entry], list[Entry]]:
+def read_splits(name: str, folder: Path, *, caltech_per_class: int) -> tuple[list[Entry], list[Entry]]:
     """Training and test entries of one data set."""
     if name == "caltech101":
-        return read_caltech101(folder, per_class=caltech_per_class, seed=seed)
+        return read_caltech101(folder, per_class=caltech_per_class)
     return {"pet": read_pet, "cifar100": read_cifar100, "food101": read_food101}[name](folder)
-
-
-def _partial(place: Path) -> Path:
-    """Where a file is written before it takes its place; tasks of a job array may write the same one at once."""
-    return place.with_name(f"{place.name}.{uuid.uuid4().hex}.partial")
 
 
 def _lay_out(entries: Iterable[Entry], folder: Path) -> None:
@@ -220,9 +210,8 @@ def _lay_out(entries: Iterable[Entry], folder: Path) -> None:
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         if callable(origin):
-            partial = _partial(place)
-            origin(partial)
-            partial.replace(place)
+            with whole_file(place, flush=False) as partial:
+                origin(partial)
         elif origin.is_file():
             with contextlib.suppress(FileExistsError):  # made by another task of a job array
                 place.symlink_to(origin.resolve())
@@ -248,7 +237,6 @@ def prepare_dataset(
     *,
     sizes: Sizes | None = None,
     caltech_per_class: int = 30,
-    seed: int = 0,
 ) -> PreparedDataset:
     """Lay one data set out as class folders below ``cache``; a finished layout is reused.
 
@@ -257,8 +245,7 @@ def prepare_dataset(
         root: folder that holds the published data sets.
         cache: folder for the class folders.
         sizes: expected; the paper's by default.
-        caltech_per_class: training images a class of Caltech101.
-        seed: seed of the Caltech101 split.
+        caltech_per_class: training images per class of Caltech101.
 
     Raises:
         DatasetMissing: the data set, or a listed file, is not there.
@@ -269,33 +256,22 @@ def prepare_dataset(
     layout = LAYOUTS[name]
     origin = layout.locate(Path(root))
     place = Path(cache) / name
+    prepared = PreparedDataset(str(place / "train"), str(place / "test"))
     stamp_file = place / "prepared.json"
-    request = {"origin": str(origin.resolve()), "caltech_per_class": caltech_per_class, "seed": seed}
+    request = {"origin": str(origin.resolve()), "caltech_per_class": caltech_per_class, "seed": CALTECH_SEED}
     other = ValueError(
         f"cache={str(cache)!r} holds {name} prepared from other data or another split; use another folder"
     )
     if stamp_file.exists():
-        stamp = json.loads(stamp_file.read_text())
-        if stamp.pop("request") == request:
-            return PreparedDataset(**stamp)
+        if json.loads(stamp_file.read_text()) == request:
+            return prepared
         raise other
 
-    train, test = read_splits(name, origin, caltech_per_class=caltech_per_class, seed=seed)
+    train, test = read_splits(name, origin, caltech_per_class=caltech_per_class)
     _check_sizes(name, origin, train, test, sizes or layout.sizes)
     for part, entries in (("train", train), ("test", test)):
         _lay_out(entries, place / part)
         if len(list_images(str(place / part))) != len(entries):
             raise other  # left by a layout that was broken off
-    prepared = PreparedDataset(
-        name,
-        str(place / "train"),
-        str(place / "test"),
-        layout.metric,
-        len(train),
-        len(test),
-        len({entry[0] for entry in train}),
-    )
-    partial = _partial(stamp_file)
-    partial.write_text(json.dumps({"request": request, **asdict(prepared)}))
-    os.replace(partial, stamp_file)
+    write_whole(stamp_file, json.dumps(request).encode())
     return prepared

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastuft.report.paper import Key, paper_figures
+from fastuft.report import Key, paper_figures
 
 PRETRAINED = ("unsup_S", "sup_S")  # methods that evaluate a pretrained backbone as it comes
 SOURCE = "imagenet"

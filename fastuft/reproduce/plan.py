@@ -1,19 +1,108 @@
-"""What a grid takes, in images and steps; in hours only at a rate that was measured."""
+"""What a grid has to train and to evaluate, and what that takes: images and steps, hours only at a measured rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import os
+from dataclasses import dataclass
+from pathlib import Path
 
-from fastuft.evaluate import FewShotSettings
-from fastuft.evaluate.semi import RATIO
-from fastuft.report.tables import Table
+from fastuft.config import ReproduceConfig
+from fastuft.evaluate import FewShotSettings, FixMatchSettings
+from fastuft.report import Key, Table
+from fastuft.reproduce import grid
+from fastuft.reproduce.datasets import LAYOUTS
+from fastuft.reproduce.folders import GridFolders
 from fastuft.reproduce.grid import Backbone, Measurement
 from fastuft.reproduce.recipes import RECIPES, Scale
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The parts of a grid, each once.
+
+    Args:
+        cells: published figures.
+        measurements: evaluations that cells and figures need.
+        backbones: weights that have to exist, pretrained ones first.
+    """
+
+    cells: tuple[Key, ...]
+    measurements: tuple[Measurement, ...]
+    backbones: tuple[Backbone, ...]
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the data sets that are evaluated, sorted."""
+        return sorted({measurement.dataset for measurement in self.measurements})
+
+
+def make_plan(config: ReproduceConfig) -> Plan:
+    """The parts that the chosen tables, figures and data sets need.
+
+    Raises:
+        ValueError: the choices have no cell in common.
+    """
+    cells = grid.select_cells(config.tables, config.datasets)
+    measurements = grid.measurements(cells, config.figure, config.datasets, config.seeds)
+    if not measurements:
+        raise ValueError(
+            f"tables={config.tables}, figure={config.figure} and datasets={config.datasets} have no cell in common; "
+            "name more of them"
+        )
+    return Plan(tuple(cells), tuple(measurements), tuple(grid.backbones(measurements)))
+
+
+def check_plan(plan: Plan, config: ReproduceConfig, scale: Scale, folders: GridFolders) -> None:
+    """Refuse what cannot work before anything runs.
+
+    Raises:
+        ValueError: data or weights that are missing, where they go and how to get them.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "reproduce starts the processes of its trainings itself; start it once per machine with --processes N, "
+            "without torchrun, or as tasks of a job array with --task and --tasks"
+        )
+    for backbone in plan.backbones:
+        _check_weights(backbone, scale, folders)
+    _check_data(plan.datasets, config, scale)
+
+
+def _check_weights(backbone: Backbone, scale: Scale, folders: GridFolders) -> None:
+    given = folders.given(backbone)
+    if given is None:
+        if backbone.method == "sup_S" and scale.supervised is None:
+            raise ValueError(
+                "weights.supervised_bit_resnet50 and weights.supervised_bit_resnet101 are needed for Tables 3 and 4: "
+                "download BiT-S-R50x1.npz and BiT-S-R101x1.npz of the Big Transfer release and name them, or leave "
+                "these tables out of tables"
+            )
+    elif not Path(given).exists():
+        raise ValueError(
+            f"weights.{backbone.pretraining}_{backbone.network}={given!r} does not exist; name a checkpoint"
+        )
+
+
+def _check_data(names: list[str], config: ReproduceConfig, scale: Scale) -> None:
+    if config.data is None:
+        if scale.write_data is None:
+            raise ValueError(
+                f"data is missing; name the folder that holds {', '.join(f'{LAYOUTS[name].folder}/' for name in names)} "
+                f"as published, and {scale.source}/"
+            )
+        return
+    for name in names:
+        LAYOUTS[name].locate(Path(config.data))
+    source = Path(config.source or Path(config.data) / scale.source)
+    if not source.is_dir():
+        raise ValueError(
+            f"source={str(source)!r} is not a folder; name the source set's class folders or its .tar shards"
+        )
+
+
 def training_length(backbone: Backbone, scale: Scale) -> tuple[int, int, int]:
-    """(images of an epoch, epochs, batch) of a training."""
+    """(images per epoch, epochs, batch) of a training."""
     if backbone.method == "sup_S":
         training = scale.supervised
         assert training is not None  # otherwise a checkpoint is asked for, and nothing is trained
@@ -34,28 +123,21 @@ def evaluation_length(measurement: Measurement, scale: Scale, trials: int) -> tu
         steps += settings.fewshot_epochs * math.ceil(labeled / FewShotSettings.batch_size)
         images += settings.fewshot_epochs * labeled
     for _ in measurement.semi_shots:
-        each = math.ceil(size.train / (RATIO * settings.semi_batch))
+        each = math.ceil(size.train / (FixMatchSettings.ratio * settings.semi_batch))
         steps += settings.semi_epochs * each
         images += settings.semi_epochs * (size.train + each * settings.semi_batch)
     return size.train, trials * steps, trials * images
 
 
-def plan_table(
-    scale: Scale,
-    trainings: Collection[tuple[Backbone, bool]],
-    measurements: Collection[tuple[Measurement, bool]],
-    *,
-    trials: int,
-    rate: float | None,
-) -> Table:
+def plan_table(plan: Plan, scale: Scale, folders: GridFolders, *, trials: int, rate: float | None) -> Table:
     """Every training and evaluation with its images and steps.
 
     Args:
+        plan: the parts.
         scale: sizes.
-        trainings: backbones to train and whether each is done.
-        measurements: evaluations and whether each is done.
-        trials: draws and starts a figure.
-        rate: training images a second, as measured; the trainings' hours are shown then, and none otherwise.
+        folders: what is done.
+        trials: draws and starts per figure.
+        rate: training images per second, as measured; the trainings' hours are shown then, and none otherwise.
     """
     headers = ["work", "images", "epochs", "steps", "images in all", *(["hours"] if rate else []), "state"]
     rows: list[list[str]] = []
@@ -68,14 +150,19 @@ def plan_table(
         shown = ["" if hours is None else f"{hours:.1f}"] if rate else []
         rows.append([work, f"{images:,}", epochs, f"{steps:,}", f"{total:,}", *shown, "done" if done else "to do"])
 
-    for backbone, done in trainings:
+    for backbone in plan.backbones:
+        # Neither one that is named nor one that has to be named is trained here.
+        if folders.given(backbone) or (backbone.method == "sup_S" and scale.supervised is None):
+            continue
         images, epochs, batch = training_length(backbone, scale)
         steps = epochs * (images // batch)
         hours = steps * batch / rate / 3600 if rate else None
+        done = folders.trained(backbone)
         add(f"train {backbone.name}", images, f"{epochs}", steps, steps * batch, hours, done)
-    for measurement, done in measurements:
+    for measurement in plan.measurements:
         images, steps, total = evaluation_length(measurement, scale, trials)
-        add(f"evaluate {measurement.backbone.name} on {measurement.dataset}", images, "", steps, total, None, done)
+        work = f"evaluate {measurement.backbone.name} on {measurement.dataset}"
+        add(work, images, "", steps, total, None, folders.evaluated(measurement))
     rows.append(
         ["all", "", "", f"{all_steps:,}", f"{all_images:,}", *([f"{all_hours:.1f}"] if rate else []), ""],
     )

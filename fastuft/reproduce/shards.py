@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from fastuft.data.files import IMAGE_SUFFIXES
+from fastuft.atomic import write_whole
+from fastuft.data import IMAGE_SUFFIXES
 from fastuft.randomness import keyed_generator
 
 
@@ -93,7 +93,7 @@ def extract_tar_sample(shards: str | Path, place: str | Path, *, fraction: float
             f"the shards of {shards} hold no images; expected are files ending in {' '.join(IMAGE_SUFFIXES)}"
         )
     place.mkdir(parents=True, exist_ok=True)
-    stamp_file.write_text(json.dumps({"request": request, "finished": False}))
+    write_whole(stamp_file, json.dumps({"request": request, "finished": False}).encode())
     keep = max(1, round(len(members) * fraction))
     chosen = keyed_generator(seed, "tar sample").permutation(len(members))[:keep]
     wanted: dict[int, dict[str, str]] = {}
@@ -105,7 +105,7 @@ def extract_tar_sample(shards: str | Path, place: str | Path, *, fraction: float
             for member in archive:
                 if member.isfile() and member.name in labels:
                     _write(_content(archive, member), place / labels[member.name], tars[shard].stem, member.name)
-    stamp_file.write_text(json.dumps({"request": request, "finished": True}))
+    write_whole(stamp_file, json.dumps({"request": request, "finished": True}).encode())
     return str(place)
 
 
@@ -113,6 +113,4 @@ def _write(content: bytes, folder: Path, shard: str, name: str) -> None:
     """One image; the path inside the archive is flattened, so that none can be written elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{shard}_{name.replace('/', '_').lstrip('.')}"
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-    partial.write_bytes(content)
-    partial.replace(target)
+    write_whole(target, content, flush=False)

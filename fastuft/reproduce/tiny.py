@@ -7,12 +7,14 @@ Oxford-IIIT Pet, CIFAR-100 and Food-101 are published. The source set is the dem
 from __future__ import annotations
 
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from fastuft.demo.images import write_demo_images
+from fastuft.demo import write_demo_images
 from fastuft.randomness import keyed_generator
 from fastuft.reproduce.datasets import LAYOUTS
 
@@ -76,7 +78,7 @@ def _write_cifar100(folder: Path, num_train: int) -> None:
 
 
 def write_tiny_datasets(root: str | Path, *, num_train: int, num_glyphs: int) -> str:
-    """Write the four data sets below ``root`` and the source set to ``root/source``; return the source folder.
+    """Write the four data sets and the source set below ``root``, each once and whole; return the source folder.
 
     Args:
         root: the data root, as ``prepare_dataset`` takes it.
@@ -85,13 +87,18 @@ def write_tiny_datasets(root: str | Path, *, num_train: int, num_glyphs: int) ->
     """
     root = Path(root)
     source = write_demo_images(root / "demo", num_glyphs=num_glyphs).source
-    writers = {"pet": _write_pet, "cifar100": _write_cifar100, "food101": _write_food101}
+    writers: dict[str, Callable[[Path], None]] = {
+        "caltech101": _write_caltech101,
+        "pet": lambda folder: _write_pet(folder, num_train),
+        "cifar100": lambda folder: _write_cifar100(folder, num_train),
+        "food101": lambda folder: _write_food101(folder, num_train),
+    }
     for name, layout in LAYOUTS.items():
         folder = root / layout.folder
-        if (folder / layout.sentinel).exists():
+        if folder.exists():
             continue
-        if name == "caltech101":
-            _write_caltech101(folder)
-        else:
-            writers[name](folder, num_train)
+        partial = root / f"{layout.folder}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        writers[name](partial)
+        partial.rename(folder)
     return source

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 
 from fastuft.config import MethodConfig, ReproduceConfig
-from fastuft.reproduce import Sizes, runner, write_tiny_datasets
+from fastuft.reproduce import Sizes, reproduce, training, write_tiny_datasets
 from fastuft.reproduce.recipes import TINY, Training
 
 SHORT = Training(epochs=1, lr=0.05, batch_size=32)
@@ -27,13 +27,13 @@ MICRO = dataclasses.replace(
 
 def run_and_count(out: str, stage: str = "all", processes: str = "1", epochs: str = "1") -> None:
     """Run Table 1 on Pet and print every training that this process did, after the word ``trained``."""
-    train = runner.train
+    train = training.train
 
     def counted(config):
         print("trained", config.out, flush=True)
         return train(config)
 
-    runner.train = counted
+    training.train = counted
     config = ReproduceConfig(
         out=out,
         tables=["1"],
@@ -45,7 +45,7 @@ def run_and_count(out: str, stage: str = "all", processes: str = "1", epochs: st
         processes=int(processes),
     )
     scale = dataclasses.replace(MICRO, pretraining=dataclasses.replace(SHORT, epochs=int(epochs)))
-    sys.exit(runner.reproduce(config, scale))
+    sys.exit(reproduce(config, scale))
 
 
 if __name__ == "__main__":

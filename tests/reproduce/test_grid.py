@@ -11,9 +11,8 @@ from fastuft.cli import main
 from fastuft.cli.commands import COMMANDS
 from fastuft.config import DATASETS, TABLES, ReproduceConfig, WeightsConfig
 from fastuft.report import paper_figures
-from fastuft.reproduce import grid
+from fastuft.reproduce import grid, reproduce
 from fastuft.reproduce.recipes import PAPER, RECIPES, TINY, train_config
-from fastuft.reproduce.runner import Grid, reproduce
 
 ALL = grid.select_cells(TABLES, DATASETS)
 
@@ -199,14 +198,14 @@ def test_dry_run_needs_no_data_and_shows_hours_only_from_a_rate(capsys, tmp_path
 def test_what_is_missing_is_named_before_anything_runs(tmp_path, changes, words):
     base = ReproduceConfig(out=str(tmp_path / "grid"), tables=["2"], datasets=["pet"], figure=[])
     with pytest.raises(ValueError, match=words):
-        Grid(dataclasses.replace(base, **changes)).run()
+        reproduce(dataclasses.replace(base, **changes))
     assert not (tmp_path / "grid").exists()
 
 
 def test_processes_of_torchrun_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"--processes N, without torchrun"):
-        Grid(ReproduceConfig(out=str(tmp_path / "grid"), scale="tiny")).run()
+        reproduce(ReproduceConfig(out=str(tmp_path / "grid"), scale="tiny"))
     assert not (tmp_path / "grid").exists()
 
 

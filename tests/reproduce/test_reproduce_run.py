@@ -18,9 +18,11 @@ from micro_grid import MICRO, SHORT
 
 from fastuft.cli import main
 from fastuft.config import EvalConfig, ReproduceConfig, WeightsConfig
-from fastuft.reproduce import recipes, runner
+from fastuft.reproduce import measuring, recipes, reproduce, training
 from fastuft.reproduce.claims import claim
-from fastuft.reproduce.runner import Grid, reproduce
+from fastuft.reproduce.folders import GridFolders
+from fastuft.reproduce.plan import make_plan, plan_table
+from fastuft.reproduce.runner import run_plan
 from fastuft.trainer import EXIT_PREEMPTED
 
 pytestmark = pytest.mark.e2e
@@ -127,14 +129,14 @@ def test_another_checkpoint_under_the_same_name_is_evaluated_anew(finished, micr
         figure=[],
         weights=WeightsConfig(unsupervised_resnet50=str(weights)),
     )
-    work = Grid(config)
-    work.measurements = [m for m in work.measurements if m.backbone.method == "unsup_S"]
-    work.backbones = [m.backbone for m in work.measurements]
+    plan = make_plan(config)
+    measurements = tuple(m for m in plan.measurements if m.backbone.method == "unsup_S")
+    plan = dataclasses.replace(plan, measurements=measurements, backbones=tuple(m.backbone for m in measurements))
     file = tmp_path / "grid" / "runs" / "unsupervised-resnet50-unsup_S-seed0" / "eval-pet" / "eval.json"
     hashes = []
     for source in (pretrained, other):
         shutil.copy(source, weights)
-        assert work.run() == 0
+        assert run_plan(plan, config, MICRO, GridFolders(tmp_path / "grid", config.weights)) == 0
         hashes.append(json.loads(file.read_text())["backbone"]["hash"])
     assert hashes[0] != hashes[1]
 
@@ -214,7 +216,8 @@ def test_processes_of_one_training_stop_together_with_the_command(tmp_path):
     # The backbone of the last step is there, but the training is not done.
     assert (run / "backbone.safetensors").exists()
     config = ReproduceConfig(out=str(tmp_path), tables=["1"], datasets=["pet"], scale="tiny", figure=[])
-    plan = Grid(config, MICRO).plan().text().splitlines()
+    table = plan_table(make_plan(config), MICRO, GridFolders(tmp_path, config.weights), trials=1, rate=None)
+    plan = table.text().splitlines()
     assert next(line for line in plan if line.startswith(f"train {run.name}")).endswith("to do")
 
 
@@ -229,7 +232,7 @@ def test_one_training_in_two_processes(tmp_path):
 
 def test_a_training_that_is_asked_to_stop_ends_the_command(micro, tmp_path, capsys, monkeypatch):
     stopped = dataclasses.make_dataclass("Stopped", ["interrupted"])("SIGTERM")
-    monkeypatch.setattr(runner, "train", lambda config: stopped)
+    monkeypatch.setattr(training, "train", lambda config: stopped)
     config = ReproduceConfig(out=str(tmp_path), tables=["1"], datasets=["pet"], trials=1, scale="tiny", figure=[])
     with pytest.raises(SystemExit) as ended:
         reproduce(config)
@@ -238,15 +241,15 @@ def test_a_training_that_is_asked_to_stop_ends_the_command(micro, tmp_path, caps
 
 
 def test_a_part_that_fails_leaves_the_others(micro, tmp_path, capsys, monkeypatch):
-    evaluate = runner.evaluate_backbone
+    evaluate = measuring.evaluate_backbone
 
     def fail_once(backbone, config: EvalConfig):
         if "naive" in config.checkpoint:
             raise ValueError("features are not finite")
         return evaluate(backbone, config)
 
-    monkeypatch.setattr(runner, "evaluate_backbone", fail_once)
+    monkeypatch.setattr(measuring, "evaluate_backbone", fail_once)
     config = ReproduceConfig(out=str(tmp_path), tables=["1"], datasets=["pet"], trials=1, scale="tiny", figure=[])
-    assert Grid(config).run() == 1
+    assert reproduce(config) == 1
     assert "failed: unsupervised-resnet50-naive-pet-seed0 on pet: features are not finite" in capsys.readouterr().err
     assert {row["method"] for row in rows_of(tmp_path)} == {"unsup_S", "unsup_T"}
