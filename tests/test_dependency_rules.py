@@ -10,18 +10,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("loss", "mix", "data", "model", "trainer", "evaluate", "report", "cli")
-
-# What each room may import from fastuft, beside itself. `atomic`, `config` and `randomness` are leaves for everyone.
-LEAVES = {"atomic", "config", "randomness"}
+PARTS = {path.stem for path in (ROOT / "fastuft").iterdir() if path.is_dir() or path.suffix == ".py"} - {
+    "__init__",
+    "__pycache__",
+}
+# What each room may import from fastuft, beside itself and the leaves.
 ALLOWED = {
     "loss": {"kernels"},
     "mix": set(),
     "data": set(),
     "model": set(),
-    "trainer": {"loss", "mix", "data", "model", "evaluate"},
     "evaluate": {"data", "model"},
+    "trainer": {"loss", "mix", "data", "model", "evaluate"},
     "report": set(),
+    "demo": {"data", "model", "evaluate", "trainer", "report"},
+    "reproduce": {"data", "model", "evaluate", "trainer", "report", "demo"},
+    "cli": {"data", "model", "evaluate", "trainer", "report", "demo", "reproduce"},
+}
+# Leaves are for everyone, and import at most other leaves.
+LEAVES = {"atomic", "config", "randomness"}
+# Inner modules that other rooms still import, instead of what the room's __init__ exports.
+INNER = {
+    "evaluate": {"fastuft.data.feed", "fastuft.data.files"},
 }
 
 
@@ -45,15 +55,43 @@ def sources(folder: str) -> list[Path]:
     return [path for path in sorted((ROOT / folder).rglob("*.py")) if "fastuft/kernels" not in path.as_posix()]
 
 
+def of_other_rooms(path: Path, room: str) -> set[str]:
+    """Full names of what a file imports from other rooms and leaves."""
+    names = {name for name in imported_modules(path) if name.startswith("fastuft.")}
+    return {name for name in names if name.split(".")[1] in PARTS - {room}}
+
+
+def test_every_room_and_leaf_has_its_rule():
+    assert {*ALLOWED, *LEAVES, "kernels"} == PARTS
+
+
 @pytest.mark.parametrize("room", sorted(ALLOWED))
 def test_rooms_import_only_what_they_may(room):
-    known = {path.stem for path in (ROOT / "fastuft").iterdir()}
     for path in sources(f"fastuft/{room}"):
-        for name in imported_modules(path):
-            parts = name.split(".")
-            if parts[0] != "fastuft" or len(parts) < 2 or parts[1] not in known:
-                continue
-            assert parts[1] in ALLOWED[room] | LEAVES | {room}, f"{path.relative_to(ROOT)} imports {name}"
+        for name in of_other_rooms(path, room):
+            assert name.split(".")[1] in ALLOWED[room] | LEAVES, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("leaf", sorted(LEAVES))
+def test_leaves_import_leaves_only(leaf):
+    place = ROOT / "fastuft" / leaf
+    for path in sources(f"fastuft/{leaf}") if place.is_dir() else [place.with_suffix(".py")]:
+        for name in of_other_rooms(path, leaf):
+            assert name.split(".")[1] in LEAVES, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_rooms_see_only_the_faces_of_others(room):
+    """A room is imported through what its ``__init__`` exports; ``kernels`` has none, so that its modules are its face."""
+    inner = set()
+    for path in sources(f"fastuft/{room}"):
+        for name in of_other_rooms(path, room):
+            module = ".".join(name.split(".")[:3])
+            place = ROOT.joinpath(*module.split("."))
+            is_module = place.with_suffix(".py").is_file() or place.is_dir()
+            if len(name.split(".")) > 2 and name.split(".")[1] != "kernels" and is_module:
+                inner.add(module)
+    assert inner <= INNER.get(room, set())
 
 
 def test_kernels_import_torch_and_triton_only():
