@@ -16,6 +16,7 @@ from typing import BinaryIO, TypeVar
 from PIL import Image, ImageOps
 
 from fastuft.atomic import write_whole
+from fastuft.names import printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _SCAN_CACHE_FROM = 20_000  # smaller folders are scanned anew each time
@@ -29,11 +30,6 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def printable(path: str) -> str:
-    """A path for messages: bytes of its name that are no text are written as \\x.."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True)

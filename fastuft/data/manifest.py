@@ -16,7 +16,8 @@ import numpy as np
 from filelock import FileLock
 
 from fastuft.atomic import remove_leftovers, whole_file, write_whole
-from fastuft.data.files import in_threads, list_images, printable
+from fastuft.data.files import in_threads, list_images
+from fastuft.names import printable
 from fastuft.randomness import keyed_generator
 
 _READERS = 16  # threads that copy or look up files

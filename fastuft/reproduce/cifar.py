@@ -90,6 +90,8 @@ def read_cifar_names(path: Path) -> list[str]:
     names = read_cifar_pickle(path).get("fine_label_names")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} has no list of fine_label_names; {_REMEDY} (CIFAR-10 is another data set)")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path} names a class twice; {_REMEDY}")
     return names
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from fastuft.atomic import whole_file, write_whole
 from fastuft.data import IMAGE_SUFFIXES, list_images
+from fastuft.names import printable, safe_name
 from fastuft.randomness import keyed_generator
 from fastuft.reproduce.cifar import read_cifar_images, read_cifar_names
 
@@ -132,7 +133,7 @@ def read_food101(folder: Path) -> tuple[list[Entry], list[Entry]]:
     def split(list_file: str) -> list[Entry]:
         entries: list[Entry] = []
         for line in (folder / "meta" / list_file).read_text().split():
-            class_name, image = line.split("/")
+            class_name, _, image = line.partition("/")
             entries.append((class_name, folder / "images" / class_name / f"{image}.jpg", f"{image}.jpg"))
         return entries
 
@@ -219,6 +220,22 @@ def _lay_out(entries: Iterable[Entry], folder: Path) -> None:
             raise DatasetMissing(f"{origin} is listed by the data set's split file but does not exist; unpack it again")
 
 
+def _check_names(name: str, origin: Path, *splits: Sequence[Entry]) -> None:
+    """Refuse names that lead out of the folders of their classes, and files that are listed twice."""
+    for entries in splits:
+        seen: set[tuple[str, str]] = set()
+        for class_name, _, file_name in entries:
+            for part in (class_name, file_name):
+                if safe_name(part) != part:
+                    raise ValueError(
+                        f"{name} below {origin} names a class or a file {printable(part)!r}, which is not a plain name. "
+                        "Download it again."
+                    )
+            if (class_name, file_name) in seen:
+                raise ValueError(f"{name} below {origin} lists {class_name}/{file_name} twice. Download it again.")
+            seen.add((class_name, file_name))
+
+
 def _check_sizes(name: str, origin: Path, train: Sequence[Entry], test: Sequence[Entry], expected: Sizes) -> None:
     found = Sizes(len(train), len(test), len({entry[0] for entry in train}))
     if found != replace(expected, test=found.test if expected.test is None else expected.test):
@@ -268,6 +285,7 @@ def prepare_dataset(
         raise other
 
     train, test = read_splits(name, origin, caltech_per_class=caltech_per_class)
+    _check_names(name, origin, train, test)
     _check_sizes(name, origin, train, test, sizes or layout.sizes)
     for part, entries in (("train", train), ("test", test)):
         _lay_out(entries, place / part)

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from fastuft.atomic import write_whole
 from fastuft.data import IMAGE_SUFFIXES
+from fastuft.names import safe_name
 from fastuft.randomness import keyed_generator
 
 
@@ -35,7 +36,7 @@ def _images(tar: Path) -> list[tuple[str, str]]:
     The class is the shard's name, or what the ``.cls`` file beside the image says, where a shard has such files
     (WebDataset).
     """
-    names: list[str] = []
+    names: dict[str, None] = {}  # a member that is added again replaces the earlier one
     classes: dict[str, str] = {}
     with _opened(tar) as archive:
         for member in archive:
@@ -43,14 +44,14 @@ def _images(tar: Path) -> list[tuple[str, str]]:
                 continue
             suffix = PurePosixPath(member.name).suffix.lower()
             if suffix in IMAGE_SUFFIXES:
-                names.append(member.name)
+                names[member.name] = None
             elif suffix == ".cls":
                 classes[member.name[: -len(suffix)]] = _content(archive, member).decode("utf-8", "replace").strip()
     if not classes:
-        return [(name, tar.stem) for name in names]
+        return [(name, safe_name(tar.stem)) for name in names]
     found = [(name, classes.get(name[: -len(PurePosixPath(name).suffix)], "")) for name in names]
     for name, label in found:
-        if not re.fullmatch(r"\w[\w-]*", label):
+        if not re.fullmatch(r"\w[\w-]*", label) or safe_name(label) != label:
             raise ValueError(
                 f"{tar}: {name} has {label!r} as class; where a shard holds .cls files, each image needs one with a "
                 "number or a name of letters, digits, _ and -"
@@ -104,13 +105,11 @@ def extract_tar_sample(shards: str | Path, place: str | Path, *, fraction: float
         with _opened(tars[shard]) as archive:
             for member in archive:
                 if member.isfile() and member.name in labels:
-                    _write(_content(archive, member), place / labels[member.name], tars[shard].stem, member.name)
+                    folder = place / labels[member.name]
+                    folder.mkdir(parents=True, exist_ok=True)
+                    # One name of shard and path, so that images of one class from several shards stay apart.
+                    write_whole(
+                        folder / safe_name(f"{tars[shard].stem}/{member.name}"), _content(archive, member), flush=False
+                    )
     write_whole(stamp_file, json.dumps({"request": request, "finished": True}).encode())
     return str(place)
-
-
-def _write(content: bytes, folder: Path, shard: str, name: str) -> None:
-    """One image; the path inside the archive is flattened, so that none can be written elsewhere."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{shard}_{name.replace('/', '_').lstrip('.')}"
-    write_whole(target, content, flush=False)

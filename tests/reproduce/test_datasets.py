@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -228,6 +229,37 @@ def test_classes_are_the_shards_names_or_what_webdataset_says(tmp_path):
     assert {(p.parent.name, p.read_bytes()) for p in place.glob("*/*.*")} == {("7", b"1"), ("9", b"2"), ("9", b"3")}
 
 
+def test_images_whose_names_are_alike_stay_apart(tmp_path):
+    """``a/b`` and ``a_b`` of one shard, and ``b_c`` of shard ``a`` beside ``c`` of shard ``a_b``."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    members = {
+        "a": [("a/b.png", b"1"), ("a_b.png", b"2"), ("b_c.png", b"3"), ("twice.png", b"old"), ("twice.png", b"4")],
+        "a_b": [("c.png", b"5")],
+    }
+    for shard, contents in members.items():
+        with tarfile.open(shards / f"{shard}.tar", "w") as archive:
+            for name, content in contents:
+                _add(archive, name, content)
+                _add(archive, name.replace(".png", ".cls"), b"7")
+    place = Path(extract_tar_sample(shards, tmp_path / "a", fraction=1.0, seed=0))
+    assert sorted(path.read_bytes() for path in (place / "7").iterdir()) == [b"1", b"2", b"3", b"4", b"5"]
+
+
+def test_shard_and_member_names_of_any_kind_stay_inside_the_sample(tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    names = ["/etc/a.jpg", "../../b.jpg", "c" * 400 + ".jpg", "d\n\x1b.jpg", "..jpg", "sub/..\\e.jpg"]
+    with tarfile.open(shards / "..tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for index, name in enumerate(names):
+            _add(archive, name, bytes([index]))
+    place = Path(extract_tar_sample(shards, tmp_path / "a", fraction=1.0, seed=0))
+    written = sorted(path.relative_to(place) for path in place.rglob("*") if path.suffix != ".json" and path.is_file())
+    assert len(written) == len(names) and all(len(path.parts) == 2 for path in written)
+    assert {(place / path).read_bytes() for path in written} == {bytes([index]) for index in range(len(names))}
+    assert {path.name for path in tmp_path.iterdir()} == {"shards", "a"}
+
+
 @pytest.mark.parametrize(
     ("members", "words"),
     [
@@ -251,15 +283,15 @@ def test_damaged_shards_are_named(tmp_path):
 
 def test_a_sample_goes_on_after_a_stop_and_is_not_mixed_with_another(tmp_path, monkeypatch):
     shards = _shards(tmp_path / "shards", *[[(f"{i}.jpg", bytes([s, i])) for i in range(8)] for s in range(3)])
-    write, written = shards_module._write, []
+    read, taken = shards_module._content, []
 
     def stop_after_four(*args):
-        if len(written) == 4:
+        if len(taken) == 4:
             raise KeyboardInterrupt
-        written.append(args)
-        write(*args)
+        taken.append(args)
+        return read(*args)
 
-    monkeypatch.setattr(shards_module, "_write", stop_after_four)
+    monkeypatch.setattr(shards_module, "_content", stop_after_four)
     with pytest.raises(KeyboardInterrupt):
         extract_tar_sample(shards, tmp_path / "a", fraction=0.5, seed=0)
     monkeypatch.undo()
@@ -269,3 +301,41 @@ def test_a_sample_goes_on_after_a_stop_and_is_not_mixed_with_another(tmp_path, m
     assert len(list(place.glob("*/*.jpg"))) == 12
     monkeypatch.setattr(shards_module, "_images", None)  # a finished sample is not drawn again
     assert extract_tar_sample(shards, place, fraction=0.5, seed=0) == str(place)
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "a/b", "..", "a\0b"])
+def test_cifar_names_that_lead_elsewhere_are_refused(root, tmp_path, name):
+    shutil.copytree(root / "cifar-100-python", tmp_path / "in" / "cifar-100-python")
+    names = [f"digit_{label}" for label in range(9)] + [name]
+    (tmp_path / "in" / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"fine_label_names": names}, protocol=2))
+    with pytest.raises(ValueError, match="is not a plain name"):
+        prepare_dataset("cifar100", tmp_path / "in", tmp_path / "cache", **SIZES)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_cifar_names_that_repeat_are_refused(tmp_path):
+    (tmp_path / "meta").write_bytes(pickle.dumps({"fine_label_names": ["cat", "cat"]}, protocol=2))
+    with pytest.raises(ValueError, match="names a class twice"):
+        read_cifar_names(tmp_path / "meta")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "file", "line", "words"),
+    [
+        ("pet", "annotations/trainval.txt", "../../outside_1 1 1 1", "is not a plain name"),
+        ("pet", "annotations/test.txt", "/outside_1 1 1 1", "is not a plain name"),
+        ("food101", "meta/train.txt", "../1", "is not a plain name"),
+        ("food101", "meta/train.txt", "digit_0/../../1", "is not a plain name"),
+        ("food101", "meta/test.txt", "digit_0", "is not a plain name|does not exist"),
+        ("pet", "annotations/trainval.txt", None, "lists .* twice"),
+    ],
+)
+def test_lists_of_names_that_lead_elsewhere_or_repeat_are_refused(root, tmp_path, dataset, file, line, words):
+    folder = LAYOUTS[dataset].folder
+    shutil.copytree(root / folder, tmp_path / "in" / folder)
+    listed = tmp_path / "in" / folder / file
+    lines = listed.read_text().splitlines()
+    listed.write_text("\n".join([lines[1] if line is None else line, *lines[1:]]) + "\n")
+    with pytest.raises(ValueError, match=words):
+        prepare_dataset(dataset, tmp_path / "in", tmp_path / "cache", **SIZES)
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,55 @@
+"""Names of others as parts of paths, and as text."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastuft.names import printable, safe_name
+
+ANY = st.text(st.characters(), max_size=400)
+
+
+@pytest.mark.parametrize("name", ["a.png", "class 1", "日本", "n01440764_10026.JPEG", "a-b_c.tar"])
+def test_plain_names_stay_as_they_are(name):
+    assert safe_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "/", "../../etc/passwd", "/etc/passwd", "C:\\x", ".hidden", "a\0b", "a\nb"]
+)
+def test_what_is_not_a_plain_name_is_rewritten_as_one(name):
+    assert safe_name(name) != name
+    assert "/" not in safe_name(name) and safe_name(name).strip(".") != ""
+
+
+def test_names_that_are_alike_stay_apart():
+    assert len({safe_name(name) for name in ("a/b.png", "a_b.png", "a\\b.png", "a:b.png", "a//b.png")}) == 5
+    assert safe_name("a/b.png").endswith(".png")
+
+
+@given(ANY)
+def test_every_name_becomes_one_part_of_a_path(tmp_path_factory, name):
+    safe = safe_name(name)
+    assert safe_name(safe) == safe
+    assert os.path.basename(safe) == safe not in ("", ".", "..") and len(safe.encode()) <= 200
+    folder = tmp_path_factory.mktemp("names")
+    (folder / safe).write_bytes(b"")
+    assert os.listdir(folder) == [safe]
+
+
+@given(ANY)
+def test_every_name_is_shown_on_one_line(name):
+    shown = printable(name)
+    assert shown.isprintable() and shown.encode().decode() == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("a b.png", "a b.png"), ("\udcff.png", r"\xff.png"), ("a\nb", r"a\nb"), ("\x1b[2J", r"\x1b[2J"), ("日本", "日本")],
+)
+def test_what_cannot_be_shown_is_escaped(name, shown):
+    assert printable(name) == shown
