@@ -28,7 +28,7 @@ ALLOWED = {
     "cli": {"data", "model", "evaluate", "trainer", "report", "demo", "reproduce"},
 }
 # Leaves are for everyone, and import at most other leaves.
-LEAVES = {"atomic", "config", "names", "randomness"}
+LEAVES = {"atomic", "config", "names", "randomness", "runfolder"}
 # Inner modules that other rooms still import, instead of what the room's __init__ exports.
 INNER = {
     "evaluate": {"fastuft.data.feed", "fastuft.data.files"},

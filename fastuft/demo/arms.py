@@ -7,7 +7,6 @@ Every arm is a plain :class:`fastuft.config.TrainConfig` written into its run fo
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import warnings
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastuft.atomic import write_whole
 from fastuft.config import DataConfig, EvalConfig, MethodConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from fastuft.data import SMALL_IMAGES, labeled_folder
 from fastuft.demo.images import DemoFolders
 from fastuft.evaluate import clustering_accuracy, evaluate_backbone, retrieval_accuracy, write_evaluation
 from fastuft.model import load_backbone
+from fastuft.runfolder import RunFolder, write_json
 from fastuft.trainer import train
 
 MODEL = ModelConfig(arch="resnet_tiny", stem="small", head_dim=64, bn="plain")
@@ -79,7 +78,7 @@ class Demo:
     def evaluate(self, seed: int, name: str) -> None:
         """Evaluate a run's backbone against the pretrained one; figures go into the run folder."""
         run, before = self.folder(seed, name), self.folder(seed, PRETRAINED)
-        if (run / "eval.json").exists():
+        if RunFolder(run).evaluation_file.exists():
             return
         config = EvalConfig(
             checkpoint=str(run),
@@ -106,11 +105,11 @@ class Demo:
 
     def evaluate_pixels(self, seed: int) -> None:
         """Figures of the raw pixels, in a folder of their own."""
-        out = self.folder(seed, RAW_PIXELS)
-        if (out / "eval.json").exists():
+        out = RunFolder(self.folder(seed, RAW_PIXELS))
+        if out.evaluation_file.exists():
             return
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "eval.json", json.dumps(raw_pixels(self.folders, seed)).encode())
+        out.path.mkdir(parents=True, exist_ok=True)
+        write_json(out.evaluation_file, raw_pixels(self.folders, seed))
 
 
 def pretrain_config(folders: DemoFolders, out: Path, seed: int, epochs: int) -> TrainConfig:

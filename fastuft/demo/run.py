@@ -25,6 +25,7 @@ from fastuft.data import processors
 from fastuft.demo.arms import ARMS, PRETRAINED, RAW_PIXELS, Demo
 from fastuft.demo.images import write_demo_images
 from fastuft.report import accuracy_table, load_run, table, write_report
+from fastuft.runfolder import RunFolder
 
 
 def run_demo(
@@ -91,7 +92,7 @@ def run_demo(
     write_report(report, runs, title="fastuft demo: from glyphs to handwritten digits", notes=notes)
     print(f"report:     {report}")
     print(f"table:      {root / 'table.md'}")
-    print(f"checkpoint: {demo.folder(first_seed, '+ SDR + Mix') / 'backbone.safetensors'}")
+    print(f"checkpoint: {RunFolder(demo.folder(first_seed, '+ SDR + Mix')).backbone_file}")
     print(f"time:       {time.perf_counter() - started:.0f} s")
     return report
 

@@ -3,7 +3,6 @@
 from fastuft.model.backbone import Backbone, Stem
 from fastuft.model.batchnorm import SplitBatchNorm2d, has_batchnorm, set_batchnorm_mode
 from fastuft.model.checkpoint import (
-    BACKBONE_FILE,
     InitReport,
     export,
     export_backbone,
@@ -20,7 +19,6 @@ from fastuft.model.timm_network import TimmBackbone
 
 __all__ = [
     "ARCHS",
-    "BACKBONE_FILE",
     "Backbone",
     "Encoder",
     "InitReport",

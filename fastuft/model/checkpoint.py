@@ -27,9 +27,9 @@ from fastuft.model.moco import Encoder, MoCo
 from fastuft.model.networks import build_backbone
 from fastuft.model.resnet_v2 import ResNetV2
 from fastuft.model.timm_network import TimmBackbone
+from fastuft.runfolder import RunFolder
 
 METADATA_KEY = "fastuft"
-BACKBONE_FILE = "backbone.safetensors"
 _LISTED = 12  # names shown in an error before "and N more"
 
 
@@ -253,12 +253,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    checkpoints = sorted((path / "checkpoints").glob("step_*.pt"))
-    if checkpoints:
-        return checkpoints[-1]
-    if (path / BACKBONE_FILE).exists():
-        return path / BACKBONE_FILE
-    raise ValueError(f"init={str(path)!r} is a folder without checkpoints; name a run folder or a checkpoint file")
+    return RunFolder(path).weights_file()
 
 
 def load_init(target: MoCo | Encoder | Backbone, path: str | Path, *, allow_missing: Sequence[str] = ()) -> InitReport:
@@ -370,7 +365,7 @@ def load_backbone(path: str | Path, arch: str | None = None, stem: Stem | None =
         ValueError: as ``load_init``, or no network named.
     """
     path = Path(path)
-    file = path / BACKBONE_FILE if (path / BACKBONE_FILE).exists() else resolve_checkpoint(path)
+    file = RunFolder(path).weights_file(backbone_first=True) if path.is_dir() else path
     content, metadata = read_checkpoint(file)
     known = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else {}
     if isinstance(content, Mapping) and isinstance(content.get("model_config"), Mapping):  # a fastuft checkpoint

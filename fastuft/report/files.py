@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FILES = ("metrics.jsonl", "summary.json", "config.yaml", "eval.json", "eval_arrays.npz")
+from fastuft.runfolder import RunFolder, read_json, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -44,35 +43,6 @@ class RunFiles:
         return steps[finite], values[finite]
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a last line cut short by a crash is left out, any other bad line is an error."""
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}:{number} is not JSON ({error.msg}); repair or remove that line") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number} is no JSON object; each line holds one row of named values")
-        rows.append(row)
-    return rows
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); run the step that writes it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is no JSON object; run the step that writes it again")
-    return value
-
-
 def load_run(name: str, folder: Path | str | Sequence[Path | str]) -> RunFiles:
     """The files of one run, from its folder or from several (training and evaluation apart).
 
@@ -82,23 +52,29 @@ def load_run(name: str, folder: Path | str | Sequence[Path | str]) -> RunFiles:
         ValueError: no folder holds any run file, or a file is damaged.
     """
     folders = [Path(f) for f in ([folder] if isinstance(folder, str | Path) else folder)]
-    places = [place for f in folders for place in (f, f / "eval")]
-    found = {file: next((p / file for p in places if (p / file).is_file()), None) for file in FILES}
-    if not any(found.values()):
-        listed = ", ".join(map(str, folders))
-        raise ValueError(f"run {name!r}: {listed} holds none of {', '.join(FILES)}; name a run or evaluation folder")
-    metrics, summary, config = found["metrics.jsonl"], found["summary.json"], found["config.yaml"]
-    evaluation, arrays = found["eval.json"], found["eval_arrays.npz"]
+    places = [RunFolder(place) for f in folders for place in (f, f / "eval")]
+
+    def first(file: Callable[[RunFolder], Path]) -> RunFolder | None:
+        return next((place for place in places if file(place).is_file()), None)
+
+    metrics, summary = first(lambda place: place.metrics_file), first(lambda place: place.summary_file)
+    config, evaluation = first(lambda place: place.config_file), first(lambda place: place.evaluation_file)
+    arrays = first(lambda place: place.arrays_file)
+    if not (metrics or summary or config or evaluation or arrays):
+        names = ", ".join(file.name for file in places[0].report_files)
+        raise ValueError(
+            f"run {name!r}: {', '.join(map(str, folders))} holds none of {names}; name a run or evaluation folder"
+        )
     loaded: dict[str, np.ndarray] = {}
     if arrays:
-        with np.load(arrays, allow_pickle=False) as file:
+        with np.load(arrays.arrays_file, allow_pickle=False) as file:
             loaded = {key: file[key] for key in file.files}
     return RunFiles(
         name,
         folders[0],
-        metrics=read_json_lines(metrics) if metrics else [],
-        summary=_read_json(summary) if summary else {},
-        config=config.read_text(encoding="utf-8") if config else "",
-        evaluation=_read_json(evaluation) if evaluation else {},
+        metrics=read_json_lines(metrics.metrics_file) if metrics else [],
+        summary=summary.read_summary() if summary else {},
+        config=config.config_file.read_text(encoding="utf-8") if config else "",
+        evaluation=read_json(evaluation.evaluation_file) if evaluation else {},
         arrays=loaded,
     )

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastuft.report.files import read_json_lines
 from fastuft.report.render import render
 from fastuft.report.tables import NONE, Figure, Format, Table
+from fastuft.runfolder import read_json_lines
 
 KEYS = ("table", "pretraining", "backbone", "method", "dataset", "metric")
 Key = tuple[str, str, str, str, str, str]

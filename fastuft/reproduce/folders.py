@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fastuft.config import EvalConfig, TrainConfig, WeightsConfig
-from fastuft.model import BACKBONE_FILE
 from fastuft.reproduce.grid import PRETRAINED, Backbone, Measurement
+from fastuft.runfolder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class GridFolders:
 
     def summary(self, backbone: Backbone) -> Path:
         """What a training says of itself when it ends."""
-        return self.run(backbone) / "summary.json"
+        return RunFolder(self.run(backbone)).summary_file
 
     def evaluation(self, measurement: Measurement) -> Path:
         """The folder of one evaluation."""
@@ -84,7 +84,7 @@ class GridFolders:
 
     def figures(self, measurement: Measurement) -> Path:
         """The figures of one evaluation."""
-        return self.evaluation(measurement) / "eval.json"
+        return RunFolder(self.evaluation(measurement)).evaluation_file
 
     def given(self, backbone: Backbone) -> str | None:
         """The checkpoint that was named for a pretrained backbone."""
@@ -100,8 +100,9 @@ class GridFolders:
     def trained(self, backbone: Backbone) -> bool:
         """Whether a training is finished; one that was stopped has a backbone too, that of its last step."""
         # Supervised training writes its backbone once, at the end; the others write a summary.
-        finished = backbone.method == "sup_S" or read_json(self.summary(backbone)).get("finished", False)
-        return finished and (self.run(backbone) / BACKBONE_FILE).exists()
+        run = RunFolder(self.run(backbone))
+        finished = backbone.method == "sup_S" or run.read_summary().get("finished", False)
+        return finished and run.backbone_file.exists()
 
     def evaluated(self, measurement: Measurement) -> bool:
         """Whether an evaluation is there."""

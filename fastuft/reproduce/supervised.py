@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from fastuft.config import AugmentConfig
 from fastuft.data import LabeledTrainStream, Loading, labeled_folder
-from fastuft.model import BACKBONE_FILE, Stem, build_backbone, export_backbone
+from fastuft.model import Stem, build_backbone, export_backbone
 from fastuft.randomness import keyed_seed
+from fastuft.runfolder import RunFolder
 
 
 def train_supervised(
@@ -79,5 +80,5 @@ def train_supervised(
     if not math.isfinite(last):
         raise ValueError(f"supervised training diverged (loss {last}) at lr={lr:g}; lower it")
     Path(out).mkdir(parents=True, exist_ok=True)
-    export_backbone(backbone, Path(out) / BACKBONE_FILE)
+    export_backbone(backbone, RunFolder(Path(out)).backbone_file)
     return last

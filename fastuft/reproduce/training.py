@@ -19,6 +19,7 @@ from fastuft.reproduce.folders import GridFolders, plain, read_json
 from fastuft.reproduce.grid import Backbone
 from fastuft.reproduce.recipes import Scale, train_config
 from fastuft.reproduce.supervised import train_supervised
+from fastuft.runfolder import RunFolder
 from fastuft.trainer import EXIT_PREEMPTED, train
 
 # A run's settings that change none of its figures.
@@ -98,10 +99,9 @@ def finetune(
 
 def _check_same(run: TrainConfig) -> None:
     """Refuse to mix runs of different settings in one output folder."""
-    file = Path(run.out) / "config.yaml"
-    if not file.exists():
+    before, now = RunFolder(Path(run.out)).read_config(), plain(run)
+    if not before:
         return
-    before, now = yaml.safe_load(file.read_text(encoding="utf-8")), plain(run)
     changed = [name for name in now if name not in _NEUTRAL and before.get(name) != now[name]]
     if changed:
         raise ValueError(

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from fastuft.atomic import write_whole
 from fastuft.config import RuntimeConfig
+from fastuft.runfolder import RunFolder
 
 
 def check_writers(runtime: RuntimeConfig) -> None:
@@ -41,7 +41,7 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, runtime: RuntimeConfig, *, enabled: bool, total_steps: int, resumed_step: int
+        self, folder: RunFolder, runtime: RuntimeConfig, *, enabled: bool, total_steps: int, resumed_step: int
     ) -> None:
         self.enabled = enabled
         self._board: Any = None
@@ -52,8 +52,10 @@ class Recorder:
         self.earlier: list[dict[str, Any]] = []
         if not enabled:
             return
-        self._path = folder / "metrics.jsonl"
-        self._drop_after(resumed_step)
+        # A run that starts again from nothing keeps no row, the evaluation before its first step included.
+        self.earlier = [row for row in folder.read_metrics() if row["step"] <= resumed_step] if resumed_step else []
+        folder.write_metrics(self.earlier)
+        self._path = folder.metrics_file
         self._file = self._path.open("a", encoding="utf-8")
         if runtime.tensorboard:
             if importlib.util.find_spec("tensorboard") is None:
@@ -61,12 +63,16 @@ class Recorder:
             else:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+                self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=resumed_step + 1)
         if runtime.wandb:
             import wandb
 
             self._wandb = wandb.init(
-                project="fastuft", dir=str(folder), name=folder.name, id=self._wandb_id(folder), resume="allow"
+                project="fastuft",
+                dir=str(folder.path),
+                name=folder.path.name,
+                id=self._wandb_id(folder.path),
+                resume="allow",
             )
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -79,22 +85,6 @@ class Recorder:
         if not path.exists():
             path.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
         return path.read_text(encoding="utf-8").strip()
-
-    def _rows(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        rows = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # a line cut off by a kill
-        return rows
-
-    def _drop_after(self, step: int) -> None:
-        # A run that starts again from nothing keeps no row, the evaluation before its first step included.
-        self.earlier = [row for row in self._rows() if row["step"] <= step] if step else []
-        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self.earlier).encode())
 
     def write(self, row: dict[str, Any]) -> None:
         """One row of metrics: ``kind``, ``step`` and figures, or mappings of them.

@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from fastuft.runfolder import CheckpointError, RunFolder, load_checkpoint
 from fastuft.trainer.distributed import Ranks
-from fastuft.trainer.state import CheckpointError, checkpoints, load_checkpoint, newest_checkpoint
 
 # What must be the same for a checkpoint's state to mean the same in the resumed run.
 _FIXED = {
@@ -27,41 +27,43 @@ _FIXED = {
 _FREE = ("out", "resume", "max_steps", "init", "target", "source", "allow_missing", "runtime.", "watch.", "data.")
 
 
-def find_checkpoint(resume: str, out: str, ranks: Ranks) -> dict[str, Any] | None:
+def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, Any] | None:
     """State to go on from, or None for a folder that holds no run yet.
 
     Args:
-        resume: no, auto (the newest whole checkpoint in ``out``), or a checkpoint's path.
-        out: the run folder.
+        resume: no, auto (the newest whole checkpoint in ``folder``), or a checkpoint's path.
+        folder: the run's.
         ranks: the processes, which must all find the same.
 
     Raises:
         ValueError: the folder holds a run and ``resume`` is no, or ``resume`` is older than what the folder holds.
         CheckpointError: no checkpoint is whole, or the processes see different ones.
     """
-    folder, state = Path(out) / "checkpoints", None
+    out, state = str(folder.path), None
     if resume == "auto":
-        state, path, reasons = newest_checkpoint(folder)
-        for reason in reasons if ranks.is_main and path is not None else []:
+        newest = folder.checkpoints.newest(load_checkpoint)
+        state = newest.content
+        for reason in newest.reasons if ranks.is_main and state is not None else ():
             warnings.warn(f"{reason}; the one before it is used", stacklevel=2)
-        if reasons and path is None:
+        if newest.reasons and state is None:
             raise CheckpointError(
-                f"resume='auto': no checkpoint in {folder} is whole: {reasons[0]}; move the run away to start afresh"
+                f"resume='auto': no checkpoint in {folder.checkpoints.folder} is whole: {newest.reasons[0]}; move the run "
+                "away to start afresh"
             )
     elif resume != "no":
         state = load_checkpoint(Path(resume))
-        later = [path for step, path in checkpoints(folder) if step > state["global_step"]]
+        later = [path for step, path in folder.checkpoints.all() if step > state["global_step"]]
         if later:
             raise ValueError(
                 f"resume={resume!r} is older than {later[0]} in out={out!r}; choose another out, or move the newer "
                 "checkpoints away"
             )
-    elif (folder.parent / "metrics.jsonl").exists() or folder.exists():
+    elif folder.has_weights:
         raise ValueError(f"out={out!r} holds a run already; go on with resume=auto, or choose another folder")
     steps = ranks.gather_objects(None if state is None else state["global_step"])
     if len(set(steps)) > 1:
         raise CheckpointError(
-            f"the processes see checkpoints of different steps in {folder} ({steps}); out must be on a file system that "
+            f"the processes see checkpoints of different steps in {out} ({steps}); out must be on a file system that "
             "all of them share"
         )
     return state

@@ -271,7 +271,7 @@ def test_damage_is_named(tmp_path):
         load_run("arm", run)
     run = write_run(tmp_path / "b")
     (run / "eval.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"eval\.json is no JSON object"):
+    with pytest.raises(ValueError, match=r"eval\.json is not a JSON object"):
         load_run("arm", run)
 
 

@@ -11,7 +11,7 @@ import yaml
 from processes import run
 
 from fastuft.randomness import keyed_generator
-from fastuft.trainer.state import checkpoints, load_checkpoint
+from fastuft.runfolder import RunFolder, load_checkpoint
 
 pytestmark = pytest.mark.e2e
 
@@ -34,15 +34,15 @@ WHILE_WRITING = """
 import os, signal
 from fastuft.atomic import whole_file
 from fastuft.model import checkpoint
-from fastuft.trainer import recorder, state
-real = state.write_whole
+from fastuft.runfolder import checkpoints, folder
+real = checkpoints.write_whole
 def killed(path, content):
     if path.name == {name!r}:
         with whole_file(path) as partial:
             partial.write_bytes(bytes(content[: len(content) // 2]))
             os.kill(os.getpid(), signal.SIGKILL)
     real(path, content)
-for module in (checkpoint, recorder, state):
+for module in (checkpoint, checkpoints, folder):
     module.write_whole = killed
 """
 PARTS = ("keys", "forward", "loss", "backward", "mix", "optimizer", "momentum", "enqueue")
@@ -60,7 +60,7 @@ def command(tiny, tmp_path):
 
 
 def same(left, right):
-    left, right = (load_checkpoint(checkpoints(folder / "checkpoints")[0][1]) for folder in (left, right))
+    left, right = (load_checkpoint(RunFolder(folder).checkpoints.all()[0][1]) for folder in (left, right))
     for part in ("model", "queue", "optimizer", "rank_buffers", "torch_rng"):
         torch.testing.assert_close(left[part], right[part], rtol=0, atol=0, equal_nan=True)
     assert left["global_step"] == right["global_step"] == 12

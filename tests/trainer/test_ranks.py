@@ -17,10 +17,10 @@ from processes import ROOT, environment, finish, free_port, run, start
 from torch.nn.parallel import DistributedDataParallel
 
 from fastuft.data import Batch
+from fastuft.runfolder import RunFolder, load_checkpoint
 from fastuft.trainer import train
 from fastuft.trainer.distributed import KeyShuffle, Ranks, start_ranks, stop_ranks
 from fastuft.trainer.learner import build_learner
-from fastuft.trainer.state import checkpoints, load_checkpoint
 from fastuft.trainer.step import train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
@@ -38,7 +38,7 @@ def losses(folder):
 
 
 def state_of(folder):
-    return load_checkpoint(checkpoints(folder / "checkpoints")[0][1])
+    return load_checkpoint(RunFolder(folder).checkpoints.all()[0][1])
 
 
 def assert_as_one(tiny, tmp_path, world_size, **changes):
@@ -181,7 +181,7 @@ def test_a_rank_that_goes_astray_stops_all_before_anything_is_saved(tiny, tmp_pa
     assert [status for status, _ in results] == [1, 1], results
     assert all(message in output and "step_00000003.pt" in output for _, output in results), results
     assert all("Traceback" not in output for _, output in results)
-    assert [step for step, _ in checkpoints(tmp_path / "run" / "checkpoints")] == [3]
+    assert [step for step, _ in RunFolder(tmp_path / "run").checkpoints.all()] == [3]
 
 
 DIES = """

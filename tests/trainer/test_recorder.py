@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastuft.config import RuntimeConfig
+from fastuft.runfolder import RunFolder
 from fastuft.trainer import train
 from fastuft.trainer.recorder import Recorder
 
@@ -26,7 +27,9 @@ def row(step, **more):
 
 def recorder(folder, resumed_step=0, total_steps=100, **runtime):
     runtime = {"tensorboard": False, **runtime}
-    return Recorder(folder, RuntimeConfig(**runtime), enabled=True, total_steps=total_steps, resumed_step=resumed_step)
+    return Recorder(
+        RunFolder(folder), RuntimeConfig(**runtime), enabled=True, total_steps=total_steps, resumed_step=resumed_step
+    )
 
 
 def without(monkeypatch, name):

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from processes import run as run_command
 
 from fastuft.cli import main
 from fastuft.model import load_backbone
-from fastuft.trainer import CheckpointError, NonFiniteLossError, train
+from fastuft.runfolder import RunFolder, load_checkpoint
+from fastuft.trainer import Callbacks, CheckpointError, NonFiniteLossError, saving, train
 from fastuft.trainer import run as run_module
-from fastuft.trainer.state import checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
 
@@ -30,7 +31,7 @@ def rows(folder, kind="train"):
 
 
 def final(folder):
-    return load_checkpoint(checkpoints(folder / "checkpoints")[0][1])
+    return load_checkpoint(RunFolder(folder).checkpoints.all()[0][1])
 
 
 def assert_same_state(left, right):
@@ -49,7 +50,7 @@ def test_a_run_leaves_its_folder(tiny, folders):
     for row in rows(folder):
         assert row["loss"] == pytest.approx(row["loss_q"] + row["loss_m"], rel=1e-6)
         assert row["loss_q"] == pytest.approx(row["alignment"] + row["distribution"], rel=1e-5)
-    assert [step for step, _ in checkpoints(folder / "checkpoints")] == [8]
+    assert [step for step, _ in RunFolder(folder).checkpoints.all()] == [8]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["images"] == 128 and summary["bn"] == "split"
     assert summary["manifest"]["num_target"] == 40 and summary["manifest"]["num_source"] == 24
@@ -298,7 +299,7 @@ def test_an_evaluation_that_the_run_died_in_is_made_up_for(tiny, folders, monkey
     with pytest.raises(KeyboardInterrupt):
         train(config)
     train(dataclasses.replace(config, resume="auto"))
-    assert [row["step"] for row in rows(run_module.Path(config.out), "watch")] == [0, 4, 8]
+    assert [row["step"] for row in rows(Path(config.out), "watch")] == [0, 4, 8]
 
 
 def test_initialisation_is_reported(tiny, tmp_path):
@@ -334,13 +335,13 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, monkeypatch):
 
 REFUSES_MORE = """
 import os, resource
-from fastuft.trainer import run
-real = run.save_checkpoint
-def save(folder, step, state, **options):
+from fastuft.runfolder import Checkpoints
+real = Checkpoints.save
+def save(self, step, state, **options):
     if step == 3:  # from here on the system refuses to let a file grow beyond a few pages
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    return real(folder, step, state, **options)
-run.save_checkpoint = save
+    return real(self, step, state, **options)
+Checkpoints.save = save
 """
 
 
@@ -353,7 +354,7 @@ def test_a_write_that_the_system_refuses_half_way_leaves_the_last_good_checkpoin
     assert status == 2 and "Traceback" not in output
     assert "step_00000003.pt could not be written (File too large); the last good one is" in output
     folder = tmp_path / "run"
-    assert [step for step, _ in checkpoints(folder / "checkpoints")] == [2, 1]
+    assert [step for step, _ in RunFolder(folder).checkpoints.all()] == [2, 1]
     assert not list(folder.rglob("*.partial"))
     assert final(folder)["global_step"] == 2
     whole = train(dataclasses.replace(config, out=str(tmp_path / "whole"))).run_dir
@@ -365,7 +366,7 @@ def test_a_backbone_that_cannot_be_written_is_said_too(tiny, monkeypatch):
     def full(backbone, path, **metadata):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_module, "export_backbone", full)
+    monkeypatch.setattr(saving, "export_backbone", full)
     with pytest.raises(
         CheckpointError, match=r"backbone\.safetensors could not be .*No space.*step_00000004\.pt\. Free"
     ):
@@ -376,7 +377,7 @@ def test_a_backbone_that_cannot_be_written_is_said_too(tiny, monkeypatch):
 def test_a_spoilt_newest_checkpoint_is_said_and_the_one_before_is_gone_on_from(tiny, tmp_path, spoil):
     config = tiny(runtime={"save_every": 2}, max_steps=4)
     whole = train(tiny(out=str(tmp_path / "whole"))).run_dir
-    newest = checkpoints(train(config).run_dir / "checkpoints")[0][1]
+    newest = RunFolder(train(config).run_dir).checkpoints.all()[0][1]
     if spoil == "cut":
         newest.write_bytes(newest.read_bytes()[:-100])
     else:
@@ -384,7 +385,7 @@ def test_a_spoilt_newest_checkpoint_is_said_and_the_one_before_is_gone_on_from(t
     with pytest.warns(UserWarning, match=r"step_00000004\.pt does not match its digest.*the one before it is used"):
         result = train(dataclasses.replace(config, resume="auto", max_steps=None))
     assert_same_state(final(whole), final(result.run_dir))
-    for _, path in checkpoints(result.run_dir / "checkpoints"):
+    for _, path in RunFolder(result.run_dir).checkpoints.all():
         path.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: .*move the run away to start afresh"):
         train(dataclasses.replace(config, resume="auto"))
@@ -394,8 +395,8 @@ def test_a_resumed_run_does_not_keep_the_checkpoint_in_memory(tiny):
     train(tiny(max_steps=1))
     config = tiny(resume="auto")
     with run_module.StopSignals() as signals:
-        run = run_module._Run(config, run_module.start_ranks("cpu", 60), signals)
+        run = run_module._Run(config, run_module.start_ranks("cpu", 60), signals, Callbacks())
     held = [value for value in vars(run).values() if isinstance(value, dict)]
     run.recorder.close()
     run.stream.close()
-    assert run.resumed and not any("optimizer" in value for value in held)
+    assert run.progress.global_step == 1 and not any("optimizer" in value for value in held)

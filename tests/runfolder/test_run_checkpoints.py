@@ -10,14 +10,7 @@ import sys
 import pytest
 import torch
 
-from fastuft.trainer.state import (
-    CheckpointError,
-    checkpoint_path,
-    checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from fastuft.runfolder import CheckpointError, Checkpoints, load_checkpoint
 
 KILLED_WRITER = """
 import os, signal, sys
@@ -30,7 +23,16 @@ with whole_file(Path(sys.argv[1])) as partial:
 
 
 def save(folder, step, keep_last=2, keep_every=0):
-    return save_checkpoint(folder, step, {"x": torch.full((5,), step)}, keep_last=keep_last, keep_every=keep_every)
+    state = {"x": torch.full((5,), step)}
+    return Checkpoints(folder).save(step, state, keep_last=keep_last, keep_every=keep_every)
+
+
+def kept(folder):
+    return [step for step, _ in Checkpoints(folder).all()]
+
+
+def newest(folder):
+    return Checkpoints(folder).newest(load_checkpoint)
 
 
 def sign(path):
@@ -40,9 +42,9 @@ def sign(path):
 def test_last_and_every_are_kept(tmp_path):
     for step in range(1, 11):
         save(tmp_path, step, keep_last=2, keep_every=4)
-    assert [step for step, _ in checkpoints(tmp_path)] == [10, 9, 8, 4]
+    assert kept(tmp_path) == [10, 9, 8, 4]
     assert len(list(tmp_path.iterdir())) == 8  # each with its digest, nothing else
-    assert torch.equal(load_checkpoint(checkpoint_path(tmp_path, 8))["x"], torch.full((5,), 8))
+    assert torch.equal(load_checkpoint(Checkpoints(tmp_path).path(8))["x"], torch.full((5,), 8))
 
 
 @pytest.mark.parametrize(
@@ -62,17 +64,18 @@ def test_a_spoilt_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, spo
     save(tmp_path, 1)
     spoil(save(tmp_path, 2))
     with pytest.raises(CheckpointError, match=reason):
-        load_checkpoint(checkpoint_path(tmp_path, 2))
-    state, path, reasons = newest_checkpoint(tmp_path)
-    assert path == checkpoint_path(tmp_path, 1) and torch.equal(state["x"], torch.ones(5, dtype=torch.int64))
-    assert len(reasons) == 1 and "step_00000002.pt" in reasons[0]
+        load_checkpoint(Checkpoints(tmp_path).path(2))
+    found = newest(tmp_path)
+    assert found.path == Checkpoints(tmp_path).path(1)
+    assert torch.equal(found.content["x"], torch.ones(5, dtype=torch.int64))
+    assert len(found.reasons) == 1 and "step_00000002.pt" in found.reasons[0]
 
 
 def test_what_a_killed_writer_left_is_cleared_and_never_read(tmp_path):
     save(tmp_path, 1)
-    subprocess.run([sys.executable, "-c", KILLED_WRITER, checkpoint_path(tmp_path, 2)], check=False)
+    subprocess.run([sys.executable, "-c", KILLED_WRITER, Checkpoints(tmp_path).path(2)], check=False)
     assert len(list(tmp_path.glob("*.partial"))) == 1
-    assert newest_checkpoint(tmp_path)[1] == checkpoint_path(tmp_path, 1)
+    assert newest(tmp_path).path == Checkpoints(tmp_path).path(1)
     save(tmp_path, 3)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -86,10 +89,24 @@ def test_a_disk_that_refuses_leaves_the_earlier_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CheckpointError, match=r"No space left on device.*step_00000001\.pt.*resume=auto"):
         save(tmp_path, 2)
-    assert [step for step, _ in checkpoints(tmp_path)] == [1]
-    assert load_checkpoint(checkpoint_path(tmp_path, 1))["x"].sum() == 5
+    assert kept(tmp_path) == [1]
+    assert load_checkpoint(Checkpoints(tmp_path).path(1))["x"].sum() == 5
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_an_empty_folder_has_none(tmp_path):
-    assert newest_checkpoint(tmp_path / "nowhere") == (None, None, [])
+    found = newest(tmp_path / "nowhere")
+    assert (found.path, found.content, found.reasons) == (None, None, ())
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_damaged_checkpoint_takes_the_place_of_no_whole_one(tmp_path, keep_last):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=3)
+    for step in (3, 5):
+        Checkpoints(tmp_path).path(step).write_bytes(b"cut")  # 5 is of a time that the run has gone back from
+    save(tmp_path, 4, keep_last=keep_last)
+    assert newest(tmp_path).path == Checkpoints(tmp_path).path(4)
+    assert kept(tmp_path) == ([5, 4] if keep_last == 1 else [5, 4, 3, 2])
+    save(tmp_path, 5, keep_last=keep_last)
+    assert kept(tmp_path) == [5, 4][:keep_last]

@@ -15,7 +15,7 @@ from fastuft.trainer.learner import Learner
 _BACKBONE = "query_encoder.backbone."
 
 
-def take_snapshot(learner: Learner) -> dict[str, Any]:
+def state_of(learner: Learner) -> dict[str, Any]:
     """Tensors, numbers and lists that :func:`restore` puts back; every rank takes part and gets the same.
 
     BatchNorm's buffers and the generators differ between ranks, so every rank's are kept; ``model`` holds the mean of
@@ -68,7 +68,7 @@ def queues_agree(learner: Learner) -> bool:
 
 
 def backbone_of(learner: Learner, state: dict[str, Any]) -> Backbone:
-    """The query encoder's backbone, with the running statistics of the snapshot ``state`` where ranks have their own."""
+    """The query encoder's backbone, with the running statistics of ``state`` where ranks have their own."""
     backbone = learner.moco.query_encoder.backbone
     if learner.ranks.world_size == 1:
         return backbone

@@ -1,0 +1,18 @@
+"""A run folder: the names of its files, and how each is written, read and checked. Reading needs no torch."""
+
+from fastuft.runfolder.checkpoints import CheckpointError, Checkpoints, load_checkpoint
+from fastuft.runfolder.folder import RunFolder
+from fastuft.runfolder.progress import Progress
+from fastuft.runfolder.records import json_lines, read_json, read_json_lines, write_json
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "Progress",
+    "RunFolder",
+    "json_lines",
+    "load_checkpoint",
+    "read_json",
+    "read_json_lines",
+    "write_json",
+]

@@ -1,0 +1,188 @@
+"""The folder of one run: its files by name, and which of them holds the weights."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastuft.atomic import write_whole
+from fastuft.runfolder.checkpoints import CheckpointError, Checkpoints, check_digest
+from fastuft.runfolder.records import json_lines, read_json, write_json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What one run leaves behind, and where.
+
+    Args:
+        path: the folder; it need not exist.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration, YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def manifest_file(self) -> Path:
+        """The training images."""
+        return self.path / "manifest.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """Rows of metrics, one JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        """What came of the run."""
+        return self.path / "summary.json"
+
+    @property
+    def backbone_file(self) -> Path:
+        """The exported backbone."""
+        return self.path / "backbone.safetensors"
+
+    @property
+    def evaluation_file(self) -> Path:
+        """Figures of an evaluation of the run."""
+        return self.path / "eval.json"
+
+    @property
+    def arrays_file(self) -> Path:
+        """What the report draws of an evaluation."""
+        return self.path / "eval_arrays.npz"
+
+    @property
+    def report_files(self) -> tuple[Path, ...]:
+        """What a report reads; each may be missing."""
+        return (self.metrics_file, self.summary_file, self.config_file, self.evaluation_file, self.arrays_file)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """What the run can go on from."""
+        return Checkpoints(self.path / "checkpoints")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether training has left anything that another run must not write over."""
+        return self.backbone_file.exists() or bool(self.checkpoints.all())
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the configuration, nested mappings of plain values.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        import yaml
+
+        write_whole(self.config_file, yaml.safe_dump(dict(config), sort_keys=False).encode())
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration as nested mappings; empty where there is none.
+
+        Raises:
+            ValueError: damaged.
+        """
+        import yaml
+
+        if not self.config_file.exists():
+            return {}
+        try:
+            config = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.config_file} is damaged ({reason}); restore it or use another folder") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.config_file} is damaged (not a mapping); restore it or use another folder")
+        return config
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write what came of the run.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        write_json(self.summary_file, summary)
+
+    def read_summary(self) -> dict[str, Any]:
+        """What came of the run; empty where it has not ended.
+
+        Raises:
+            ValueError: damaged.
+        """
+        return read_json(self.summary_file) if self.summary_file.exists() else {}
+
+    def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write these rows in place of those that are there.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        write_whole(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics that are whole."""
+        if not self.metrics_file.exists():
+            return []
+        rows, complaints = json_lines(self.metrics_file)
+        for complaint in complaints:
+            warnings.warn(complaint, stacklevel=2)
+        return [row for row in rows if isinstance(row.get("step"), int)]
+
+    def weights_file(self, *, backbone_first: bool = False) -> Path:
+        """The file to take the run's weights from; damaged ones are passed over with a warning.
+
+        Args:
+            backbone_first: prefer the exported backbone to the newest checkpoint, which holds the head too.
+
+        Raises:
+            CheckpointError: nothing in the folder holds weights, or nothing that does is whole.
+        """
+        places = (self._whole_checkpoint, self._whole_backbone)
+        reasons: list[str] = []
+        for place in reversed(places) if backbone_first else places:
+            file, damaged = place()
+            reasons += damaged
+            if file is not None:
+                for reason in reasons:
+                    warnings.warn(f"{reason}; {file} is used instead", stacklevel=2)
+                return file
+        if reasons:
+            raise CheckpointError(f"no checkpoint in {str(self.path)!r} is whole: {reasons[0]}; copy the run again")
+        raise CheckpointError(
+            f"{str(self.path)!r} is a folder without checkpoints; name a run folder or a checkpoint file"
+        )
+
+    def _whole_checkpoint(self) -> tuple[Path | None, tuple[str, ...]]:
+        newest = self.checkpoints.newest(check_digest)
+        return newest.path, newest.reasons
+
+    def _whole_backbone(self) -> tuple[Path | None, tuple[str, ...]]:
+        if not self.backbone_file.exists():
+            return None, ()
+        damage = _damage(self.backbone_file)
+        return (self.backbone_file, ()) if damage is None else (None, (damage,))
+
+
+def _damage(path: Path) -> str | None:
+    """Why a safetensors file is not as long as its header says, or None."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            header = json.loads(file.read(length)) if length < size else {}
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        ends = []
+    if not ends or 8 + length + max(ends) != size:
+        return f"{path} is truncated or altered ({size} bytes)"
+    return None

@@ -1,0 +1,42 @@
+"""Filling the queue before the first step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from fastuft.data import Manifest, TrainStream
+from fastuft.trainer.distributed import gather_rows
+from fastuft.trainer.learner import Learner
+
+
+def prefill(learner: Learner, stream: TrainStream, manifest: Manifest, stop: Callable[[], bool]) -> bool:
+    """Fill the queue with keys of training images: random rows are no negatives for a trained network.
+
+    Args:
+        learner: whose queue is filled.
+        stream: the images.
+        manifest: what ``stream`` draws from.
+        stop: called after each batch, on every rank; whether to stop.
+
+    Returns:
+        Whether ``stop`` ended it.
+    """
+    missing = learner.method.queue_size
+    if missing > len(manifest) and learner.ranks.is_main:
+        warnings.warn(
+            f"method.queue_size={missing} exceeds the {len(manifest)} training images: the queue holds several "
+            "keys of each, among them an image's own older ones; a smaller queue avoids it",
+            stacklevel=2,
+        )
+    for views in stream.prefill(missing):
+        with torch.no_grad(), learner.autocast():
+            keys = gather_rows(learner.key(views), learner.ranks)
+        # Batches are encoded whole and cut only here: statistics groups are the same on any number of ranks.
+        learner.queue.enqueue_(keys[:missing])
+        missing -= len(keys)
+        if stop():
+            return True
+    return False

@@ -1,0 +1,88 @@
+"""Writing a run's checkpoints and its exported backbone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastuft.config import RuntimeConfig
+from fastuft.model import export_backbone
+from fastuft.runfolder import CheckpointError, Progress, RunFolder
+from fastuft.trainer.distributed import LostRankError
+from fastuft.trainer.finite import check_weights
+from fastuft.trainer.learner import Learner
+from fastuft.trainer.learner_state import backbone_of, queues_agree, state_of
+
+
+class Saver:
+    """Writes what the run can go on from.
+
+    Args:
+        folder: the run's.
+        learner: its learner.
+        runtime: how many checkpoints are kept.
+        config: the configuration as nested mappings, part of each checkpoint.
+        content_hash: digest of the training images, likewise.
+        init_report: what became of the tensors of ``init``, likewise.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        learner: Learner,
+        runtime: RuntimeConfig,
+        *,
+        config: dict[str, Any],
+        content_hash: str,
+        init_report: dict[str, Any] | None,
+    ) -> None:
+        self.folder, self.learner, self.runtime = folder, learner, runtime
+        self.constant = {
+            "init_report": init_report,
+            "content_hash": content_hash,
+            "model_config": config["model"],
+            "config": json.dumps(config),
+        }
+
+    def save(self, progress: Progress) -> None:
+        """Checkpoint and exported backbone, once the weights are known to be finite and the queues to agree.
+
+        Raises:
+            NonFiniteLossError: the weights are not finite.
+            LostRankError: the ranks hold different queues.
+            CheckpointError: the disk refused.
+        """
+        ranks = self.learner.ranks
+        check_weights(self.learner, progress.global_step, self.folder.checkpoints)
+        if not queues_agree(self.learner):
+            raise LostRankError(f"the key queues of the processes differ {where(progress, self.folder)}")
+        state = {**state_of(self.learner), **progress.as_dict(), **self.constant}
+        failure = None
+        if ranks.is_main:
+            try:
+                self._write(state, progress.global_step)
+            except CheckpointError as error:
+                failure = error
+        reasons = ranks.gather_objects(None if failure is None else str(failure))
+        if reasons[0] is not None:
+            raise failure or CheckpointError(reasons[0])
+
+    def _write(self, state: dict[str, Any], step: int) -> None:
+        runtime, checkpoints = self.runtime, self.folder.checkpoints
+        checkpoints.save(step, state, keep_last=runtime.keep_last, keep_every=runtime.keep_every)
+        path = self.folder.backbone_file
+        try:
+            export_backbone(backbone_of(self.learner, state), path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} could not be written ({error.strerror}); the last good checkpoint is "
+                f"{checkpoints.last_good()}. Free the disk and go on with resume=auto."
+            ) from error
+
+
+def where(progress: Progress, folder: RunFolder) -> str:
+    """Where a run stood, and how to go on, for a message."""
+    return (
+        f"at step {progress.global_step}; the last good checkpoint is {folder.checkpoints.last_good()}. Go on with "
+        "resume=auto, on any number of processes"
+    )
