@@ -31,9 +31,10 @@ from torch.nn import functional as F
 
 from fastuft.config import AugmentConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from fastuft.data import Batch, Loading, Manifest, TrainStream
+from fastuft.device import DTYPES
 from fastuft.loss import info_nce_with_terms
 from fastuft.trainer.distributed import Ranks
-from fastuft.trainer.learner import DTYPES, Learner, build_learner
+from fastuft.trainer.learner import Learner, build_learner
 from fastuft.trainer.recorder import PartTimes
 from fastuft.trainer.step import train_step
 

@@ -11,20 +11,25 @@ import pytest
 
 from fastuft.config import (
     AugmentConfig,
+    ClusteringConfig,
     DataConfig,
     EvalConfig,
+    FewShotConfig,
+    MapConfig,
     MethodConfig,
     ModelConfig,
     OptimConfig,
     Positive,
     Range,
     RuntimeConfig,
+    SemiConfig,
     TrainConfig,
     WatchConfig,
     as_paths,
     check_values,
 )
 
+EVALUATION_GROUPS = (FewShotConfig, SemiConfig, ClusteringConfig, MapConfig)
 GROUPS = (ModelConfig, MethodConfig, AugmentConfig, DataConfig, OptimConfig, RuntimeConfig, WatchConfig)
 
 
@@ -35,7 +40,7 @@ def test_defaults_are_the_papers_finetuning_recipe():
     assert config.data.replay_fraction == 0.1 and config.method.mix == "cutmix" and config.method.alpha == 1.0
 
 
-@pytest.mark.parametrize("config", [TrainConfig, EvalConfig, *GROUPS])
+@pytest.mark.parametrize("config", [TrainConfig, EvalConfig, *GROUPS, *EVALUATION_GROUPS])
 def test_frozen_with_every_field_documented(config):
     required = {
         f.name: "x" for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING
@@ -84,6 +89,11 @@ def test_frozen_with_every_field_documented(config):
         (RuntimeConfig, {"log_every": 0}, ["runtime.log_every=0"]),
         (RuntimeConfig, {"keep_last": 0}, ["runtime.keep_last=0"]),
         (OptimConfig, {"epochs": 3, "warmup_epochs": 4.0}, ["optim.warmup_epochs=4.0", "[0, 3]", "optim.epochs"]),
+        (FewShotConfig, {"crop_scale": (0.5, 0.2)}, ["fewshot.crop_scale[0]=0.5"]),
+        (FewShotConfig, {"lr": 0.0}, ["fewshot.lr=0.0"]),
+        (SemiConfig, {"shots": [2, 0]}, ["semi.shots=0"]),
+        (ClusteringConfig, {"restarts": 0}, ["clustering.restarts=0"]),
+        (MapConfig, {"points": -1}, ["map.points=-1"]),
         (WatchConfig, {"every_epochs": 2}, ["watch.every_epochs=2", "watch.train"]),
     ],
 )
@@ -113,8 +123,8 @@ def test_impossible_combinations(values, words):
 
 
 def test_evaluation_values():
-    with pytest.raises(ValueError, match="shots"):
-        EvalConfig(checkpoint="c", train="t", shots=[0])
+    with pytest.raises(ValueError, match=r"fewshot\.shots=0"):
+        FewShotConfig(shots=[0])
     with pytest.raises(ValueError, match="stem='big'"):
         EvalConfig(checkpoint="c", train="t", stem="big")
     with pytest.raises(ValueError, match="out='' holds an empty path"):

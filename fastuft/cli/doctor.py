@@ -24,7 +24,6 @@ State = Literal["ok", "missing", "problem"]
 OPTIONAL = {
     "timm": "for model.arch=timm:NAME: pip install timm",
     "torchvision": "for checking exports; the program itself does not need it",
-    "faiss-cpu": "for faster retrieval and K-means at large sizes: pip install faiss-cpu",
     "openTSNE": "for faster t-SNE maps: pip install openTSNE",
     "wandb": "for runtime.wandb=true: pip install wandb",
 }
@@ -287,7 +286,7 @@ def check_packages() -> Iterator[Finding]:
     else:
         yield Finding("packages", "ok", "all installed")
     for name, remedy in OPTIONAL.items():
-        found = version(name, "faiss-gpu") if name == "faiss-cpu" else version(name)
+        found = version(name)
         yield Finding(name, "ok" if found else "missing", found or "not installed", "" if found else remedy)
 
 

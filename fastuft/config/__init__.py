@@ -19,7 +19,7 @@ from fastuft.config.checks import (
     check_range,
     check_values,
 )
-from fastuft.config.evaluation import EvalConfig
+from fastuft.config.evaluation import ClusteringConfig, EvalConfig, FewShotConfig, MapConfig, SemiConfig
 from fastuft.config.reproduction import DATASETS, FIGURES, TABLES, ReproduceConfig, WeightsConfig
 from fastuft.config.training import (
     AugmentConfig,
@@ -42,9 +42,12 @@ __all__ = [
     "AtLeast1",
     "AugmentConfig",
     "BatchNormMode",
+    "ClusteringConfig",
     "DataConfig",
     "EvalConfig",
+    "FewShotConfig",
     "Fraction",
+    "MapConfig",
     "MethodConfig",
     "Mix",
     "ModelConfig",
@@ -56,6 +59,7 @@ __all__ = [
     "Range",
     "ReproduceConfig",
     "RuntimeConfig",
+    "SemiConfig",
     "Span",
     "TrainConfig",
     "WatchConfig",

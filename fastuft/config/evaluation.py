@@ -3,9 +3,101 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastuft.config.checks import NonEmptyPath, check_choice, check_range
+from fastuft.config.checks import (
+    AtLeast0,
+    AtLeast1,
+    Fraction,
+    NonNegative,
+    PathName,
+    Positive,
+    Range,
+    Span,
+    check_values,
+)
+
+
+@dataclass(frozen=True)
+class FewShotConfig:
+    """Finetuning of the backbone with a new classifier on a few labeled images (the paper's main metric).
+
+    Args:
+        shots: labeled images per class, a run for each number; empty leaves the runs out.
+        epochs: passes over the labeled images.
+        lr: learning rate of the new classifier.
+        backbone_lr: learning rate of the backbone.
+        batch_size: largest batch; fewer images make one batch.
+        crop_scale: area range of the random resized crop; (1, 1) leaves the crop out (small images).
+        flip_p: probability of the horizontal flip; 0 leaves it out (digits, letters).
+    """
+
+    shots: list[AtLeast1] = field(default_factory=lambda: [1, 2, 4, 8])
+    epochs: AtLeast1 = 30
+    lr: Positive = 3.0
+    backbone_lr: NonNegative = 1e-4
+    batch_size: AtLeast1 = 256
+    crop_scale: Annotated[tuple[float, float], Span(1.0)] = (0.08, 1.0)
+    flip_p: Fraction = 0.5
+
+    def __post_init__(self) -> None:
+        check_values(self, "fewshot")
+
+
+@dataclass(frozen=True)
+class SemiConfig:
+    """FixMatch (Sohn et al. 2020): a few labeled images, and all training images without their labels.
+
+    Learning rates, crop and flip are those of few-shot finetuning.
+
+    Args:
+        shots: labeled images per class, a run for each number; empty leaves the runs out.
+        epochs: passes over the unlabeled images.
+        batch_size: labeled images per step.
+        ratio: unlabeled images for each labeled one of a step; a smaller set makes one step an epoch.
+        threshold: confidence from which the guess of the weak view is a label.
+        weight: of the unlabeled loss.
+    """
+
+    shots: list[AtLeast1] = field(default_factory=list)
+    epochs: AtLeast1 = 30
+    batch_size: AtLeast1 = 64
+    ratio: AtLeast1 = 7
+    threshold: NonNegative = 0.95
+    weight: NonNegative = 1.0
+
+    def __post_init__(self) -> None:
+        check_values(self, "semi")
+
+
+@dataclass(frozen=True)
+class ClusteringConfig:
+    """K-means on the features, with as many clusters as classes.
+
+    Args:
+        restarts: independent starts; the solution of lowest inertia is kept.
+    """
+
+    restarts: AtLeast1 = 5
+
+    def __post_init__(self) -> None:
+        check_values(self, "clustering")
+
+
+@dataclass(frozen=True)
+class MapConfig:
+    """The t-SNE map of the features.
+
+    Args:
+        points: images on the map; 0 leaves it out.
+        perplexity: of t-SNE; few images lower it to (N - 1) / 3.
+    """
+
+    points: AtLeast0 = 1000
+    perplexity: Positive = 30.0
+
+    def __post_init__(self) -> None:
+        check_values(self, "map")
 
 
 @dataclass(frozen=True)
@@ -23,19 +115,12 @@ class EvalConfig:
         stem: stem of a checkpoint that does not say it.
         size: network input side, pixels.
         resize: shorter side before the center crop; 0 means size * 256 / 224.
-        batch_size: images a step.
-        shots: labeled images a class of the few-shot runs; empty leaves them out.
-        trials: seeds per figure.
-        fewshot_epochs: epochs of each few-shot finetuning.
-        fewshot_lr: learning rate of the new FC.
-        fewshot_backbone_lr: learning rate of the backbone.
-        fewshot_crop_scale: area range of the random resized crop; (1, 1) leaves the crop out (small images).
-        fewshot_flip_p: probability of the horizontal flip; 0 leaves it out (digits, letters).
-        semi_shots: labeled images a class of the FixMatch runs; empty leaves them out.
-        semi_epochs: passes over the unlabeled images of each FixMatch run.
-        semi_batch: labeled images a step of FixMatch; seven times as many unlabeled ones join.
-        kmeans_restarts: K-means restarts, the lowest inertia is kept.
-        tsne_points: images of the t-SNE map; 0 leaves it out.
+        batch_size: images per batch.
+        trials: draws and starts behind each mean.
+        fewshot: few-shot finetuning.
+        semi: FixMatch.
+        clustering: K-means.
+        map: the t-SNE map.
         gallery: query images of the report's gallery; 0 leaves it out.
         cache: folder that keeps features by content hash; none keeps nothing.
         seed: seed of draws and K-means.
@@ -44,30 +129,23 @@ class EvalConfig:
         loader: dali, torch or auto.
     """
 
-    checkpoint: str
-    train: str
-    test: str | None = None
-    source: str | None = None
-    before: str | None = None
-    out: str = "runs/eval"
+    checkpoint: PathName
+    train: PathName
+    test: PathName | None = None
+    source: PathName | None = None
+    before: PathName | None = None
+    out: PathName = "runs/eval"
     arch: str | None = None
     stem: Literal["imagenet", "small"] | None = None
-    size: int = 224
-    resize: int = 0
-    batch_size: int = 256
-    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    trials: int = 3
-    fewshot_epochs: int = 30
-    fewshot_lr: float = 3.0
-    fewshot_backbone_lr: float = 1e-4
-    fewshot_crop_scale: tuple[float, float] = (0.08, 1.0)
-    fewshot_flip_p: float = 0.5
-    semi_shots: list[int] = field(default_factory=list)
-    semi_epochs: int = 30
-    semi_batch: int = 64
-    kmeans_restarts: int = 5
-    tsne_points: int = 1000
-    gallery: int = 24
+    size: Annotated[int, Range(8)] = 224
+    resize: AtLeast0 = 0
+    batch_size: AtLeast1 = 256
+    trials: AtLeast1 = 3
+    fewshot: FewShotConfig = field(default_factory=FewShotConfig)
+    semi: SemiConfig = field(default_factory=SemiConfig)
+    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
+    map: MapConfig = field(default_factory=MapConfig)
+    gallery: AtLeast0 = 24
     cache: str | None = None
     seed: int = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -75,30 +153,4 @@ class EvalConfig:
     loader: Literal["auto", "dali", "torch"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("checkpoint", "train", "test", "source", "before", "out"):
-            NonEmptyPath().check(name, getattr(self, name))
-        if self.stem is not None:
-            check_choice("stem", self.stem, ("imagenet", "small"))
-        check_choice("loader", self.loader, ("auto", "dali", "torch"))
-        check_range("size", self.size, 8)
-        check_range("resize", self.resize, 0)
-        check_range("batch_size", self.batch_size, 1)
-        check_range("trials", self.trials, 1)
-        check_range("fewshot_epochs", self.fewshot_epochs, 1)
-        check_range("fewshot_lr", self.fewshot_lr, 0.0, low_open=True)
-        check_range("fewshot_backbone_lr", self.fewshot_backbone_lr, 0.0)
-        check_range("kmeans_restarts", self.kmeans_restarts, 1)
-        check_range("tsne_points", self.tsne_points, 0)
-        check_range("gallery", self.gallery, 0)
-        check_choice("device", self.device, ("auto", "cuda", "cpu"))
-        check_choice("precision", self.precision, ("auto", "bf16", "fp32"))
-        check_range("fewshot_flip_p", self.fewshot_flip_p, 0.0, 1.0)
-        low, high = self.fewshot_crop_scale
-        check_range("fewshot_crop_scale[0]", low, 0.0, high, low_open=True)
-        check_range("fewshot_crop_scale[1]", high, low, 1.0)
-        for shot in self.shots:
-            check_range("shots", shot, 1)
-        for shot in self.semi_shots:
-            check_range("semi_shots", shot, 1)
-        check_range("semi_epochs", self.semi_epochs, 1)
-        check_range("semi_batch", self.semi_batch, 1)
+        check_values(self)

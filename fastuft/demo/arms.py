@@ -15,7 +15,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastuft.config import DataConfig, EvalConfig, MethodConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from fastuft.config import (
+    ClusteringConfig,
+    DataConfig,
+    EvalConfig,
+    FewShotConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
 from fastuft.data import SMALL_IMAGES, labeled_folder
 from fastuft.demo.images import DemoFolders
 from fastuft.evaluate import clustering_accuracy, evaluate_backbone, retrieval_accuracy, write_evaluation
@@ -89,12 +99,9 @@ class Demo:
             out=str(run),
             size=SMALL_IMAGES.size,
             resize=SMALL_IMAGES.size,
-            shots=list(self.shots),
             trials=self.trials,
-            fewshot_lr=FEWSHOT_LR,
-            fewshot_crop_scale=(1.0, 1.0),
-            fewshot_flip_p=0.0,
-            kmeans_restarts=3,
+            fewshot=FewShotConfig(shots=list(self.shots), lr=FEWSHOT_LR, crop_scale=(1.0, 1.0), flip_p=0.0),
+            clustering=ClusteringConfig(restarts=3),
             cache=str(self.root / "features"),  # the pretrained backbone's features serve every arm
             seed=seed,
         )

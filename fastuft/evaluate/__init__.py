@@ -19,24 +19,22 @@ _EXPORTS = {
     "tsne": "embedding",
     "Evaluation": "evaluation",
     "evaluate_backbone": "evaluation",
-    "read_images": "evaluation",
     "write_evaluation": "evaluation",
     "cached_features": "features",
     "extract_features": "features",
     "weights_hash": "features",
+    "read_images": "folders",
+    "UndefinedError": "inputs",
     "FixMatchResult": "semi",
-    "FixMatchSettings": "semi",
     "fixmatch": "semi",
     "FewShotResult": "shots",
-    "FewShotSettings": "shots",
     "draw_shots": "shots",
     "fewshot": "shots",
     "nearest_neighbors": "retrieval",
     "retrieval_accuracy": "retrieval",
     "alignment": "unlabeled",
-    "alignment_uniformity": "unlabeled",
-    "drift": "unlabeled",
     "linear_cka": "unlabeled",
+    "mean_cosine": "unlabeled",
     "neighbor_overlap": "unlabeled",
     "uniformity": "unlabeled",
 }
@@ -53,23 +51,21 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.embedding import tsne as tsne
     from fastuft.evaluate.evaluation import Evaluation as Evaluation
     from fastuft.evaluate.evaluation import evaluate_backbone as evaluate_backbone
-    from fastuft.evaluate.evaluation import read_images as read_images
     from fastuft.evaluate.evaluation import write_evaluation as write_evaluation
     from fastuft.evaluate.features import cached_features as cached_features
     from fastuft.evaluate.features import extract_features as extract_features
     from fastuft.evaluate.features import weights_hash as weights_hash
+    from fastuft.evaluate.folders import read_images as read_images
+    from fastuft.evaluate.inputs import UndefinedError as UndefinedError
     from fastuft.evaluate.retrieval import nearest_neighbors as nearest_neighbors
     from fastuft.evaluate.retrieval import retrieval_accuracy as retrieval_accuracy
     from fastuft.evaluate.semi import FixMatchResult as FixMatchResult
-    from fastuft.evaluate.semi import FixMatchSettings as FixMatchSettings
     from fastuft.evaluate.semi import fixmatch as fixmatch
     from fastuft.evaluate.shots import FewShotResult as FewShotResult
-    from fastuft.evaluate.shots import FewShotSettings as FewShotSettings
     from fastuft.evaluate.shots import draw_shots as draw_shots
     from fastuft.evaluate.unlabeled import alignment as alignment
-    from fastuft.evaluate.unlabeled import alignment_uniformity as alignment_uniformity
-    from fastuft.evaluate.unlabeled import drift as drift
     from fastuft.evaluate.unlabeled import linear_cka as linear_cka
+    from fastuft.evaluate.unlabeled import mean_cosine as mean_cosine
     from fastuft.evaluate.unlabeled import neighbor_overlap as neighbor_overlap
     from fastuft.evaluate.unlabeled import uniformity as uniformity
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastuft.evaluate.inputs import ArrayLike, as_features, as_labels
+from fastuft.evaluate.inputs import ArrayLike, UndefinedError, as_features, as_labels, check_varied
 from fastuft.randomness import keyed_generator
 
 # Distances held at once: 2^26 float32 values are 256 MiB.
@@ -201,12 +201,19 @@ def clustering_accuracy(
 
     Returns:
         A fraction in (0, 1].
+
+    Raises:
+        ValueError: shapes disagree, features are not finite, or one class only.
+        UndefinedError: every item is a class of its own, or all features are the same.
     """
     features = as_features("x", x)
     truth = as_labels("labels", labels, len(features))
     classes = len(np.unique(truth))
     if classes < 2:
         raise ValueError("labels name one class only; clustering accuracy needs at least two")
+    check_varied("x", features)
+    if classes == len(features):
+        raise UndefinedError("each class has a single image, so that every image would be a cluster of its own")
     if normalize:
         features = F.normalize(features, dim=1)
     found = kmeans(features, clusters or classes, restarts=restarts, seed=seed, device=device)

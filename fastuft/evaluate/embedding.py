@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from fastuft.evaluate.inputs import ArrayLike, as_features
+from fastuft.evaluate.inputs import ArrayLike, UndefinedError, as_features
 
 
 def tsne(features: ArrayLike, *, perplexity: float = 30.0, seed: int = 0) -> np.ndarray:
@@ -25,7 +25,7 @@ def tsne(features: ArrayLike, *, perplexity: float = 30.0, seed: int = 0) -> np.
     """
     x = F.normalize(as_features("features", features), dim=1).cpu().numpy()
     if len(x) < 5:
-        raise ValueError(f"a t-SNE map needs at least 5 images, got {len(x)}")
+        raise UndefinedError(f"a t-SNE map needs at least 5 images, got {len(x)}")
     perplexity = min(perplexity, (len(x) - 1) / 3)
     components = min(50, *x.shape)
     x = PCA(components, random_state=seed).fit_transform(x)

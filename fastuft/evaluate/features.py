@@ -8,21 +8,12 @@ import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-Precision = Literal["auto", "bf16", "fp32"]
-
-
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """bfloat16 autocast where ``precision`` asks for it; auto is bf16 on a GPU and fp32 elsewhere."""
-    if precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"precision={precision!r} is not allowed; choose one of 'auto', 'bf16', 'fp32'")
-    on = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+from fastuft.device import Precision, autocast
 
 
 def module_device(module: nn.Module) -> torch.device:

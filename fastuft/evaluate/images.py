@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastuft.data.files import open_rgb
+from fastuft.data import CROP_DRAWS, crop_regions, open_rgb
 
 
 def decode(paths: Sequence[str], shorter: int) -> list[Tensor]:
@@ -31,24 +30,6 @@ def decode(paths: Sequence[str], shorter: int) -> list[Tensor]:
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return list(pool.map(one, paths))
-
-
-def crop_box(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], generator: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random resized crop: area and log aspect uniform, position uniform.
-
-    The first of ten proposals that fits is taken, otherwise the last one cut to the image.
-    """
-    h = w = 0
-    for _ in range(10):
-        area = height * width * generator.uniform(*scale)
-        aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        h, w = max(1, round(math.sqrt(area / aspect))), max(1, round(math.sqrt(area * aspect)))
-        if h <= height and w <= width:
-            break
-    h, w = min(h, height), min(w, width)
-    return int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1)), h, w
 
 
 def random_views(
@@ -67,13 +48,16 @@ def random_views(
     float32 in channels_last on the images' device.
     """
     ratio = (1.0, 1.0) if scale[0] == 1 else (3 / 4, 4 / 3)
+    u = generator.random((len(images), CROP_DRAWS + 1))
+    sizes = np.array([(image.shape[2], image.shape[1]) for image in images])
+    regions = zip(*crop_regions(sizes, u[:, :-1], scale, ratio), strict=True)
     views = []
-    for image in images:
-        top, left, h, w = crop_box(image.shape[1], image.shape[2], scale, ratio, generator)
-        part = image[None, :, top : top + h, left : left + w].float()
-        if (h, w) != (size, size):
+    for image, (start, end), flip in zip(images, regions, u[:, -1] < flip_p, strict=True):
+        (top, left), (bottom, right) = start.astype(int), end.astype(int)
+        part = image[None, :, top:bottom, left:right].float()
+        if part.shape[2:] != (size, size):
             part = F.interpolate(part, (size, size), mode="bilinear", align_corners=False, antialias=True)
-        views.append(part.flip(3) if generator.random() < flip_p else part)
+        views.append(part.flip(3) if flip else part)
     batch = torch.cat(views).contiguous(memory_format=torch.channels_last)
     return normalize(batch, mean, std)
 

@@ -7,9 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ArrayLike = np.ndarray | Tensor | Sequence[Any]
+
+
+class UndefinedError(ValueError):
+    """A metric has no value for these inputs; the message says why. Other metrics of the same inputs may have one."""
 
 
 def as_features(name: str, value: ArrayLike) -> Tensor:
@@ -21,14 +26,20 @@ def as_features(name: str, value: ArrayLike) -> Tensor:
         raise ValueError(f"{name} is complex; features are real numbers")
     if tensor.dtype not in (torch.float32, torch.float64):
         tensor = tensor.float()
-    # The sum of finite values is finite unless it overflows: only then, or with bad values, is each one looked at.
-    if not bool(torch.isfinite(tensor.sum())) and not bool((finite := torch.isfinite(tensor).all(dim=1)).all()):
-        bad = (~finite).nonzero().flatten()
-        raise ValueError(
-            f"{name} holds NaN or infinity in {len(bad)} of {len(tensor)} rows (first: row {int(bad[0])}); "
-            "check the checkpoint and the images, or leave these rows out"
-        )
+    check_finite(name, tensor)
     return tensor
+
+
+def check_finite(name: str, features: Tensor) -> None:
+    """Raise ValueError unless all values of [N, F] are finite."""
+    # The sum of finite values is finite unless it overflows: only then, or with bad values, is each one looked at.
+    if bool(torch.isfinite(features.sum())) or bool((finite := torch.isfinite(features).all(dim=1)).all()):
+        return
+    bad = (~finite).nonzero().flatten()
+    raise ValueError(
+        f"{name} holds NaN or infinity in {len(bad)} of {len(features)} rows (first: row {int(bad[0])}); "
+        "check the checkpoint and the images, or leave these rows out"
+    )
 
 
 def as_labels(name: str, value: ArrayLike, length: int | None = None) -> np.ndarray:
@@ -45,6 +56,19 @@ def as_labels(name: str, value: ArrayLike, length: int | None = None) -> np.ndar
     if length is not None and len(array) != length:
         raise ValueError(f"{name} has {len(array)} entries but there are {length} feature rows; they must agree")
     return array
+
+
+def check_varied(name: str, features: Tensor) -> None:
+    """Raise unless the directions of the rows [N, F] differ: neighbors and clusters of equal rows are ties.
+
+    Raises:
+        UndefinedError: all rows point the same way but for rounding.
+    """
+    unit = F.normalize(features, dim=1)
+    if len(unit) > 1 and bool((unit - unit[0]).abs().max() < 1e-5):
+        raise UndefinedError(
+            f"{name}: the features of all {len(unit)} images are the same, so the network has collapsed"
+        )
 
 
 def quoted(values: Sequence[Any], limit: int = 5) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastuft.evaluate.inputs import ArrayLike, as_features, as_labels, check_seen
-
-Backend = Literal["auto", "faiss", "torch"]
+from fastuft.evaluate.inputs import ArrayLike, UndefinedError, as_features, as_labels, check_seen, check_varied
 
 # Similarities held at once: 2^26 float32 values are 256 MiB.
 BLOCK_VALUES = 1 << 26
@@ -21,8 +18,7 @@ def nearest_neighbors(
     gallery: ArrayLike,
     k: int = 5,
     *,
-    exclude_self: bool = False,
-    backend: Backend = "auto",
+    own: ArrayLike | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` gallery rows of highest cosine similarity for each query, best first; exact.
@@ -30,42 +26,37 @@ def nearest_neighbors(
     Args:
         queries: [Q, F].
         gallery: [N, F].
-        k: neighbors, 1 <= k <= N (N - 1 with ``exclude_self``).
-        exclude_self: queries are the gallery's own first Q rows, and none may find itself.
-        backend: torch (blocked matmul and top-k; never a [Q, N] tensor), faiss (flat inner-product index, where it is
-            installed), or auto: torch, whose matrix product took a quarter of the time of faiss's on a CPU.
+        k: neighbors, 1 <= k <= N (N - 1 with ``own``).
+        own: row of the gallery that each query is and must not find, [Q]; None where queries are no gallery rows.
         device: where to compute; None stays with the queries.
 
     Returns:
         similarities [Q, k] float and indices [Q, k] int64, on the CPU.
+
+    Raises:
+        ValueError: shapes disagree, or features are not finite.
+        UndefinedError: the gallery has fewer rows than neighbors are wanted.
     """
     q, g = as_features("queries", queries), as_features("gallery", gallery)
     if q.shape[1] != g.shape[1]:
         raise ValueError(f"queries have {q.shape[1]} features and the gallery has {g.shape[1]}; they must agree")
-    if exclude_self and len(q) > len(g):
-        raise ValueError(f"exclude_self needs queries to be gallery rows, but there are {len(q)} for {len(g)} rows")
-    most = len(g) - exclude_self
-    if not 1 <= k <= most:
-        raise ValueError(f"k={k!r} is out of range; allowed: 1 to {most}, the number of gallery rows to choose from")
-    if backend not in ("auto", "faiss", "torch"):
-        raise ValueError(f"backend={backend!r} is not allowed; choose one of 'auto', 'faiss', 'torch'")
+    selves = None if own is None else torch.from_numpy(as_labels("own", own, len(q)).astype(np.int64))
+    if selves is not None and not 0 <= int(selves.min()) <= int(selves.max()) < len(g):
+        raise ValueError(f"own names rows outside the gallery; allowed: 0 to {len(g) - 1}")
+    others = len(g) - (selves is not None)
+    if k < 1:
+        raise ValueError(f"k={k!r} is out of range; at least 1 neighbor is looked for")
+    if k > others:
+        raise UndefinedError(f"the {k} nearest neighbors are looked at, and there are {others} images to choose from")
     where = torch.device(device) if device is not None else q.device
     dtype = torch.promote_types(q.dtype, g.dtype)
     q, g = (F.normalize(x.to(where, dtype), dim=1) for x in (q, g))
-    found = k + exclude_self
-    if backend == "faiss":
-        import faiss  # optional dependency
-
-        index = faiss.IndexFlatIP(g.shape[1])
-        index.add(g.cpu().float().numpy())
-        values, indices = (torch.from_numpy(x) for x in index.search(q.cpu().float().numpy(), found))
-    else:
-        rows = max(1, BLOCK_VALUES // len(g))
-        best = [(block @ g.T).topk(found, dim=1) for block in q.split(rows)]
-        values, indices = (torch.cat([b[i] for b in best]).cpu() for i in (0, 1))
-    if exclude_self:
-        # A duplicate image may push the query itself beyond the first place, or out of the list altogether.
-        other = indices != torch.arange(len(q))[:, None]
+    rows = max(1, BLOCK_VALUES // len(g))
+    best = [(block @ g.T).topk(k + (selves is not None), dim=1) for block in q.split(rows)]
+    values, indices = (torch.cat([b[i] for b in best]).cpu() for i in (0, 1))
+    if selves is not None:
+        # A duplicate image may push the query itself beyond the first rank, or out of the list altogether.
+        other = indices != selves[:, None]
         other[other.all(dim=1), -1] = False
         values, indices = values[other].view(-1, k), indices[other].view(-1, k)
     return values, indices
@@ -78,7 +69,6 @@ def retrieval_accuracy(
     test_y: ArrayLike,
     k: int = 5,
     *,
-    backend: Backend = "auto",
     device: torch.device | str | None = None,
 ) -> float:
     """Mean over test items of the share of their ``k`` nearest training items (cosine) with their label.
@@ -89,7 +79,6 @@ def retrieval_accuracy(
         test_x: features [Q, F].
         test_y: labels [Q]; every class must occur in ``train_y``.
         k: neighbors (the paper takes 5).
-        backend: see :func:`nearest_neighbors`.
         device: see :func:`nearest_neighbors`.
 
     Returns:
@@ -97,10 +86,12 @@ def retrieval_accuracy(
 
     Raises:
         ValueError: shapes disagree, features are not finite, one class only, a test class absent from training.
+        UndefinedError: fewer training items than neighbors, or their features are all the same.
     """
     train, test = as_features("train_x", train_x), as_features("test_x", test_x)
     gallery_labels = as_labels("train_y", train_y, len(train))
     query_labels = as_labels("test_y", test_y, len(test))
     check_seen(gallery_labels, query_labels)
-    _, neighbors = nearest_neighbors(test, train, k, backend=backend, device=device)
+    check_varied("train_x", train)
+    _, neighbors = nearest_neighbors(test, train, k, device=device)
     return float((gallery_labels[neighbors.numpy()] == query_labels[:, None]).mean())

@@ -1,4 +1,4 @@
-"""FixMatch (Sohn et al. 2020): a few labeled images a class, and all training images without their labels."""
+"""FixMatch (Sohn et al. 2020): a few labeled images per class, and all training images without their labels."""
 
 from __future__ import annotations
 
@@ -11,46 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastuft.config import AugmentConfig
+from fastuft.config import AugmentConfig, FewShotConfig, SemiConfig
 from fastuft.data import Loader, Loading, StrongConfig, WeakStrongStream
-from fastuft.evaluate.features import autocast, module_device
-from fastuft.evaluate.images import decode, random_views
-from fastuft.evaluate.inputs import ArrayLike, as_labels, check_seen
-from fastuft.evaluate.shots import (
-    Classifier,
-    FewShotResult,
-    FewShotSettings,
-    accuracies,
-    check_runs,
-    draw_shots,
-    predict,
-    sgd,
-)
+from fastuft.device import Precision, autocast
+from fastuft.evaluate.features import module_device
+from fastuft.evaluate.images import random_views
+from fastuft.evaluate.inputs import ArrayLike, UndefinedError
+from fastuft.evaluate.shots import Classifier, FewShotResult, LabeledDraws, diverged, predict, sgd
 from fastuft.model import Backbone
 from fastuft.randomness import keyed_generator, keyed_seed
-
-RATIO = 7  # unlabeled images for each labeled one of a step (mu)
-THRESHOLD = 0.95  # confidence from which the guess of the weak view is a label (tau)
-
-
-@dataclass(frozen=True)
-class FixMatchSettings:
-    """How one FixMatch finetuning is done; the recipe shares few-shot's epochs, rates, crop and flip.
-
-    Args:
-        finetuning: epochs (passes over the unlabeled images), rates, crop and flip of the weak views; its batch is the
-            labeled images a step.
-        strong: RandAugment and Cutout of the strong view.
-        threshold: confidence from which a guess counts.
-        ratio: unlabeled images for each labeled one of a step; a smaller set makes one step an epoch.
-        weight: of the unlabeled loss.
-    """
-
-    finetuning: FewShotSettings = field(default_factory=lambda: FewShotSettings(batch_size=64))
-    strong: StrongConfig = field(default_factory=StrongConfig)
-    threshold: float = THRESHOLD
-    ratio: int = RATIO
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,34 +57,37 @@ class _Student:
         backbone: Backbone,
         images: list[Tensor],
         labels: Tensor,
-        settings: FixMatchSettings,
+        config: SemiConfig,
+        finetuning: FewShotConfig,
+        *,
+        size: int,
+        precision: Precision,
         steps: int,
         seed: int,
     ) -> None:
-        self.images, self.labels, self.settings, self.seed = images, labels, settings, seed
+        self.images, self.labels, self.seed = images, labels, seed
+        self.config, self.finetuning, self.size, self.precision = config, finetuning, size, precision
         self.model = Classifier.on(backbone, int(labels.max()) + 1, seed)
-        recipe = settings.finetuning
-        self.optimizer, self.schedule = sgd(self.model, recipe.lr, recipe.backbone_lr, steps)
+        self.optimizer, self.schedule = sgd(self.model, finetuning.lr, finetuning.backbone_lr, steps)
         self.source = self.model.backbone
         self.step_number = 0
         self.totals = torch.zeros(2, device=labels.device)  # labeled loss and confident share of this epoch
 
     def _labeled(self) -> tuple[Tensor, Tensor]:
         """The next labeled batch: whole shuffled passes one after the other."""
-        recipe, count = self.settings.finetuning, len(self.images)
-        first = self.step_number * recipe.batch_size
-        places = range(first, first + recipe.batch_size)
+        batch, count = self.config.batch_size, len(self.images)
+        first = self.step_number * batch
+        drawn = range(first, first + batch)
         passes = {
-            p: keyed_generator(self.seed, "labelled", p).permutation(count)
-            for p in {place // count for place in places}
+            p: keyed_generator(self.seed, "labelled", p).permutation(count) for p in {draw // count for draw in drawn}
         }
-        index = np.array([passes[place // count][place % count] for place in places])
+        index = np.array([passes[draw // count][draw % count] for draw in drawn])
         views = random_views(
             [self.images[i] for i in index],
-            recipe.size,
+            self.size,
             keyed_generator(self.seed, "crops", self.step_number),
-            scale=recipe.crop_scale,
-            flip_p=recipe.flip_p,
+            scale=self.finetuning.crop_scale,
+            flip_p=self.finetuning.flip_p,
             mean=self.source.mean,
             std=self.source.std,
         )
@@ -124,14 +96,14 @@ class _Student:
     def step(self, weak: Tensor, strong: Tensor) -> None:
         """One update from a labeled batch and an unlabeled one's weak and strong views."""
         views, labels = self._labeled()
-        with autocast(views.device, self.settings.finetuning.precision):
+        with autocast(views.device, self.precision):
             with torch.no_grad():
                 guesses = self.model(weak)
             logits = self.model(torch.cat([views, strong]))
         supervised = F.cross_entropy(logits[: len(views)], labels)
-        consistency, counted = unlabeled_loss(guesses, logits[len(views) :], self.settings.threshold)
+        consistency, counted = unlabeled_loss(guesses, logits[len(views) :], self.config.threshold)
         self.optimizer.zero_grad(set_to_none=True)
-        (supervised + self.settings.weight * consistency).backward()
+        (supervised + self.config.weight * consistency).backward()
         self.optimizer.step()
         self.schedule.step()
         self.step_number += 1
@@ -151,11 +123,15 @@ def fixmatch(
     test: Iterable[tuple[Tensor, Tensor | None]],
     test_labels: ArrayLike,
     *,
-    shots: Sequence[int] = (2, 4, 8),
+    config: SemiConfig | None = None,
+    finetuning: FewShotConfig | None = None,
+    strong: StrongConfig | None = None,
+    size: int = 224,
+    resize: int = 256,
+    precision: Precision = "auto",
     trials: int = 3,
     seed: int = 0,
     classes: Sequence[str] = (),
-    settings: FixMatchSettings | None = None,
     loader: Loader = "auto",
 ) -> FixMatchResult:
     """Test accuracy after FixMatch from ``backbone``, for several K and trials.
@@ -170,63 +146,70 @@ def fixmatch(
         train_labels: their labels [N]; used for the drawn images alone.
         test: stream of (images, labels) over the test set, normalized for this backbone.
         test_labels: labels [Q] in the stream's order; every class must occur in training.
-        shots: the values of K.
+        config: values of K and the recipe; None is K = 2, 4, 8 by the paper's.
+        finetuning: learning rates, crop and flip of the weak views; None is few-shot's.
+        strong: RandAugment and Cutout of the strong views; None is the paper's.
+        size: input side, pixels.
+        resize: shorter side at which decoded images are kept.
+        precision: auto (bf16 on a GPU), bf16 or fp32.
         trials: draws for each K.
         seed: seed of draws, initialization, order and views.
         classes: class names by label, for messages.
-        settings: the recipe; None is the paper's.
         loader: dali, torch or auto.
 
     Raises:
-        ValueError: no shots, a class with fewer than K images, one class only, a test class absent from training, or a
-            loss that stops being finite.
+        ValueError: no shots, a class with fewer than K images, one class only, or a test class absent from training.
+        UndefinedError: the finetuning diverged for every K; where some K are left, ``undefined`` names the others.
     """
-    options = settings or FixMatchSettings()
-    recipe = options.finetuning
-    check_runs(shots, trials)
-    truth, given = as_labels("test_labels", test_labels), as_labels("train_labels", train_labels, len(train_paths))
-    check_seen(given, truth)
-    values = np.unique(given)
-    most = max(shots)
-    draws = np.stack([draw_shots(given, most, seed=seed, trial=t, classes=classes) for t in range(trials)])
+    recipe, rates = config or SemiConfig(shots=[2, 4, 8]), finetuning or FewShotConfig()
+    drawn = LabeledDraws(
+        train_paths, train_labels, test_labels, shots=recipe.shots, trials=trials, seed=seed, classes=classes
+    )
     device = module_device(backbone)
     stream = WeakStrongStream(
         train_paths,
         loading=Loading(backbone.mean, backbone.std, device, loader=loader),
         augment=AugmentConfig(
-            size=recipe.size, crop_scale=recipe.crop_scale, flip_p=recipe.flip_p, jitter_p=0, grayscale_p=0, blur_p=0
+            size=size, crop_scale=rates.crop_scale, flip_p=rates.flip_p, jitter_p=0, grayscale_p=0, blur_p=0
         ),
-        strong=options.strong,
-        batch_size=options.ratio * recipe.batch_size,
+        strong=strong or StrongConfig(),
+        batch_size=recipe.ratio * recipe.batch_size,
         seed=keyed_seed(seed, "unlabelled"),
     )
     students: list[tuple[int, _Student]] = []
-    for trial in range(trials):
-        pool = [image.to(device) for image in decode([train_paths[i] for i in draws[trial].ravel()], recipe.resize)]
-        for k in shots:
-            chosen = np.arange(draws[trial].size).reshape(len(values), most)[:, :k].ravel()
-            labels = torch.arange(len(values), device=device).repeat_interleave(k)
-            key = keyed_seed(seed, "fixmatch", trial, k)
-            images = [pool[i] for i in chosen]
-            students.append((k, _Student(backbone, images, labels, options, recipe.epochs * len(stream), key)))
+    for trial, k, images, labels in drawn.runs(resize, device):
+        student = _Student(
+            backbone,
+            images,
+            labels,
+            recipe,
+            rates,
+            size=size,
+            precision=precision,
+            steps=recipe.epochs * len(stream),
+            seed=keyed_seed(seed, "fixmatch", trial, k),
+        )
+        students.append((k, student))
     last: list[tuple[float, float]] = []
     try:
         for epoch in range(recipe.epochs):
-            for weak, strong in stream.epoch(epoch):
+            for weak, strong_views in stream.epoch(epoch):
                 for _, student in students:
-                    student.step(weak, strong)
+                    student.step(weak, strong_views)
             last = [student.end_of_epoch(len(train_paths)) for _, student in students]
     finally:
         stream.close()
-    if not all(math.isfinite(loss) for loss, _ in last):
-        raise ValueError(
-            f"FixMatch diverged at fewshot_lr={recipe.lr:g}, fewshot_backbone_lr={recipe.backbone_lr:g}; lower them"
-        )
-    models = [student.model.eval() for _, student in students]
-    ks = [k for k, _ in students]
-    top1, mean_class = accuracies(ks, values[predict(models, test, recipe.precision)], truth)
-    result = FixMatchResult(top1, mean_class, {k: [] for k in shots}, draws, {k: [] for k in shots})
-    for k, (loss, confident) in zip(ks, last, strict=True):
-        result.train_loss[k].append(loss)
-        result.confident[k].append(confident)
-    return result
+    undefined = {
+        k: str(diverged("FixMatch", loss, rates))
+        for (k, _), (loss, _) in zip(students, last, strict=True)
+        if not math.isfinite(loss)
+    }
+    kept = [(k, student.model.eval(), *ends) for (k, student), ends in zip(students, last, strict=True)]
+    kept = [run for run in kept if run[0] not in undefined]
+    if not kept:
+        raise UndefinedError(next(iter(undefined.values())))
+    predicted = predict([model for _, model, _, _ in kept], test, precision)
+    top1, mean_class = drawn.accuracies([k for k, *_ in kept], predicted)
+    losses = {k: [loss for of, _, loss, _ in kept if of == k] for k in top1}
+    confident = {k: [share for of, _, _, share in kept if of == k] for k in top1}
+    return FixMatchResult(top1, mean_class, losses, drawn.positions, undefined, confident)

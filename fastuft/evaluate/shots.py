@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,39 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastuft.config import FewShotConfig
+from fastuft.device import Precision, autocast
 from fastuft.evaluate.accuracy import mean_class_accuracy, top1_accuracy
-from fastuft.evaluate.features import Precision, autocast, module_device
+from fastuft.evaluate.features import module_device
 from fastuft.evaluate.images import decode, random_views
-from fastuft.evaluate.inputs import ArrayLike, as_labels, check_seen, quoted
+from fastuft.evaluate.inputs import ArrayLike, UndefinedError, as_labels, check_seen, quoted
 from fastuft.model import Backbone
 from fastuft.randomness import keyed_generator, keyed_seed
-
-
-@dataclass(frozen=True)
-class FewShotSettings:
-    """How one few-shot finetuning is done.
-
-    Args:
-        epochs: passes over the labeled images.
-        lr: learning rate of the new classifier.
-        backbone_lr: learning rate of the backbone.
-        batch_size: largest batch; fewer images make one batch.
-        size: input side, pixels.
-        resize: shorter side at which decoded images are kept.
-        crop_scale: area range of the random resized crop; (1, 1) leaves it out.
-        flip_p: probability of the horizontal flip; 0 leaves it out.
-        precision: auto (bf16 on a GPU), bf16 or fp32.
-    """
-
-    epochs: int = 30
-    lr: float = 3.0
-    backbone_lr: float = 1e-4
-    batch_size: int = 256
-    size: int = 224
-    resize: int = 256
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    flip_p: float = 0.5
-    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -59,12 +34,14 @@ class FewShotResult:
         train_loss: mean cross-entropy of each trial's last epoch, by K; near log(classes) or above, the learning
             rates do not suit the backbone and the accuracies say little about it.
         draws: positions in the training set, [trials, classes, largest K] int64; K shots are ``draws[t, :, :K]``.
+        undefined: why a K has no accuracy (its finetuning diverged); such a K is in none of the others.
     """
 
     top1: dict[int, list[float]]
     mean_class: dict[int, list[float]]
     train_loss: dict[int, list[float]]
     draws: np.ndarray
+    undefined: dict[int, str] = field(default_factory=dict)
 
 
 def draw_shots(labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, classes: Sequence[Any] = ()) -> np.ndarray:
@@ -84,7 +61,7 @@ def draw_shots(labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, clas
     """
     truth = as_labels("labels", labels)
     if shots < 1:
-        raise ValueError(f"shots={shots!r} is out of range; at least 1 labeled image a class is needed")
+        raise ValueError(f"shots={shots!r} is out of range; at least 1 labeled image per class is needed")
     values, counts = np.unique(truth, return_counts=True)
     short = [(classes[int(v)] if len(classes) else v, int(c)) for v, c in zip(values, counts, strict=True) if c < shots]
     if short:
@@ -100,12 +77,64 @@ def draw_shots(labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, clas
     return np.stack(rows).astype(np.int64)
 
 
-def check_runs(shots: Sequence[int], trials: int) -> None:
-    """Raise unless there is something to draw."""
-    if not shots:
-        raise ValueError("shots is empty; name at least one number of labeled images a class")
-    if trials < 1:
-        raise ValueError(f"trials={trials!r} is out of range; at least 1 is needed")
+class LabeledDraws:
+    """The labeled images of all runs over several K and trials, checked before anything is trained.
+
+    Args:
+        paths: training images to draw from.
+        labels: their labels [N].
+        test_labels: labels [Q] of the test set.
+        shots: the values of K.
+        trials: draws for each K.
+        seed: seed of the draws.
+        classes: class names by label, for messages.
+
+    Raises:
+        ValueError: no shots, a class with fewer than K images, one class only, a test class absent from training.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: ArrayLike,
+        test_labels: ArrayLike,
+        *,
+        shots: Sequence[int],
+        trials: int,
+        seed: int,
+        classes: Sequence[str],
+    ) -> None:
+        if not shots:
+            raise ValueError("shots is empty; name at least one number of labeled images per class")
+        if trials < 1:
+            raise ValueError(f"trials={trials!r} is out of range; at least 1 is needed")
+        given = as_labels("labels", labels, len(paths))
+        self.paths, self.shots = paths, shots
+        self.truth = as_labels("test_labels", test_labels)
+        check_seen(given, self.truth)
+        self.values = np.unique(given)
+        draws = [draw_shots(given, max(shots), seed=seed, trial=t, classes=classes) for t in range(trials)]
+        self.positions = np.stack(draws)  # [trials, classes, largest K]
+
+    def runs(self, resize: int, device: torch.device) -> Iterator[tuple[int, int, list[Tensor], Tensor]]:
+        """(trial, K, labeled images, labels in 0..C-1) of each run; a trial's images are decoded once for all K."""
+        _, classes, most = self.positions.shape
+        for trial, drawn in enumerate(self.positions):
+            pool = [image.to(device) for image in decode([self.paths[i] for i in drawn.ravel()], resize)]
+            for k in self.shots:
+                chosen = np.arange(classes * most).reshape(classes, most)[:, :k].ravel()
+                yield trial, k, [pool[i] for i in chosen], torch.arange(classes, device=device).repeat_interleave(k)
+
+    def accuracies(
+        self, shots: Sequence[int], predicted: np.ndarray
+    ) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
+        """(top-1, mean class) accuracy by K of models with these K; predicted: classes in 0..C-1, [models, Q]."""
+        top1: dict[int, list[float]] = {k: [] for k in shots}
+        mean_class: dict[int, list[float]] = {k: [] for k in shots}
+        for k, answers in zip(shots, self.values[predicted], strict=True):
+            top1[k].append(top1_accuracy(answers, self.truth))
+            mean_class[k].append(mean_class_accuracy(answers, self.truth))
+        return top1, mean_class
 
 
 class Classifier(nn.Module):
@@ -127,7 +156,7 @@ class Classifier(nn.Module):
         return cls(copy.deepcopy(backbone), classes, seed).to(module_device(backbone)).train()
 
     def train(self, mode: bool = True) -> Classifier:
-        """Training mode with BatchNorm left in eval mode: a few images are no statistics."""
+        """Training mode with BatchNorm left in eval mode: statistics of a few images would be noise."""
         super().train(mode)
         for module in self.backbone.modules():
             if isinstance(module, _BatchNorm):
@@ -160,8 +189,10 @@ def finetune(
     images: Sequence[Tensor],
     labels: Tensor,
     classes: int,
-    settings: FewShotSettings,
+    config: FewShotConfig,
     *,
+    size: int,
+    precision: Precision = "auto",
     seed: int,
 ) -> tuple[Classifier, float]:
     """A copy of ``backbone`` with a new classifier, finetuned on a few labeled images.
@@ -174,22 +205,24 @@ def finetune(
         images: uint8 [3, H, W] each, on the backbone's device.
         labels: [n] int64 in 0..classes-1, on the same device.
         classes: outputs of the classifier.
-        settings: the recipe.
+        config: the recipe.
+        size: input side, pixels.
+        precision: auto (bf16 on a GPU), bf16 or fp32.
         seed: seed of initialization, order and crops.
 
     Returns:
         the classifier in eval mode and the mean loss of its last epoch.
 
     Raises:
-        ValueError: the loss stops being finite.
+        UndefinedError: the loss stops being finite.
     """
     device = module_device(backbone)
     model = Classifier.on(backbone, classes, seed)
-    batch = min(settings.batch_size, len(images))
-    steps = settings.epochs * math.ceil(len(images) / batch)
-    optimizer, schedule = sgd(model, settings.lr, settings.backbone_lr, steps)
+    batch = min(config.batch_size, len(images))
+    steps = config.epochs * math.ceil(len(images) / batch)
+    optimizer, schedule = sgd(model, config.lr, config.backbone_lr, steps)
     total = torch.zeros((), device=device)
-    for epoch in range(settings.epochs):
+    for epoch in range(config.epochs):
         total.zero_()
         generator = keyed_generator(seed, "finetune", epoch)
         order = generator.permutation(len(images))
@@ -198,14 +231,14 @@ def finetune(
             index = order[start : start + batch]
             views = random_views(
                 [images[i] for i in index],
-                settings.size,
+                size,
                 generator,
-                scale=settings.crop_scale,
-                flip_p=settings.flip_p,
+                scale=config.crop_scale,
+                flip_p=config.flip_p,
                 mean=backbone.mean,
                 std=backbone.std,
             )
-            with autocast(device, settings.precision):
+            with autocast(device, precision):
                 logits = model(views)
             loss = F.cross_entropy(logits, shuffled[start : start + batch])
             optimizer.zero_grad(set_to_none=True)
@@ -215,11 +248,16 @@ def finetune(
             total += loss.detach() * len(index)
     last = float(total) / len(images)
     if not math.isfinite(last):
-        raise ValueError(
-            f"few-shot finetuning diverged (loss of the last epoch {last}) at fewshot_lr={settings.lr:g}, "
-            f"fewshot_backbone_lr={settings.backbone_lr:g}; lower them"
-        )
+        raise diverged("few-shot finetuning", last, config)
     return model.eval(), last
+
+
+def diverged(what: str, loss: float, config: FewShotConfig) -> UndefinedError:
+    """The error of a finetuning whose loss stopped being finite."""
+    return UndefinedError(
+        f"{what} diverged (loss of the last epoch {loss}) at fewshot.lr={config.lr:g}, "
+        f"fewshot.backbone_lr={config.backbone_lr:g}; lower them"
+    )
 
 
 @torch.no_grad()
@@ -236,18 +274,6 @@ def predict(
     return torch.cat(batches, dim=1).cpu().numpy()
 
 
-def accuracies(
-    shots: Sequence[int], predicted: np.ndarray, truth: np.ndarray
-) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
-    """(top-1, mean class) accuracy of each model, in order, by its K; predicted [models, N], truth [N]."""
-    top1: dict[int, list[float]] = {k: [] for k in shots}
-    mean_class: dict[int, list[float]] = {k: [] for k in shots}
-    for k, answers in zip(shots, predicted, strict=True):
-        top1[k].append(top1_accuracy(answers, truth))
-        mean_class[k].append(mean_class_accuracy(answers, truth))
-    return top1, mean_class
-
-
 def fewshot(
     backbone: Backbone,
     train_paths: Sequence[str],
@@ -255,13 +281,15 @@ def fewshot(
     test: Iterable[tuple[Tensor, Tensor | None]],
     test_labels: ArrayLike,
     *,
-    shots: Sequence[int] = (1, 2, 4, 8),
+    config: FewShotConfig | None = None,
+    size: int = 224,
+    resize: int = 256,
+    precision: Precision = "auto",
     trials: int = 3,
     seed: int = 0,
     classes: Sequence[str] = (),
-    settings: FewShotSettings | None = None,
 ) -> FewShotResult:
-    """Test accuracy after finetuning on K labeled images a class, for several K and trials.
+    """Test accuracy after finetuning on K labeled images per class, for several K and trials.
 
     Each trial decodes its largest draw once; smaller K reuse its first images. All finetuned models then share one
     pass over the test stream, so test images are decoded once as well.
@@ -272,40 +300,38 @@ def fewshot(
         train_labels: their labels [N].
         test: stream of (images, labels) over the test set, normalized for this backbone.
         test_labels: labels [Q] in the stream's order; every class must occur in training.
-        shots: the values of K.
+        config: values of K and the recipe; None is the paper's.
+        size: input side, pixels.
+        resize: shorter side at which decoded images are kept.
+        precision: auto (bf16 on a GPU), bf16 or fp32.
         trials: draws for each K.
         seed: seed of draws, initialization, order and crops.
         classes: class names by label, for messages.
-        settings: the recipe; None is the paper's.
 
     Raises:
-        ValueError: no shots, a class with fewer than K images, one class only, a test class absent from training, or a
-            loss that stops being finite.
+        ValueError: no shots, a class with fewer than K images, one class only, or a test class absent from training.
+        UndefinedError: the finetuning diverged for every K; where some K are left, ``undefined`` names the others.
     """
-    recipe = settings or FewShotSettings()
-    check_runs(shots, trials)
-    truth, given = as_labels("test_labels", test_labels), as_labels("train_labels", train_labels, len(train_paths))
-    check_seen(given, truth)
-    values = np.unique(given)
-    target = torch.from_numpy(np.arange(len(values)))
-    most = max(shots)
-    draws = np.stack([draw_shots(given, most, seed=seed, trial=t, classes=classes) for t in range(trials)])
-    device = module_device(backbone)
-    models: list[nn.Module] = []
-    runs: list[int] = []
-    losses: list[float] = []
-    for trial in range(trials):
-        pool = [image.to(device) for image in decode([train_paths[i] for i in draws[trial].ravel()], recipe.resize)]
-        for k in shots:
-            chosen = np.arange(draws[trial].size).reshape(len(values), most)[:, :k].ravel()
-            labels = target.repeat_interleave(k).to(device)
-            key = keyed_seed(seed, "fewshot", trial, k)
-            model, loss = finetune(backbone, [pool[i] for i in chosen], labels, len(values), recipe, seed=key)
-            models.append(model)
-            runs.append(k)
-            losses.append(loss)
-    top1, mean_class = accuracies(runs, values[predict(models, test, recipe.precision)], truth)
-    result = FewShotResult(top1, mean_class, {k: [] for k in shots}, draws)
-    for k, loss in zip(runs, losses, strict=True):
-        result.train_loss[k].append(loss)
-    return result
+    recipe = config or FewShotConfig()
+    drawn = LabeledDraws(
+        train_paths, train_labels, test_labels, shots=recipe.shots, trials=trials, seed=seed, classes=classes
+    )
+    found: dict[int, list[tuple[nn.Module, float]]] = {k: [] for k in recipe.shots}
+    undefined: dict[int, str] = {}
+    for trial, k, images, labels in drawn.runs(resize, module_device(backbone)):
+        if k in undefined:
+            continue
+        key = keyed_seed(seed, "fewshot", trial, k)
+        count = len(drawn.values)
+        try:
+            found[k].append(finetune(backbone, images, labels, count, recipe, size=size, precision=precision, seed=key))
+        except UndefinedError as error:
+            undefined[k] = str(error)
+            del found[k]
+    if not found:
+        raise UndefinedError(next(iter(undefined.values())))
+    runs = [(k, model) for k, trained in found.items() for model, _ in trained]
+    predicted = predict([model for _, model in runs], test, precision)
+    top1, mean_class = drawn.accuracies([k for k, _ in runs], predicted)
+    losses = {k: [loss for _, loss in trained] for k, trained in found.items()}
+    return FewShotResult(top1, mean_class, losses, drawn.positions, undefined)

@@ -7,9 +7,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastuft.evaluate.inputs import ArrayLike, as_features
+from fastuft.evaluate.inputs import ArrayLike, UndefinedError, as_features, check_varied
 from fastuft.evaluate.retrieval import nearest_neighbors
 from fastuft.randomness import keyed_generator
+
+# Share of the features' squared size below which their variation is rounding: (1e-6)^2 in float32.
+_ROUNDING = 1e-12
 
 
 def _paired(first: str, x: ArrayLike, second: str, y: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +36,7 @@ def uniformity(features: ArrayLike, t: float = 2.0, *, most: int = 4096, seed: i
     """
     x = as_features("features", features)
     if len(x) < 2:
-        raise ValueError("uniformity needs at least two rows, got 1")
+        raise UndefinedError("uniformity is over pairs of images, and there is one image")
     if len(x) > most:
         x = x[torch.as_tensor(keyed_generator(seed, "uniformity").permutation(len(x))[:most], device=x.device)]
     unit = F.normalize(x.double(), dim=1)
@@ -41,35 +44,33 @@ def uniformity(features: ArrayLike, t: float = 2.0, *, most: int = 4096, seed: i
     return float(torch.logsumexp(exponent.flatten(), dim=0)) - math.log(len(x) * (len(x) - 1))
 
 
-def alignment_uniformity(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> dict[str, float]:
-    """Alignment of two views [N, F] each, and uniformity of the first."""
-    return {"alignment": alignment(first, second), "uniformity": uniformity(first, seed=seed)}
-
-
 def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
     """Linear centered kernel alignment of two representations of the same images (Kornblith et al. 2019).
 
     |Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F); 1 up to rotation and scale, 0 for unrelated. x: [N, F], y: [N, G].
     """
-    a, b = _paired("x", x, "y", y)
-    a, b = (v.double() - v.double().mean(0) for v in (a, b))
-    scale = float((a.T @ a).norm() * (b.T @ b).norm())
-    if scale == 0:
-        raise ValueError("linear_cka needs features that vary over the images; one representation is constant")
-    return float((b.T @ a).norm().square()) / scale
+    pair = _paired("x", x, "y", y)
+    a, b = (v.double() - v.double().mean(0) for v in pair)
+    scales = [float((v.T @ v).norm()) for v in (a, b)]
+    for scale, given in zip(scales, pair, strict=True):
+        if scale <= _ROUNDING * float(given.double().square().sum()):
+            raise UndefinedError("linear CKA compares how features vary over the images, and one of both is constant")
+    return float((b.T @ a).norm().square()) / math.prod(scales)
 
 
-def drift(before: ArrayLike, after: ArrayLike) -> dict[str, float]:
-    """How far the features of the same images moved: mean cosine (same width only) and linear CKA."""
+def mean_cosine(before: ArrayLike, after: ArrayLike) -> float:
+    """Mean cosine between the features of the same images; 1 where none moved. Both [N, F]."""
     a, b = _paired("before", before, "after", after)
-    result = {"linear_cka": linear_cka(a, b)}
-    if a.shape[1] == b.shape[1]:
-        result["mean_cosine"] = float(F.cosine_similarity(a, b, dim=1).double().mean())
-    return result
+    if a.shape[1] != b.shape[1]:
+        raise UndefinedError(f"the features' widths differ ({a.shape[1]} before and {b.shape[1]} after)")
+    return float(F.cosine_similarity(a, b, dim=1).double().mean())
 
 
 def neighbor_overlap(before: ArrayLike, after: ArrayLike, k: int = 5) -> float:
     """Mean share of each item's ``k`` nearest other items that stay the same; 1 when neighborhoods are unchanged."""
     a, b = _paired("before", before, "after", after)
-    old, new = (nearest_neighbors(x, x, k, exclude_self=True)[1] for x in (a, b))
+    check_varied("before", a)
+    check_varied("after", b)
+    rows = torch.arange(len(a))
+    old, new = (nearest_neighbors(x, x, k, own=rows)[1] for x in (a, b))
     return float((old[:, :, None] == new[:, None, :]).any(dim=2).double().mean())

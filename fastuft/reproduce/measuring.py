@@ -13,8 +13,9 @@ from fastuft.reproduce.folders import GridFolders, plain, read_json
 from fastuft.reproduce.grid import Measurement
 from fastuft.reproduce.recipes import Scale
 
-# An evaluation that measured more than is wanted serves as well.
-_GROWING = ("shots", "semi_shots", "tsne_points", "source", "cache", "out")
+# Settings of which more than is wanted serves as well, and those that change nothing.
+_GROWS = {"fewshot": "shots", "semi": "shots", "map": "points"}
+_FREE = ("source", "cache", "out")
 
 
 def measure(
@@ -36,18 +37,22 @@ def measure(
         config: how the grid is run.
         scale: sizes.
         folders: where the evaluation lies.
+
+    Raises:
+        ValueError: something that cannot be evaluated, or a metric without a value; the others are written all the same.
     """
+    usual = scale.evaluation
     wanted = dataclasses.replace(
-        scale.evaluation,
+        usual,
         checkpoint=folders.checkpoint(measurement.backbone),
         train=dataset.train,
         test=dataset.test,
         source=(config.forgetting or source) if measurement.source else None,
         out=str(folders.evaluation(measurement)),
-        shots=list(measurement.shots),
-        semi_shots=list(measurement.semi_shots),
+        fewshot=dataclasses.replace(usual.fewshot, shots=list(measurement.shots)),
+        semi=dataclasses.replace(usual.semi, shots=list(measurement.semi_shots)),
+        map=usual.map if measurement.tsne else dataclasses.replace(usual.map, points=0),
         trials=config.trials,
-        tsne_points=scale.evaluation.tsne_points if measurement.tsne else 0,
         cache=str(folders.features),
         seed=measurement.seed,
         loader=config.loader,
@@ -58,20 +63,35 @@ def measure(
     if before.get("backbone", {}).get("hash") == weights_hash(loaded):
         wanted = _grown(wanted, before["config"])
         if plain(wanted) == before["config"]:
+            _check_known(before)
             return
     print(f"{mark}: evaluation on {measurement.dataset}", flush=True)
-    write_evaluation(wanted.out, evaluate_backbone(loaded, wanted))
+    result = evaluate_backbone(loaded, wanted)
+    write_evaluation(wanted.out, result)
+    _check_known(result.metrics)
+
+
+def _check_known(evaluation: dict[str, Any]) -> None:
+    if evaluation["not_known"]:
+        raise ValueError("; ".join(f"{what} is not known: {why}" for what, why in evaluation["not_known"].items()))
 
 
 def _grown(wanted: EvalConfig, stored: dict[str, Any]) -> EvalConfig:
     """What is wanted together with what was measured before, where the two go together."""
-    same = {name: value for name, value in plain(wanted).items() if name not in _GROWING}
-    if any(stored.get(name) != value for name, value in same.items()):
+    if _fixed(plain(wanted)) != _fixed(stored):
         return wanted
+    few, semi = wanted.fewshot, wanted.semi
     return dataclasses.replace(
         wanted,
-        shots=sorted({*wanted.shots, *stored["shots"]}),
-        semi_shots=sorted({*wanted.semi_shots, *stored["semi_shots"]}),
-        tsne_points=max(wanted.tsne_points, stored["tsne_points"]),
+        fewshot=dataclasses.replace(few, shots=sorted({*few.shots, *stored["fewshot"]["shots"]})),
+        semi=dataclasses.replace(semi, shots=sorted({*semi.shots, *stored["semi"]["shots"]})),
+        map=dataclasses.replace(wanted.map, points=max(wanted.map.points, stored["map"]["points"])),
         source=wanted.source or stored["source"],
     )
+
+
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings in which two evaluations have to agree."""
+    kept = {name: value for name, value in settings.items() if name not in _FREE}
+    grown = {group: {k: v for k, v in settings.get(group, {}).items() if k != name} for group, name in _GROWS.items()}
+    return kept | grown

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastuft.config import ReproduceConfig
-from fastuft.evaluate import FewShotSettings, FixMatchSettings
 from fastuft.report import Key, Table
 from fastuft.reproduce import grid
 from fastuft.reproduce.datasets import LAYOUTS
@@ -116,16 +115,16 @@ def training_length(backbone: Backbone, scale: Scale) -> tuple[int, int, int]:
 
 def evaluation_length(measurement: Measurement, scale: Scale, trials: int) -> tuple[int, int, int]:
     """(training images of the data set, steps, images) of few-shot finetuning and FixMatch over all K and trials."""
-    settings, size = scale.evaluation, scale.sizes[measurement.dataset]
+    few, semi, size = scale.evaluation.fewshot, scale.evaluation.semi, scale.sizes[measurement.dataset]
     steps = images = 0
     for shots in measurement.shots:
         labeled = shots * size.classes
-        steps += settings.fewshot_epochs * math.ceil(labeled / FewShotSettings.batch_size)
-        images += settings.fewshot_epochs * labeled
+        steps += few.epochs * math.ceil(labeled / few.batch_size)
+        images += few.epochs * labeled
     for _ in measurement.semi_shots:
-        each = math.ceil(size.train / (FixMatchSettings.ratio * settings.semi_batch))
-        steps += settings.semi_epochs * each
-        images += settings.semi_epochs * (size.train + each * settings.semi_batch)
+        each = math.ceil(size.train / (semi.ratio * semi.batch_size))
+        steps += semi.epochs * each
+        images += semi.epochs * (size.train + each * semi.batch_size)
     return size.train, trials * steps, trials * images
 
 

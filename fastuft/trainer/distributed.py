@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastuft.device import choose_device
 from fastuft.randomness import keyed_generator
 
 # Renamed in torch 2.13, where the old name warns.
@@ -106,16 +107,14 @@ def start_ranks(device: str, timeout: float) -> Ranks:
     Raises:
         ValueError: cuda asked for where there is none, or more processes than devices on this machine.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("runtime.device='cuda' but torch sees no CUDA device; `fastuft doctor` tells why, or use cpu")
-    cuda = device != "cpu" and torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    where = choose_device(device, option="runtime.device", index=local)
+    cuda = where.type == "cuda"
     if cuda and local >= torch.cuda.device_count():
         raise ValueError(
             f"LOCAL_RANK={local} but torch sees {torch.cuda.device_count()} CUDA devices; start as many processes a "
             "machine as it has devices"
         )
-    where = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

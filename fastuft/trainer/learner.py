@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastuft.config import MethodConfig, TrainConfig
+from fastuft.device import DTYPES, autocast, resolve_precision
 from fastuft.loss import KeyQueue
 from fastuft.mix import cutmix_, mixup_, sample_boxes, sample_lambda
 from fastuft.model import InitReport, MoCo, build_backbone, has_batchnorm, load_init, set_batchnorm_mode
@@ -26,8 +27,6 @@ from fastuft.trainer.optimizer import build_optimizer
 _renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 # BatchNorm's running statistics are each rank's own.
 _OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _renamed else "broadcast_buffers": False}
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -124,23 +123,6 @@ class Learner:
         """Keys of each image's partner in the mix [b, D]."""
         groups: Tensor = keys.unflatten(0, (-1, min(self.mix_group, len(keys))))
         return groups.flip(1).flatten(0, 1)
-
-
-@contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """bf16 or fp16 forward passes; fp32 runs as it is."""
-    if precision == "fp32":
-        yield
-        return
-    with torch.autocast(device.type, dtype=DTYPES[precision]):
-        yield
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """bf16, fp16 or fp32; ``auto`` is bf16 on a GPU and fp32 on a CPU."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def resolve_bn(config: TrainConfig, world_size: int, backbone: nn.Module) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 
 from fastuft.config import TrainConfig
 from fastuft.data import Loading, Manifest, TrainStream
+from fastuft.device import DTYPES
 from fastuft.runfolder import Progress, RunFolder
 from fastuft.trainer import watch
 from fastuft.trainer.distributed import Ranks, StopVote, naming_lost_ranks, start_ranks, stop_ranks
-from fastuft.trainer.learner import DTYPES, build_learner
+from fastuft.trainer.learner import build_learner
 from fastuft.trainer.learner_state import restore
 from fastuft.trainer.metrics import StepMetrics
 from fastuft.trainer.prefill import prefill

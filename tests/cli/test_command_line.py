@@ -85,13 +85,13 @@ def test_dash_and_underscore_flags_and_lists(received):
         ]
     )
     main(["finetune", *NEEDED, "--max_steps=3", "--data.batch_size", "64", "--runtime.compile", "true", "--seed", "4"])
-    main(["eval", "--checkpoint", "c", "--train", "t", "--shots", "4,8", "--fewshot-crop-scale", "0.5,1"])
+    main(["eval", "--checkpoint", "c", "--train", "t", "--fewshot.shots", "4,8", "--fewshot.crop-scale", "0.5,1"])
     dashed, underscored, evaluated = received
     assert dashed.max_steps == underscored.max_steps == 3
     assert dashed.data.batch_size == underscored.data.batch_size == 64
     assert dashed.runtime.compile and underscored.runtime.compile
     assert dashed.allow_missing == ["*.fc"] and underscored.seed == 4
-    assert evaluated.shots == [4, 8] and evaluated.fewshot_crop_scale == (0.5, 1.0)
+    assert evaluated.fewshot.shots == [4, 8] and evaluated.fewshot.crop_scale == (0.5, 1.0)
 
 
 def test_several_targets(received):
@@ -328,7 +328,18 @@ def test_a_run_repeats_from_its_saved_configuration(images, tmp_path, capsys):
     saved = yaml.safe_load((tuned / "config.yaml").read_text())
     assert saved["max_steps"] == 1 and saved["augment"]["crop_scale"] == [0.2, 1.0] and saved["source"] is None
     out = tmp_path / "eval"
-    evaluation = ["--train", str(images), "--test", str(images), "--size", "32", "--shots", "[]", "--tsne-points", "0"]
+    evaluation = [
+        "--train",
+        str(images),
+        "--test",
+        str(images),
+        "--size",
+        "32",
+        "--fewshot.shots",
+        "[]",
+        "--map.points",
+        "0",
+    ]
     assert main(["eval", "--checkpoint", str(tuned), "--before", str(first), *evaluation, "--out", str(out)]) == 0
     assert (out / "report.html").exists() and (out / "eval.json").exists()
     assert "tuned" in capsys.readouterr().out

@@ -102,7 +102,7 @@ def test_the_run_refuses_a_second_start_and_resumes(job):
 
 def test_evaluation_with_and_without_labels(job):
     folders = ["--train", job.root / "target", "--source", job.root / "source", "--before", job.root / "moco.pth.tar"]
-    small = ["--size", SIDE, "--shots", "1", "--trials", "1", "--fewshot-epochs", "1", "--tsne-points", "12"]
+    small = ["--size", SIDE, "--fewshot.shots", "1", "--trials", "1", "--fewshot.epochs", "1", "--map.points", "12"]
     labeled = job.root / "labeled"
     output = fastuft("eval", "--checkpoint", job.run, *folders, "--test", job.root / "test", *small, "--out", labeled)
     assert "retrieval" in output and "report.html" in output
@@ -125,7 +125,7 @@ def test_evaluation_with_and_without_labels(job):
         job.root / "moco.pth.tar",
         "--size",
         SIDE,
-        "--tsne-points",
+        "--map.points",
         "0",
         "--out",
         job.root / "unlabeled",
@@ -157,7 +157,7 @@ def test_export_and_evaluation_of_the_exported_file(job):
         job.root / "test",
         "--size",
         SIDE,
-        "--shots",
+        "--fewshot.shots",
         "[]",
         "--out",
         out,

@@ -11,16 +11,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fastuft.config import FewShotConfig, SemiConfig
 from fastuft.data import EvalStream, Loading, StrongConfig
-from fastuft.evaluate import FewShotSettings, FixMatchSettings, fewshot, fixmatch
+from fastuft.evaluate import fewshot, fixmatch, shots
 from fastuft.evaluate.semi import unlabeled_loss
 
 LOADING = Loading((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), threads=1)
-QUICK = FixMatchSettings(
-    FewShotSettings(epochs=4, lr=0.5, backbone_lr=1e-3, batch_size=2, size=16, resize=16, crop_scale=(1, 1), flip_p=0),
-    strong=StrongConfig(ops=("identity", "translate_x"), num_ops=1, cutout=0.25),
-    threshold=0.5,
-)
+RATES = FewShotConfig(shots=[1, 2], epochs=4, lr=0.5, backbone_lr=1e-3, crop_scale=(1, 1), flip_p=0)
+COMMON = {"trials": 2, "seed": 3, "size": 16, "resize": 16}
+
+
+def quick(*shots, **changes):
+    return SemiConfig(**{"shots": list(shots), "epochs": 4, "batch_size": 2, "threshold": 0.5} | changes)
 
 
 class SmallNet(nn.Module):
@@ -59,7 +61,8 @@ def colors(tmp_path_factory):
 def run(colors, backbone=None, train=None, test=None, **changes):
     (paths, labels), (test_paths, test_labels) = train or colors[0], test or colors[1]
     stream = EvalStream(test_paths, size=16, resize=16, batch_size=5, loading=LOADING)
-    options = {"shots": (1, 2), "trials": 2, "seed": 3, "settings": QUICK, **changes}
+    strong = StrongConfig(ops=("identity", "translate_x"), num_ops=1, cutout=0.25)
+    options = {"config": quick(1, 2), "finetuning": RATES, "strong": strong, **COMMON, **changes}
     return fixmatch(backbone or SmallNet(), paths, labels, stream, test_labels, **options)
 
 
@@ -78,7 +81,7 @@ def test_the_unlabeled_loss_by_hand():
 def test_separable_colors_are_learned_and_the_backbone_is_left_alone(colors):
     backbone = SmallNet()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    result = run(colors, backbone, shots=(2,), settings=dataclasses.replace(QUICK, threshold=0.4))
+    result = run(colors, backbone, config=quick(2, threshold=0.4))
     assert result.top1[2] == [1.0, 1.0] and result.mean_class[2] == [1.0, 1.0]
     assert all(0 <= share <= 1 for share in result.confident[2])
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
@@ -87,9 +90,7 @@ def test_separable_colors_are_learned_and_the_backbone_is_left_alone(colors):
 def test_draws_are_those_of_few_shot_finetuning(colors):
     (paths, labels), (test_paths, test_labels) = colors
     stream = EvalStream(test_paths, size=16, resize=16, batch_size=5, loading=LOADING)
-    plain = fewshot(
-        SmallNet(), paths, labels, stream, test_labels, shots=(1, 2), trials=2, seed=3, settings=QUICK.finetuning
-    )
+    plain = fewshot(SmallNet(), paths, labels, stream, test_labels, config=RATES, **COMMON)
     np.testing.assert_array_equal(run(colors).draws, plain.draws)
 
 
@@ -100,43 +101,37 @@ def test_the_same_seed_gives_the_same_and_another_does_not(colors):
 
 
 def test_unlabeled_images_count_only_above_the_threshold(colors):
-    none = run(colors, settings=dataclasses.replace(QUICK, threshold=1.1))
+    none = run(colors, config=quick(1, 2, threshold=1.1))
     assert none.confident == {1: [0.0, 0.0], 2: [0.0, 0.0]}
-    weightless = run(colors, settings=dataclasses.replace(QUICK, threshold=0.0, weight=0.0))
+    weightless = run(colors, config=quick(1, 2, threshold=0.0, weight=0.0))
     assert weightless.confident == {1: [1.0, 1.0], 2: [1.0, 1.0]}
     assert weightless.train_loss == none.train_loss  # without its weight the unlabeled loss changes nothing
-    assert run(colors, settings=dataclasses.replace(QUICK, threshold=0.0)).train_loss != none.train_loss
+    assert run(colors, config=quick(1, 2, threshold=0.0)).train_loss != none.train_loss
 
 
 def test_labels_of_the_unlabeled_images_are_not_used(colors):
     paths, labels = colors[0]
-    first = run(colors, shots=(1,), trials=1)
+    first = run(colors, config=quick(1), trials=1)
     drawn = set(first.draws.ravel().tolist())
     # The labels of all images that were not drawn change places; classes and their sizes stay.
     others = [i for i in range(len(labels)) if i not in drawn]
     assert len(others) > 20
-    stream = EvalStream(colors[1][0], size=16, resize=16, batch_size=5, loading=LOADING)
-    import fastuft.evaluate.semi as semi
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(semi, "draw_shots", lambda *_, **__: first.draws[0])
+        patch.setattr(shots, "draw_shots", lambda *_, **__: first.draws[0])
         mixed = list(labels)
         for i, j in zip(others, reversed(others), strict=True):
             mixed[i] = labels[j]
-        again = fixmatch(SmallNet(), paths, mixed, stream, colors[1][1], shots=(1,), trials=1, seed=3, settings=QUICK)
+        again = run(colors, train=(paths, mixed), config=quick(1), trials=1)
     assert again.train_loss == first.train_loss and again.top1 == first.top1
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"shots": (11,)}, r"11 shots need 11 training images of every class"),
+        ({"config": quick(11)}, r"11 shots need 11 training images of every class"),
         ({"test": "absent"}, "absent|not in|unknown|train"),
         ({"train": "one"}, "class"),
-        (
-            {"settings": dataclasses.replace(QUICK, finetuning=dataclasses.replace(QUICK.finetuning, lr=1e30))},
-            "diverged",
-        ),
+        ({"finetuning": dataclasses.replace(RATES, lr=1e30)}, "diverged"),
     ],
 )
 def test_what_cannot_work_is_refused(colors, changes, words):

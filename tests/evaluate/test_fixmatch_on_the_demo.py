@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from fastuft.config import EvalConfig
+from fastuft.config import ClusteringConfig, EvalConfig, FewShotConfig, MapConfig, SemiConfig
 from fastuft.data import SMALL_IMAGES
 from fastuft.demo.arms import FEWSHOT_LR, pretrain_config
 from fastuft.demo.images import write_demo_images
@@ -28,18 +28,12 @@ def test_fixmatch_beats_few_shot_finetuning_on_the_digits(tmp_path, record_prope
         test=folders.test,
         size=SMALL_IMAGES.size,
         resize=SMALL_IMAGES.size,
-        shots=[2, 4, 8],
-        semi_shots=[2, 4, 8],
-        semi_epochs=60,
-        semi_batch=16,
+        fewshot=FewShotConfig(shots=[2, 4, 8], lr=FEWSHOT_LR, backbone_lr=1e-2, crop_scale=(1.0, 1.0), flip_p=0.0),
+        semi=SemiConfig(shots=[2, 4, 8], epochs=60, batch_size=16),
+        clustering=ClusteringConfig(restarts=1),
+        map=MapConfig(points=0),
         trials=3,
-        fewshot_lr=FEWSHOT_LR,
-        fewshot_backbone_lr=1e-2,
-        fewshot_crop_scale=(1.0, 1.0),
-        fewshot_flip_p=0.0,
-        kmeans_restarts=1,
         gallery=0,
-        tsne_points=0,
     )
     metrics = evaluate_backbone(load_backbone(tmp_path / "run"), config).metrics
     for shots in ("2", "4", "8"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from fastuft.config import MethodConfig, ReproduceConfig
+from fastuft.config import ClusteringConfig, MapConfig, MethodConfig, ReproduceConfig
 from fastuft.reproduce import Sizes, reproduce, training, write_tiny_datasets
 from fastuft.reproduce.recipes import TINY, Training
 
@@ -20,7 +20,13 @@ MICRO = dataclasses.replace(
     finetuning=SHORT,
     supervised=SHORT,
     method=MethodConfig(queue_size=64, key_momentum=0.9),
-    evaluation=dataclasses.replace(TINY.evaluation, fewshot_epochs=1, semi_epochs=1, kmeans_restarts=1, tsne_points=40),
+    evaluation=dataclasses.replace(
+        TINY.evaluation,
+        fewshot=dataclasses.replace(TINY.evaluation.fewshot, epochs=1),
+        semi=dataclasses.replace(TINY.evaluation.semi, epochs=1),
+        clustering=ClusteringConfig(restarts=1),
+        map=MapConfig(points=40),
+    ),
     write_data=lambda root: write_tiny_datasets(root, num_train=200, num_glyphs=248),
 )
 

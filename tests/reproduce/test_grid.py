@@ -158,8 +158,8 @@ def test_tables_have_all_their_trials_by_default():
     config = ReproduceConfig()
     assert (config.trials, config.tables, config.figure, config.datasets) == (3, list(TABLES), [1], list(DATASETS))
     evaluation = PAPER.evaluation
-    assert (evaluation.fewshot_epochs, evaluation.fewshot_lr, evaluation.fewshot_backbone_lr) == (30, 3.0, 1e-4)
-    assert (evaluation.semi_epochs, evaluation.semi_batch) == (30, 64)
+    assert (evaluation.fewshot.epochs, evaluation.fewshot.lr, evaluation.fewshot.backbone_lr) == (30, 3.0, 1e-4)
+    assert (evaluation.semi.epochs, evaluation.semi.batch_size) == (30, 64)
 
 
 def test_dry_run_needs_no_data_and_shows_hours_only_from_a_rate(capsys, tmp_path):

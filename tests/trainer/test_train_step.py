@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional as F
 
 from fastuft.data import Batch
+from fastuft.device import DTYPES
 from fastuft.loss import KeyQueue
 from fastuft.mix import sample_boxes, sample_lambda
 from fastuft.model import MoCo, batchnorm
@@ -296,7 +297,7 @@ def test_times_are_read_after_the_device_is_done(monkeypatch):
 def test_a_step_on_a_gpu_never_waits_for_it(tiny, changes):
     device = torch.device("cuda", 0)
     made, _ = build_learner(tiny(**changes), Ranks(0, 1, device))
-    batches = [a_batch(device=device, dtype=learner.DTYPES[made.precision]) for _ in range(3)]
+    batches = [a_batch(device=device, dtype=DTYPES[made.precision]) for _ in range(3)]
     train_step(made, batches[0], lambda part: None)  # kernels compile and caches fill
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

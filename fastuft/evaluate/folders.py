@@ -1,0 +1,128 @@
+"""The folders of one evaluation: which images, which labels, and what about them a person should know early."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastuft.config import EvalConfig
+from fastuft.data import labeled_folder, list_images
+from fastuft.evaluate.inputs import quoted
+
+# Names that folders of images have for other reasons than a class.
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "images", "unsorted"}
+_YEAR = re.compile(r"(19|20)\d\d([-_]\d\d){0,2}")
+
+
+@dataclass(frozen=True)
+class Images:
+    """One folder of images: labels and class names are empty when it has no class sub-folders."""
+
+    paths: list[str]
+    labels: np.ndarray
+    classes: list[str]
+
+    @property
+    def labeled(self) -> bool:
+        return bool(self.classes)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The images of one evaluation.
+
+    Args:
+        train: of the target.
+        test: of the target, None without; labels count in the classes of ``train``.
+        source: of pretraining, None without.
+        doubts: sentences on what may be meant otherwise.
+    """
+
+    train: Images
+    test: Images | None = None
+    source: Images | None = None
+    doubts: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def judged(self) -> bool:
+        """Whether accuracy on unseen images can be told."""
+        return self.train.labeled and self.test is not None and self.test.labeled
+
+    def named(self) -> dict[str, Images]:
+        """Those that are there, by name."""
+        found = {"train": self.train, "test": self.test, "source": self.source}
+        return {name: images for name, images in found.items() if images is not None}
+
+
+def read_images(name: str, folder: str) -> Images:
+    """The images of ``folder``: labeled when all of them lie in sub-folders, of which there are at least two."""
+    root = Path(folder)
+    if root.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir()):
+        paths = list_images(folder)
+        if all(Path(path).absolute().parent != root.absolute() for path in paths):
+            found, labels, classes = labeled_folder(folder)
+            if len(classes) < 2:
+                raise ValueError(
+                    f"{name}={folder!r} has one class sub-folder only ({quoted(classes)}); a labeled metric needs at "
+                    f"least two. For a report without labels name the images' own folder"
+                )
+            return Images([str(path) for path in found], np.asarray(labels), list(classes))
+        return Images([str(path) for path in paths], np.empty(0, np.int64), [])
+    return Images([str(path) for path in list_images(folder)], np.empty(0, np.int64), [])
+
+
+def read_folders(config: EvalConfig) -> Folders:
+    """The images that an evaluation looks at.
+
+    Raises:
+        ValueError: a folder without images, one class sub-folder only, a class of the test images that no training
+            image has, or a single training image.
+    """
+    train = read_images("train", config.train)
+    if len(train.paths) < 2:
+        raise ValueError(f"train={config.train!r} has one image; an evaluation needs at least two")
+    test = read_images("test", config.test) if config.test else None
+    source = read_images("source", config.source) if config.source else None
+    doubts = [doubt for images in (train, source) if images is not None for doubt in _doubts(images.classes)]
+    if test is not None and test.labeled and train.labeled:
+        test, missing = _in_classes_of(train, test)
+        if missing:
+            doubts.append(
+                f"The test images have none of {len(missing)} classes of the training images ({quoted(missing)}): "
+                "retrieval and few-shot accuracy are over the other classes."
+            )
+    return Folders(train, test, source, doubts)
+
+
+def _in_classes_of(train: Images, test: Images) -> tuple[Images, list[str]]:
+    """The test images with labels that count in the training images' classes, and classes that they have none of."""
+    missing = sorted(set(train.classes) - set(test.classes))
+    extra = sorted(set(test.classes) - set(train.classes))
+    if extra:
+        raise ValueError(
+            "test has class sub-folders that train lacks: "
+            f"{quoted(extra)} (only in train: {quoted(missing) or 'none'}). Rename or remove these folders"
+        )
+    position = {name: number for number, name in enumerate(train.classes)}
+    labels = np.array([position[test.classes[label]] for label in test.labels], dtype=np.int64)
+    return Images(test.paths, labels, train.classes), missing
+
+
+def _doubts(classes: Sequence[str]) -> list[str]:
+    """One line where the names of the classes look like an accident."""
+    if not classes:
+        return []
+    splits = [name for name in classes if name.lower() in _SPLITS]
+    years = [name for name in classes if _YEAR.fullmatch(name)]
+    for found, what in ((splits, "parts of a data set"), (years, "dates")):
+        if len(found) >= 2 or len(found) == len(classes):
+            return [
+                f"The sub-folders {quoted(found)} are taken for classes, and look like {what}: if they are, every "
+                "accuracy below means nothing. Name the folders that hold the classes, or one without sub-folders."
+            ]
+    return []

@@ -1,0 +1,67 @@
+"""Sections that need no labels: how the features lie, how they changed, and what became of the source."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from fastuft.evaluate.sections.accuracies import NEIGHBORS, clustering_of
+from fastuft.evaluate.sections.context import AFTER, BEFORE, Context
+from fastuft.evaluate.sections.part import Part
+from fastuft.evaluate.unlabeled import alignment, linear_cka, mean_cosine, neighbor_overlap, uniformity
+
+# Label-free measures look at no more images than this: their sampling error is then far below what matters.
+SAMPLE = 2048
+
+NO_BEFORE = (
+    "No earlier checkpoint was given, so nothing is known about what changed: no drift, no neighbors kept or lost."
+)
+NO_SOURCE = "No source images were given, so forgetting of the source is not known."
+NO_SOURCE_LABELS = (
+    "The source has no class sub-folders, so forgetting as an accuracy is not known; drift of its features is."
+)
+
+
+def label_free(context: Context) -> Part:
+    """Alignment and uniformity of two views of each image, and what changed since ``before``."""
+    part, paths, seed = Part(), context.folders.train.paths, context.config.seed
+    index = context.sample("unlabeled", len(paths), SAMPLE)
+    few = [paths[i] for i in index[: SAMPLE // 4]]
+    part.put(len(index), "label_free", "images")
+    for arm in context.backbones:
+        keys = ("label_free",) if arm == AFTER else ("label_free", arm)
+        views = context.two_views(arm, few)
+        part.put(part.known("Alignment of views", partial(alignment, *views)), *keys, "alignment")
+        part.put(part.known("Uniformity", partial(uniformity, views[0], seed=seed)), *keys, "uniformity")
+    if BEFORE not in context.backbones:
+        part.statements.append(NO_BEFORE)
+        return part
+    after, before = (context.features(arm, "train")[torch.from_numpy(index)] for arm in (AFTER, BEFORE))
+    _drift(part, "target", before, after)
+    kept = part.known("The share of neighbors kept", partial(neighbor_overlap, before, after, NEIGHBORS))
+    part.put(kept, "label_free", "neighbor_overlap")
+    return part
+
+
+def _drift(part: Part, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+    keys = ("label_free", "target_drift") if name == "target" else ("source_drift",)
+    part.put(part.known(f"CKA of the {name}", partial(linear_cka, before, after)), *keys, "linear_cka")
+    part.put(part.known(f"Mean cosine of the {name}", partial(mean_cosine, before, after)), *keys, "mean_cosine")
+
+
+def source(context: Context) -> Part:
+    """Drift of the source's features, and forgetting: how well the source still clusters."""
+    part, images = Part(), context.folders.source
+    if images is None:
+        part.statements.append(NO_SOURCE)
+        return part
+    if BEFORE in context.backbones:
+        _drift(part, "source", context.features(BEFORE, "source"), context.features(AFTER, "source"))
+    if not images.labeled:
+        part.statements.append(NO_SOURCE_LABELS)
+        return part
+    for arm in context.backbones:
+        what = f"Clustering accuracy of the source {arm} finetuning"
+        part.put(part.known(what, partial(clustering_of, context, arm, "source")), "forgetting", arm)
+    return part

@@ -1,0 +1,128 @@
+"""What all sections of one evaluation share: folders, backbones, their features, settings and the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastuft.config import EvalConfig
+from fastuft.data import EvalStream, Loading, resolve_loader
+from fastuft.device import autocast, choose_device
+from fastuft.evaluate.features import cached_features
+from fastuft.evaluate.folders import Folders, Images
+from fastuft.evaluate.images import decode, random_views
+from fastuft.evaluate.inputs import check_finite
+from fastuft.model import Backbone
+from fastuft.randomness import keyed_generator
+
+AFTER, BEFORE = "after", "before"
+
+# Area range of the crops between which views are compared, whatever few-shot finetuning crops.
+VIEW_SCALE = (0.4, 1.0)
+
+
+class Context:
+    """Folders, backbones and their features; each folder goes through each backbone once.
+
+    Args:
+        config: the evaluation.
+        folders: its images.
+        backbones: ``after`` and, where there is something to compare with, ``before``; on ``device`` in eval mode.
+    """
+
+    def __init__(self, config: EvalConfig, folders: Folders, backbones: Mapping[str, Backbone]) -> None:
+        self.config, self.folders, self.backbones = config, folders, backbones
+        self.device = choose_device(config.device)
+        self.resize = config.resize or round(config.size * 256 / 224)
+        self.timings: dict[str, float] = {}
+        self._features: dict[tuple[str, str], Tensor] = {}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Count the time spent inside for ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def stream(self, arm: str, images: Images) -> Iterator[EvalStream]:
+        """The images in order, normalized for the arm's backbone."""
+        config, backbone = self.config, self.backbones[arm]
+        stream = EvalStream(
+            images.paths,
+            images.labels.tolist() if images.labeled else None,
+            loading=Loading(backbone.mean, backbone.std, self.device, loader=config.loader),
+            size=config.size,
+            resize=self.resize,
+            batch_size=config.batch_size,
+        )
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+    def extract(self) -> None:
+        """Every folder's features of every backbone: what the sections read with :meth:`features`.
+
+        Raises:
+            ValueError: a file that cannot be read, or features that are not finite.
+        """
+        with self.timed("features"):
+            for name, images in self.folders.named().items():
+                for arm in self.backbones:
+                    found = self._extract(arm, images)
+                    check_finite(f"the features of {name} ({arm})", found)
+                    self._features[arm, name] = found
+
+    def _extract(self, arm: str, images: Images) -> Tensor:
+        config, backbone = self.config, self.backbones[arm]
+        loader = resolve_loader(config.loader)
+        settings = f"{config.size} {self.resize} {backbone.mean} {backbone.std} {loader} {self.device.type}"
+        with self.stream(arm, images) as stream:
+            return cached_features(
+                backbone,
+                stream,
+                images.paths,
+                config.cache,
+                settings=settings,
+                device=self.device,
+                precision=config.precision,
+            )
+
+    def features(self, arm: str, name: str) -> Tensor:
+        """Features [N, F] of a folder (train, test or source), on the CPU."""
+        return self._features[arm, name]
+
+    def sample(self, name: str, count: int, most: int) -> np.ndarray:
+        """Sorted positions of ``most`` random items out of ``count``; the same for every backbone."""
+        return np.sort(keyed_generator(self.config.seed, "sample", name).permutation(count)[:most])
+
+    @torch.no_grad()
+    def two_views(self, arm: str, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features of two random crops of each image, on the CPU; the crops are the same for every backbone."""
+        config, backbone = self.config, self.backbones[arm]
+        generator = keyed_generator(config.seed, "views")
+        pool = decode(paths, self.resize)
+        views: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for start in range(0, len(pool), config.batch_size):
+            images = [image.to(self.device) for image in pool[start : start + config.batch_size]]
+            for found in views:
+                batch = random_views(
+                    images,
+                    config.size,
+                    generator,
+                    scale=VIEW_SCALE,
+                    flip_p=config.fewshot.flip_p,
+                    mean=backbone.mean,
+                    std=backbone.std,
+                )
+                with autocast(self.device, config.precision):
+                    found.append(backbone(batch).float().cpu())
+        return torch.cat(views[0]), torch.cat(views[1])

@@ -1,0 +1,58 @@
+"""The folders of an evaluation: labels, classes that do not agree, and names that look like an accident."""
+
+from __future__ import annotations
+
+import pytest
+from image_folders import write_images
+
+from fastuft.config import EvalConfig
+from fastuft.evaluate.folders import read_folders, read_images
+
+
+def folders_of(tmp_path, train, test=None):
+    test_folder = write_images(tmp_path / "test", test, 2, 1) if test else None
+    return read_folders(
+        EvalConfig(checkpoint="c", train=write_images(tmp_path / "train", train, 2, 0), test=test_folder)
+    )
+
+
+def test_a_class_that_only_test_has_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"train lacks: 'rot' \(only in train: 'red'\)"):
+        folders_of(tmp_path, ["green", "red"], ["green", "rot"])
+
+
+def test_labels_of_test_images_count_in_the_classes_of_train(tmp_path):
+    folders = folders_of(tmp_path, ["blue", "green", "red"], ["blue", "red"])
+    assert folders.judged and folders.test.labels.tolist() == [0, 0, 2, 2]
+    assert folders.test.classes == folders.train.classes
+    assert "none of 1 classes of the training images ('green')" in folders.doubts[0]
+
+
+def test_one_class_sub_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"one class sub-folder only \('only'\)"):
+        read_images("train", write_images(tmp_path / "train", ["only"], 3, 0))
+
+
+def test_a_single_image_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has one image; an evaluation needs at least two"):
+        read_folders(EvalConfig(checkpoint="c", train=write_images(tmp_path, ["one"], 1, 0) + "/one"))
+
+
+def test_loose_images_beside_sub_folders_mean_no_labels(tmp_path):
+    write_images(tmp_path, ["mixed/red", "mixed/green"], 3, 0)
+    (tmp_path / "mixed" / "red" / "0.png").rename(tmp_path / "mixed" / "loose.png")
+    images = read_images("train", str(tmp_path / "mixed"))
+    assert not images.labeled and len(images.paths) == 6
+
+
+@pytest.mark.parametrize(
+    ("classes", "what"),
+    [(["train", "val"], "parts of a data set"), (["2023", "2024"], "dates"), (["2023-05", "2023-06", "trip"], "dates")],
+)
+def test_names_that_look_like_an_accident_raise_a_doubt(tmp_path, classes, what):
+    (doubt,) = folders_of(tmp_path, classes).doubts
+    assert repr(classes[0]) in doubt and f"look like {what}" in doubt
+
+
+def test_names_of_classes_raise_none(tmp_path):
+    assert folders_of(tmp_path, ["cat", "test", "1", "20"]).doubts == []
