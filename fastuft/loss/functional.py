@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastuft.loss import ops
+from fastuft.values import visible
 
 Reduction = Literal["mean", "sum", "none"]
 Impl = Literal["auto", "triton", "torch"]
@@ -76,7 +77,7 @@ def _as_weight(lam: float | Tensor, q: Tensor) -> Tensor:
         raise ValueError(f"lam is on {lam.device} and the query on {q.device}; move it there")
     lam = lam.reshape(-1).to(dtype)
     inside = (lam >= 0) & (lam <= 1)
-    if lam.device.type == "cpu" and not torch.compiler.is_compiling():
+    if visible(lam):
         if not inside.all():
             raise ValueError(
                 f"lam has values outside [0, 1] (from {lam.min().item():g} to {lam.max().item():g}); allowed: [0, 1]"

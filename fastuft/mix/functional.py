@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastuft.mix import ops  # noqa: F401 (registers torch.ops.fastuft.cutmix and its kin)
+from fastuft.values import visible
 
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -43,14 +44,9 @@ def _check_companion(name: str, value: Tensor, shape: tuple[int, ...], dtype: to
         raise ValueError(f"{name} is on {value.device} and images on {images.device}; move it there")
 
 
-def _values_are_visible(value: Tensor) -> bool:
-    """Values are checked on the CPU only: on CUDA the host would have to wait for them."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _check_boxes(boxes: Tensor, rows: int, images: Tensor) -> None:
     _check_companion("boxes", boxes, (rows, 4), torch.int32, images)
-    if _values_are_visible(boxes) and rows:
+    if visible(boxes) and rows:
         top, left, bottom, right = boxes.unbind(1)
         height, width = images.shape[2:]
         good = (top >= 0) & (top <= bottom) & (bottom <= height) & (left >= 0) & (left <= right) & (right <= width)
@@ -65,7 +61,7 @@ def _check_boxes(boxes: Tensor, rows: int, images: Tensor) -> None:
 def _check_partner(partner: Tensor, images: Tensor) -> None:
     count = images.shape[0]
     _check_companion("partner", partner, (count,), torch.int64, images)
-    if _values_are_visible(partner) and count and not bool(((partner >= 0) & (partner < count)).all()):
+    if visible(partner) and count and not bool(((partner >= 0) & (partner < count)).all()):
         raise ValueError(
             f"partner has values from {int(partner.min())} to {int(partner.max())}; allowed: 0 to {count - 1}"
         )
@@ -75,7 +71,7 @@ def _check_lam(lam: Tensor, rows: int, images: Tensor) -> None:
     _check_companion("lam", lam, (rows,), torch.float32, images)
     if lam.requires_grad:
         raise ValueError("lam requires grad; the mixing weight is a constant: pass lam.detach()")
-    if _values_are_visible(lam) and rows and not bool(((lam >= 0) & (lam <= 1)).all()):
+    if visible(lam) and rows and not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError(f"lam has values from {float(lam.min()):g} to {float(lam.max()):g}; allowed: 0 to 1")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastuft.model.backbone import Backbone
+from fastuft.model.batchnorm import one_statistics_update
 
 
 class ProjectionHead(nn.Sequential):
@@ -31,7 +32,9 @@ class Encoder(nn.Module):
         self.head = ProjectionHead(backbone.num_features, dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images))
+        with one_statistics_update():
+            features = self.backbone(images)
+        return self.head(features)
 
     if TYPE_CHECKING:  # nn.Module's own returns Any
 

@@ -22,7 +22,9 @@ pytestmark = [
 
 ARCHS = (80, 90, 100)
 # Pointers and strides as a typical call passes them: aligned, so that 16-byte copies are allowed.
-ALIGNED = {"q_stride", "k_a_stride", "k_b_stride", "queue_stride", "keys_stride", "width"}
+ALIGNED = {"q_stride", "k_a_stride", "k_b_stride", "queue_stride", "keys_stride", "width", "channels", "rows_per_split"}
+BATCHNORM = ("statistics", "normalize", "gradient_sums", "gradient")  # kernels of grouped_batchnorm
+ACTIVATIONS = ("x_ptr", "residual_ptr", "out_ptr", "grad_ptr", "grad_x_ptr", "grad_residual_ptr")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def jobs() -> list[Job]:
         found += [Job(name, arch, "fp32", 128, 0, False) for name in ("combine", "combine-one-key", "lse")]
         found += [Job("enqueue", arch, dtype, 128, 0, False) for dtype in ("bf16", "fp32")]
         found.append(Job("advance", arch, "fp32", 0, 0, False))
+        found += [Job(name, arch, dtype, 64, 0, False) for name in BATCHNORM for dtype in ("bf16", "fp32")]
     return found
 
 
@@ -74,7 +77,7 @@ def compile_job(job: Job) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastuft.kernels import enqueue, queue_sweep
+    from fastuft.kernels import enqueue, grouped_batchnorm, queue_sweep
     from fastuft.kernels.launch_table import launch
 
     types = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
@@ -95,6 +98,12 @@ def compile_job(job: Job) -> Compiled:
         options["num_warps"] = queue_sweep.COMBINE_WARPS
         constants = {"HAS_LOSS": has_loss, "TWO_KEYS": job.name == "combine", "NORMALIZE": has_loss}
         constants |= {"NEED_MU": job.need_mu, "BLOCK_S": queue_sweep.COMBINE_SPLITS, "BLOCK_D": job.width}
+    elif job.name in BATCHNORM:
+        kernel = getattr(grouped_batchnorm, f"{job.name}_kernel")
+        options["num_warps"] = grouped_batchnorm.NUM_WARPS
+        constants = {"AFFINE": True, "RESIDUAL": True, "RELU": True, "BLOCK_R": grouped_batchnorm.BLOCK_ROWS}
+        constants |= {"BLOCK_C": job.width, "BLOCK_S": grouped_batchnorm.BLOCK_SPLITS}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     elif job.name == "enqueue":
         kernel = enqueue.enqueue_kernel
         constants = {"NORMALIZE": True, "BLOCK_R": 4, "BLOCK_D": job.width}
@@ -108,9 +117,10 @@ def compile_job(job: Job) -> Compiled:
             signature[name] = "*i64"
         elif name.endswith("_ptr"):
             inputs = ("q_ptr", "k_a_ptr", "k_b_ptr", "queue_ptr", "keys_ptr")
+            inputs = ACTIVATIONS if job.name in BATCHNORM else inputs
             signature[name] = element if name in inputs else "*fp32"
         else:
-            signature[name] = "fp32" if name in ("scale", "inverse_tau") else "i32"
+            signature[name] = "fp32" if name in ("scale", "inverse_tau", "eps") else "i32"
         if name.endswith("_ptr") or name in ALIGNED:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)

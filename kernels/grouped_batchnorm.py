@@ -1,0 +1,345 @@
+"""BatchNorm whose statistics are taken over groups of the batch, one operator per direction.
+
+Of x [G, R, C] (channels_last: G groups of R positions each, C channels), residual r of the same shape, weight w, bias b:
+
+    (1)  mean = sum_r x / R,   variance = sum_r (x - mean)^2 / R,   s = 1 / sqrt(variance + eps)          each [G, C]
+    (2)  y = (x - mean) s w + b   [+ r]   [then max(y, 0)]
+
+and backwards, of d = dL/dy (0 where the maximum chose 0):
+
+    (3)  dL/db = sum_g sum_r d,   dL/dw = sum_g s sum_r d (x - mean)
+    (4)  dL/dx = w s (d - sum_r d / R - (x - mean) s^2 sum_r d (x - mean) / R),   dL/dr = d
+
+Equals, for each group::
+
+    F.relu(F.batch_norm(x, None, None, w, b, True, 0.0, eps) + r)
+
+Sums are fp32. Two launches a direction: partial sums of splits of the positions; then the splits' sums meet in a fixed order
+and the same programs write the result. Deterministic: no atomics. Partial variances are sums about the mean of the split's
+first tile, so that they do not cancel, and meet by Chan, Golub and LeVeque's formula (1983).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastuft.kernels.channel_tiles import load_partials, load_tile, merged_sum, store_tile
+from fastuft.kernels.launch_plan import chip
+
+BLOCK_ROWS, BLOCK_CHANNELS = 32, 64
+BLOCK_SPLITS = 16  # partial sums that a program reads at a time
+NUM_WARPS = 4
+MAX_SPLITS = 64
+_PROGRAMS = 8  # per multiprocessor that a launch aims at
+
+
+@triton.jit
+def statistics_kernel(
+    x_ptr,  # [G, R, C]
+    mean_ptr,  # [G, S, C] fp32
+    square_ptr,  # [G, S, C] fp32: sum of squares about that mean
+    num_rows,  # R
+    rows_per_split,
+    channels,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Mean and squares of one split of a group's positions."""
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split, group = tl.program_id(1), tl.program_id(2)
+    base = group.to(tl.int64) * num_rows * channels
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, num_rows)
+    count = tl.minimum(last - first, BLOCK_R).to(tl.float32)
+    origin = tl.sum(load_tile(x_ptr, base, first, columns, last, channels, BLOCK_R), 0) / count
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for start in range(first, last, BLOCK_R):
+        deviation = load_tile(x_ptr, base, start, columns, last, channels, BLOCK_R) - origin[None, :]
+        deviation = tl.where((start + tl.arange(0, BLOCK_R) < last)[:, None], deviation, 0.0)
+        total += deviation
+        squares += deviation * deviation
+    moved = tl.sum(total, 0) / (last - first).to(tl.float32)
+    square = tl.maximum(tl.sum(squares, 0) - moved * moved * (last - first).to(tl.float32), 0.0)
+    out = (group * tl.num_programs(1) + split) * channels + columns
+    tl.store(mean_ptr + out, origin + moved, columns < channels)
+    tl.store(square_ptr + out, square, columns < channels)
+
+
+@triton.jit
+def merged_statistics(mean_ptr, square_ptr, group, columns, num_splits, num_rows, rows_per_split, channels, BLOCK_S):
+    """(mean, sum of squares about it) [C] of all splits of a group."""
+    mean = tl.zeros_like(columns).to(tl.float32)
+    for start in range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        count = tl.maximum(tl.minimum(num_rows - splits * rows_per_split, rows_per_split), 0).to(tl.float32)
+        part = load_partials(mean_ptr, group, start, columns, num_splits, channels, BLOCK_S)
+        mean += tl.sum(part * (count / num_rows)[:, None], 0)
+    square = tl.zeros_like(columns).to(tl.float32)
+    for start in range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        count = tl.maximum(tl.minimum(num_rows - splits * rows_per_split, rows_per_split), 0).to(tl.float32)
+        part = load_partials(mean_ptr, group, start, columns, num_splits, channels, BLOCK_S) - mean[None, :]
+        within = load_partials(square_ptr, group, start, columns, num_splits, channels, BLOCK_S)
+        square += tl.sum(within + part * part * count[:, None], 0)
+    return mean, square
+
+
+@triton.jit
+def normalize_kernel(
+    x_ptr,  # [G, R, C]
+    weight_ptr,  # [C], read where AFFINE
+    bias_ptr,  # [C], read where AFFINE
+    residual_ptr,  # [G, R, C], read where RESIDUAL
+    partial_mean_ptr,  # [G, S, C] fp32
+    partial_square_ptr,  # [G, S, C] fp32
+    out_ptr,  # [G, R, C]
+    mean_ptr,  # [G, C] fp32
+    variance_ptr,  # [G, C] fp32, unbiased
+    scale_ptr,  # [G, C] fp32: s
+    num_rows,
+    rows_per_split,
+    channels,
+    eps,
+    AFFINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """(1), (2) of one split of a group's positions."""
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split, group = tl.program_id(1), tl.program_id(2)
+    inside = columns < channels
+    mean, square = merged_statistics(
+        partial_mean_ptr, partial_square_ptr, group, columns, tl.num_programs(1), num_rows, rows_per_split, channels,
+        BLOCK_S,
+    )  # fmt: skip
+    scale = 1.0 / tl.sqrt(square / num_rows + eps)
+    if split == 0:
+        out = group * channels + columns
+        tl.store(mean_ptr + out, mean, inside)
+        tl.store(variance_ptr + out, square / tl.maximum(num_rows - 1, 1), inside)
+        tl.store(scale_ptr + out, scale, inside)
+    bias = tl.zeros([BLOCK_C], tl.float32)
+    if AFFINE:
+        scale *= tl.load(weight_ptr + columns, inside, 0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + columns, inside, 0.0).to(tl.float32)
+    base = group.to(tl.int64) * num_rows * channels
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, num_rows)
+    for start in range(first, last, BLOCK_R):
+        y = (load_tile(x_ptr, base, start, columns, last, channels, BLOCK_R) - mean[None, :]) * scale[None, :] + bias[
+            None, :
+        ]
+        if RESIDUAL:
+            y += load_tile(residual_ptr, base, start, columns, last, channels, BLOCK_R)
+        if RELU:
+            y = tl.where(y < 0.0, 0.0, y)  # NaN stays
+        store_tile(out_ptr, base, start, columns, last, channels, y, BLOCK_R)
+
+
+@triton.jit
+def load_gradient(grad_ptr, out_ptr, base, start, columns, last, channels, RELU: tl.constexpr, BLOCK_R: tl.constexpr):
+    """d: the upstream gradient, 0 where the maximum chose 0."""
+    d = load_tile(grad_ptr, base, start, columns, last, channels, BLOCK_R)
+    if RELU:
+        d = tl.where(load_tile(out_ptr, base, start, columns, last, channels, BLOCK_R) <= 0.0, 0.0, d)
+    return d
+
+
+@triton.jit
+def gradient_sums_kernel(
+    grad_ptr,  # [G, R, C]
+    x_ptr,  # [G, R, C]
+    out_ptr,  # [G, R, C], read where RELU
+    mean_ptr,  # [G, C] fp32
+    sum_ptr,  # [G, S, C] fp32: sum of d
+    product_ptr,  # [G, S, C] fp32: sum of d (x - mean)
+    num_rows,
+    rows_per_split,
+    channels,
+    RELU: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The sums of (3) over one split of a group's positions."""
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split, group = tl.program_id(1), tl.program_id(2)
+    inside = columns < channels
+    mean = tl.load(mean_ptr + group * channels + columns, inside, 0.0)
+    base = group.to(tl.int64) * num_rows * channels
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, num_rows)
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    product = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for start in range(first, last, BLOCK_R):
+        d = load_gradient(grad_ptr, out_ptr, base, start, columns, last, channels, RELU, BLOCK_R)
+        total += d
+        product += d * (load_tile(x_ptr, base, start, columns, last, channels, BLOCK_R) - mean[None, :])
+    out = (group * tl.num_programs(1) + split) * channels + columns
+    tl.store(sum_ptr + out, tl.sum(total, 0), inside)
+    tl.store(product_ptr + out, tl.sum(product, 0), inside)
+
+
+@triton.jit
+def gradient_kernel(
+    grad_ptr,  # [G, R, C]
+    x_ptr,  # [G, R, C]
+    weight_ptr,  # [C], read where AFFINE
+    out_ptr,  # [G, R, C], read where RELU
+    mean_ptr,  # [G, C] fp32
+    scale_ptr,  # [G, C] fp32: s
+    sum_ptr,  # [G, S, C] fp32
+    product_ptr,  # [G, S, C] fp32
+    grad_x_ptr,  # [G, R, C]
+    grad_residual_ptr,  # [G, R, C], written where RESIDUAL
+    grad_weight_ptr,  # [C] fp32, written where AFFINE
+    grad_bias_ptr,  # [C] fp32, written where AFFINE
+    num_groups,
+    num_rows,
+    rows_per_split,
+    channels,
+    AFFINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """(4) of one split of a group's positions; (3) by the first program of a row of its own, beside the others."""
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split, num_splits = tl.program_id(1), tl.num_programs(1)
+    inside = columns < channels
+    group = tl.program_id(2)
+    if AFFINE:
+        group -= 1
+        if group < 0:
+            if split == 0:
+                grad_weight = tl.zeros([BLOCK_C], tl.float32)
+                grad_bias = tl.zeros([BLOCK_C], tl.float32)
+                for g in range(num_groups):
+                    s = tl.load(scale_ptr + g * channels + columns, inside, 0.0)
+                    grad_weight += s * merged_sum(product_ptr, g, columns, num_splits, channels, BLOCK_S)
+                    grad_bias += merged_sum(sum_ptr, g, columns, num_splits, channels, BLOCK_S)
+                tl.store(grad_weight_ptr + columns, grad_weight, inside)
+                tl.store(grad_bias_ptr + columns, grad_bias, inside)
+            return
+    mean = tl.load(mean_ptr + group * channels + columns, inside, 0.0)
+    scale = tl.load(scale_ptr + group * channels + columns, inside, 0.0)
+    mean_d = merged_sum(sum_ptr, group, columns, num_splits, channels, BLOCK_S) / num_rows
+    slope = merged_sum(product_ptr, group, columns, num_splits, channels, BLOCK_S) / num_rows * scale * scale
+    if AFFINE:
+        scale *= tl.load(weight_ptr + columns, inside, 0.0).to(tl.float32)
+    base = group.to(tl.int64) * num_rows * channels
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, num_rows)
+    for start in range(first, last, BLOCK_R):
+        d = load_gradient(grad_ptr, out_ptr, base, start, columns, last, channels, RELU, BLOCK_R)
+        if RESIDUAL:
+            store_tile(grad_residual_ptr, base, start, columns, last, channels, d, BLOCK_R)
+        deviation = load_tile(x_ptr, base, start, columns, last, channels, BLOCK_R) - mean[None, :]
+        grad_x = scale[None, :] * (d - mean_d[None, :] - deviation * slope[None, :])
+        store_tile(grad_x_ptr, base, start, columns, last, channels, grad_x, BLOCK_R)
+
+
+@functools.cache
+def plan_positions(groups: int, num_rows: int, channels: int, multiprocessors: int) -> tuple[int, int, int]:
+    """(channels a program takes, splits of the positions of a group, positions a split): whole tiles, no empty split."""
+    block_channels = min(BLOCK_CHANNELS, max(16, triton.next_power_of_2(channels)))
+    tiles = triton.cdiv(num_rows, BLOCK_ROWS)
+    programs = groups * triton.cdiv(channels, block_channels)
+    splits = max(1, min(tiles, MAX_SPLITS, _PROGRAMS * multiprocessors // programs))
+    rows_per_split = triton.cdiv(tiles, splits) * BLOCK_ROWS
+    return block_channels, triton.cdiv(num_rows, rows_per_split), rows_per_split
+
+
+def _shape(x: Tensor, group: int) -> tuple[int, int, int]:
+    """(groups, positions of each, channels)."""
+    return x.shape[0] // group, group * x.shape[2] * x.shape[3], x.shape[1]
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why the kernels cannot take activations of this kind; None where they can."""
+    if x.device.type == "cuda" and chip(x.device)[0] < 80:
+        return "the GPU is older than sm_80"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"activations are {x.dtype}"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "activations are not in channels_last"
+    return "the batch is empty" if x.numel() == 0 else None
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, group: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(1), (2) of x [B, C, H, W] in channels_last over groups of ``group`` images.
+
+    Returns:
+        (y like x; means, unbiased variances and s, each fp32 [G, C]).
+    """
+    groups, num_rows, channels = _shape(x, group)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    with torch.cuda.device_of(x):
+        block, splits, rows_per_split = plan_positions(groups, num_rows, channels, chip(x.device)[1])
+        grid = (triton.cdiv(channels, block), splits, groups)
+        partial = torch.empty(2, groups, splits, channels, dtype=torch.float32, device=x.device)
+        out = torch.empty_like(x)
+        means, variances, scales = (
+            torch.empty(groups, channels, dtype=torch.float32, device=x.device) for _ in range(3)
+        )
+        statistics_kernel[grid](
+            x, partial[0], partial[1], num_rows, rows_per_split, channels, BLOCK_ROWS, block, num_warps=NUM_WARPS
+        )
+        normalize_kernel[grid](
+            x, x if weight is None else weight, x if bias is None else bias, x if residual is None else residual,
+            partial[0], partial[1], out, means, variances, scales, num_rows, rows_per_split, channels, eps,
+            weight is not None, residual is not None, relu, BLOCK_ROWS, block, BLOCK_SPLITS, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return out, means, variances, scales
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    out: Tensor | None,
+    means: Tensor,
+    scales: Tensor,
+    group: int,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(3), (4). ``out`` is y where the maximum was taken; ``residual`` says whether dL/dr is wanted.
+
+    Returns:
+        (dL/dx, dL/dw, dL/db, dL/dr); those of what was not there are empty.
+    """
+    groups, num_rows, channels = _shape(x, group)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    affine = weight is not None
+    with torch.cuda.device_of(x):
+        block, splits, rows_per_split = plan_positions(groups, num_rows, channels, chip(x.device)[1])
+        blocks = triton.cdiv(channels, block)
+        partial = torch.empty(2, groups, splits, channels, dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x)
+        grad_residual = torch.empty_like(x) if residual else x.new_empty(0)
+        grad_weight, grad_bias = (
+            torch.empty(channels if affine else 0, dtype=torch.float32, device=x.device) for _ in range(2)
+        )
+        gradient_sums_kernel[(blocks, splits, groups)](
+            grad, x, x if out is None else out, means, partial[0], partial[1], num_rows, rows_per_split, channels,
+            out is not None, BLOCK_ROWS, block, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        gradient_kernel[(blocks, splits, groups + affine)](
+            grad, x, x if weight is None else weight, x if out is None else out, means, scales, partial[0], partial[1],
+            grad_x, grad_residual, grad_weight, grad_bias, groups, num_rows, rows_per_split, channels, affine, residual,
+            out is not None, BLOCK_ROWS, block, BLOCK_SPLITS, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return grad_x, grad_weight, grad_bias, grad_residual
