@@ -99,7 +99,7 @@ def finetune(
 
 def _check_same(run: TrainConfig) -> None:
     """Refuse to mix runs of different settings in one output folder."""
-    before, now = RunFolder(Path(run.out)).read_config(), plain(run)
+    before, now = RunFolder(Path(run.out)).read_given(), plain(run)
     if not before:
         return
     changed = [name for name in now if name not in _NEUTRAL and before.get(name) != now[name]]

@@ -26,8 +26,13 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
-        """The configuration, YAML."""
+        """The configuration, YAML; what was left to the program is replaced by what it chose."""
         return self.path / "config.yaml"
+
+    @property
+    def given_file(self) -> Path:
+        """The configuration as it was given, YAML."""
+        return self.path / "config_given.yaml"
 
     @property
     def manifest_file(self) -> Path:
@@ -74,34 +79,32 @@ class RunFolder:
         """Whether training has left anything that another run must not write over."""
         return self.backbone_file.exists() or bool(self.checkpoints.all())
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write the configuration, nested mappings of plain values.
+    def write_config(self, config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        """Write the configuration, nested mappings of plain values: as it is used, and as it was given.
 
         Raises:
             OSError: the disk refused.
         """
         import yaml
 
-        write_whole(self.config_file, yaml.safe_dump(dict(config), sort_keys=False).encode())
+        for file, values in ((self.given_file, given), (self.config_file, config)):
+            write_whole(file, yaml.safe_dump(dict(values), sort_keys=False).encode())
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration as nested mappings; empty where there is none.
+        """The configuration as it is used, as nested mappings; empty where there is none.
 
         Raises:
             ValueError: damaged.
         """
-        import yaml
+        return _read_yaml(self.config_file)
 
-        if not self.config_file.exists():
-            return {}
-        try:
-            config = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{self.config_file} is damaged ({reason}); restore it or use another folder") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{self.config_file} is damaged (not a mapping); restore it or use another folder")
-        return config
+    def read_given(self) -> dict[str, Any]:
+        """The configuration as it was given, as nested mappings; empty where there is none.
+
+        Raises:
+            ValueError: damaged.
+        """
+        return _read_yaml(self.given_file)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write what came of the run.
@@ -169,6 +172,21 @@ class RunFolder:
             return None, ()
         damage = _damage(self.backbone_file)
         return (self.backbone_file, ()) if damage is None else (None, (damage,))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.exists():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged ({reason}); restore it or use another folder") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged (not a mapping); restore it or use another folder")
+    return values
 
 
 def _damage(path: Path) -> str | None:

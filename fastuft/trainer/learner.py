@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from fastuft.trainer.optimizer import build_optimizer
 _renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 # BatchNorm's running statistics are each rank's own.
 _OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _renamed else "broadcast_buffers": False}
+
+# BatchNorm mode in use; none for networks without BatchNorm.
+UsedBatchNorm = Literal["none", "plain", "split", "shuffle", "sync"]
 
 
 @dataclass
@@ -62,8 +65,8 @@ class Learner:
     shuffle: KeyShuffle | None
     mix_group: int
     autocast: Callable[[], AbstractContextManager[Any]]
-    bn: str
-    precision: str
+    bn: UsedBatchNorm
+    precision: Literal["bf16", "fp16", "fp32"]
     clip_grad: float = 0.0
     seed: int = 0
 
@@ -125,7 +128,7 @@ class Learner:
         return groups.flip(1).flatten(0, 1)
 
 
-def resolve_bn(config: TrainConfig, world_size: int, backbone: nn.Module) -> str:
+def resolve_bn(config: TrainConfig, world_size: int, backbone: nn.Module) -> UsedBatchNorm:
     """BatchNorm mode of a run: ``auto`` is split on one device and shuffle on several; none without BatchNorm.
 
     Raises:

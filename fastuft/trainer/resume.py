@@ -69,12 +69,18 @@ def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, A
     return state
 
 
-def check_same_run(state: dict[str, Any], config: dict[str, Any], content_hash: str, *, main: bool) -> None:
+def check_same_run(
+    state: dict[str, Any], config: dict[str, Any], given: dict[str, Any], content_hash: str, *, main: bool
+) -> None:
     """Compare a checkpoint's configuration with the one it is to go on with.
+
+    What the program chose may change with the machine, and naming what it chose changes nothing: of a setting that may
+    change, one is said only if it differs both as it was given and as it is used.
 
     Args:
         state: the checkpoint's.
-        config: as nested mappings.
+        config: as it is used, as nested mappings.
+        given: as it was given.
         content_hash: of the training images.
         main: whether to warn of other settings that change what is learned.
 
@@ -90,7 +96,12 @@ def check_same_run(state: dict[str, Any], config: dict[str, Any], content_hash: 
                 f"resume={config['resume']!r}: {name} was {old!r} in the checkpoint and is {new!r} now; resume with the "
                 "same images and settings, or start in another folder"
             )
-    said = [f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items() if not name.startswith(_FREE)]
+    given_before, given_now = _flat(json.loads(state["given_config"])), _flat(given)
+    said = [
+        f"{name} {old!r} -> {new!r}"
+        for name, (old, new) in changed.items()
+        if not name.startswith(_FREE) and given_before.get(name) != given_now.get(name)
+    ]
     if said and main:
         warnings.warn(f"the run goes on with other settings than it began with: {', '.join(said)}", stacklevel=2)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from fastuft.trainer.learner_state import restore
 from fastuft.trainer.metrics import StepMetrics
 from fastuft.trainer.prefill import prefill
 from fastuft.trainer.recorder import Recorder, check_writers
+from fastuft.trainer.resolved import plain, resolved_config
 from fastuft.trainer.resume import check_same_run, find_checkpoint
 from fastuft.trainer.saving import Saver, where
 from fastuft.trainer.schedule import lr_at
@@ -65,9 +65,9 @@ class Callbacks:
 def train(config: TrainConfig, callbacks: Callbacks | None = None) -> RunResult:
     """Run (or go on with) the training that ``config`` describes, on the ranks that torchrun started.
 
-    Writes ``config.yaml``, ``manifest.json``, ``metrics.jsonl``, ``checkpoints/``, ``backbone.safetensors`` and
-    ``summary.json`` into ``config.out``. SIGTERM, SIGUSR1 and SIGINT save within a step and end the run; their handlers
-    are what they were when it returns.
+    Writes ``config.yaml`` (beside it ``config_given.yaml``, with ``auto`` as it was given), ``manifest.json``,
+    ``metrics.jsonl``, ``checkpoints/``, ``backbone.safetensors`` and ``summary.json`` into ``config.out``. SIGTERM, SIGUSR1
+    and SIGINT save within a step and end the run; their handlers are what they were when it returns.
 
     Raises:
         ValueError: a configuration, folder, checkpoint or file that cannot work; nothing was trained.
@@ -93,7 +93,6 @@ class _Run:
         self.folder = RunFolder(Path(config.out))
         self.began = time.perf_counter()
         self.progress = Progress()
-        plain = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists
         state = find_checkpoint(config.resume, self.folder, ranks)
         self.learner, report = build_learner(config, ranks, load=state is None)
         self.init_report = dataclasses.asdict(report) if report else None
@@ -104,25 +103,36 @@ class _Run:
             seed=config.data.replay_seed,
             replay_cache=config.data.replay_cache,
         )
-        self.stream = self._stream()
+        loading = self._loading()
+        self.stream = TrainStream(
+            self.manifest,
+            config.data,
+            config.augment,
+            loading=loading,
+            seed=config.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        resolved, given = plain(resolved_config(config, self.learner, loading)), plain(config)
         self.total_steps = config.optim.epochs * self.stream.steps_per_epoch
         self.limit = min(self.total_steps, config.max_steps or self.total_steps)
         start = start_text(self.init_report)
         if state is not None:
-            check_same_run(state, plain, self.manifest.content_hash, main=ranks.is_main)
+            check_same_run(state, resolved, given, self.manifest.content_hash, main=ranks.is_main)
             restore(self.learner, state)
             self.progress, self.init_report = Progress.of(state), state["init_report"]
             start = f"resumed at step {self.progress.global_step}"
         self.seconds_before = self.progress.seconds
         if ranks.is_main:
             self.folder.path.mkdir(parents=True, exist_ok=True)
-            self.folder.write_config(plain)
+            self.folder.write_config(resolved, given)
             self.manifest.save(self.folder.manifest_file)
         self.saver = Saver(
             self.folder,
             self.learner,
             config.runtime,
-            config=plain,
+            config=resolved,
+            given=given,
             content_hash=self.manifest.content_hash,
             init_report=self.init_report,
         )
@@ -137,23 +147,14 @@ class _Run:
         self.last_row: dict[str, Any] = next((r for r in reversed(self.recorder.earlier) if r["kind"] == "train"), {})
         self.vote = StopVote(ranks)
 
-    def _stream(self) -> TrainStream:
-        config, ranks, backbone = self.config, self.ranks, self.learner.moco.query_encoder.backbone
-        loading = Loading.of(
-            config.data,
+    def _loading(self) -> Loading:
+        backbone = self.learner.moco.query_encoder.backbone
+        return Loading.of(
+            self.config.data,
             mean=backbone.mean,
             std=backbone.std,
-            device=ranks.device,
+            device=self.ranks.device,
             dtype=DTYPES[self.learner.precision],
-        )
-        return TrainStream(
-            self.manifest,
-            config.data,
-            config.augment,
-            loading=loading,
-            seed=config.seed,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
         )
 
     def go(self) -> RunResult:

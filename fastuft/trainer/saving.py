@@ -22,6 +22,7 @@ class Saver:
         learner: its learner.
         runtime: how many checkpoints are kept.
         config: the configuration as nested mappings, part of each checkpoint.
+        given: the same as it was given, likewise.
         content_hash: digest of the training images, likewise.
         init_report: what became of the tensors of ``init``, likewise.
     """
@@ -33,6 +34,7 @@ class Saver:
         runtime: RuntimeConfig,
         *,
         config: dict[str, Any],
+        given: dict[str, Any],
         content_hash: str,
         init_report: dict[str, Any] | None,
     ) -> None:
@@ -42,6 +44,7 @@ class Saver:
             "content_hash": content_hash,
             "model_config": config["model"],
             "config": json.dumps(config),
+            "given_config": json.dumps(given),
         }
 
     def save(self, progress: Progress) -> None:

@@ -82,7 +82,7 @@ def test_a_folder_holds_work_once_a_checkpoint_or_a_backbone_is_there(run, tmp_p
     assert run.has_weights
     other = RunFolder(tmp_path / "other")
     other.path.mkdir()
-    other.write_config({"seed": 1})
+    other.write_config({"seed": 1}, {"seed": 1})
     other.write_metrics([{"step": 1}])
     assert not other.has_weights
     save_file({"x": torch.zeros(1)}, other.backbone_file)
@@ -91,11 +91,12 @@ def test_a_folder_holds_work_once_a_checkpoint_or_a_backbone_is_there(run, tmp_p
 
 def test_what_is_written_is_read(tmp_path):
     folder = RunFolder(tmp_path)
-    assert (folder.read_config(), folder.read_summary(), folder.read_metrics()) == ({}, {}, [])
-    folder.write_config({"model": {"arch": "resnet18"}, "target": ["a", "b"]})
+    assert (folder.read_config(), folder.read_given(), folder.read_summary(), folder.read_metrics()) == ({}, {}, {}, [])
+    folder.write_config({"model": {"bn": "split"}, "target": ["a", "b"]}, {"model": {"bn": "auto"}})
     folder.write_summary({"steps": 3, "interrupted": None})
     folder.write_metrics([{"step": 1}, {"step": 2}])
-    assert folder.read_config() == {"model": {"arch": "resnet18"}, "target": ["a", "b"]}
+    assert folder.read_config() == {"model": {"bn": "split"}, "target": ["a", "b"]}
+    assert folder.read_given() == {"model": {"bn": "auto"}}
     assert folder.read_summary() == {"steps": 3, "interrupted": None}
     assert folder.read_metrics() == [{"step": 1}, {"step": 2}]
 

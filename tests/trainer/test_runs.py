@@ -67,6 +67,28 @@ def test_the_saved_configuration_gives_the_same_run(tiny, tmp_path):
     assert_same_state(final(first), final(tmp_path / "again"))
 
 
+def test_the_saved_configuration_names_what_was_chosen_and_what_was_given(tiny):
+    folder = RunFolder(train(tiny(max_steps=1, runtime={"device": "auto"}, data={"threads": 0})).run_dir)
+    config, given = folder.read_config(), folder.read_given()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert config["runtime"]["device"] == device and given["runtime"]["device"] == "auto"
+    assert config["runtime"]["precision"] == {"cpu": "fp32", "cuda": "bf16"}[device]
+    assert given["runtime"]["precision"] == "auto"
+    assert (config["model"]["bn"], given["model"]["bn"]) == ("split", "auto")
+    assert config["data"]["threads"] >= 1 and given["data"]["threads"] == 0
+    assert "auto" not in json.dumps(config)
+
+
+@pytest.mark.parametrize("first", [{}, {"bn": "split"}], ids=["chosen, then named", "named, then chosen"])
+def test_naming_what_was_chosen_is_no_other_setting(tiny, first):
+    train(tiny(max_steps=1, model=first))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the run goes on with other settings")
+        train(tiny(max_steps=2, resume="auto", model={} if first else {"bn": "split"}))
+    with pytest.warns(UserWarning, match=r"model\.bn 'split' -> 'plain'"):
+        train(tiny(max_steps=3, resume="auto", model={"bn": "plain"}))
+
+
 def test_progress_goes_to_plain_lines_without_a_terminal(tiny, capsys):
     train(tiny(max_steps=2))
     assert "step 2/2" in capsys.readouterr().out

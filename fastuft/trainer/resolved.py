@@ -1,0 +1,40 @@
+"""The configuration that a run really has: what was left to the program is replaced by what it chose."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from fastuft.config import TrainConfig
+from fastuft.data import Loading, resolve_loader
+from fastuft.trainer.learner import Learner
+
+
+def resolved_config(config: TrainConfig, learner: Learner, loading: Loading) -> TrainConfig:
+    """The configuration with ``auto`` and 0 replaced by the device, precision, BatchNorm mode, loader and threads in use.
+
+    Args:
+        config: as it was given.
+        learner: what was built of it.
+        loading: how its images are loaded on this rank.
+    """
+    bn = config.model.bn
+    if bn == "auto":
+        bn = "plain" if learner.bn == "none" else learner.bn  # networks without BatchNorm ignore it
+    device = learner.ranks.device
+    loader = resolve_loader(loading.loader)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, bn=bn),
+        data=dataclasses.replace(config.data, loader=loader, threads=loading.num_threads),
+        runtime=dataclasses.replace(
+            config.runtime, device="cuda" if device.type == "cuda" else "cpu", precision=learner.precision
+        ),
+    )
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """A configuration as its file reads: nested mappings, lists for tuples."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
