@@ -27,6 +27,8 @@ class Command:
         example: shown below the help.
         defaults: values that differ from the dataclass's.
         positional: option given without its name, several times where it is a list.
+        first: options that the short help shows, of a command with many.
+        more_examples: further examples.
     """
 
     config: type
@@ -35,6 +37,8 @@ class Command:
     example: str
     defaults: dict[str, Any]
     positional: str | None = None
+    first: tuple[str, ...] = ()
+    more_examples: tuple[str, ...] = ()
 
 
 def _check_checkpoint(name: str, path: str) -> None:
@@ -159,6 +163,18 @@ def _doctor(config: options.DoctorOptions) -> int:
     return run_doctor(as_json=config.json)
 
 
+def _completion(config: options.CompletionOptions) -> int:
+    try:
+        import shtab
+    except ModuleNotFoundError as error:
+        raise ValueError("completion needs shtab: pip install 'fastuft[completion]'") from error
+
+    from fastuft.cli.parsing import build_parser
+
+    print(shtab.complete(build_parser(), config.shell))
+    return 0
+
+
 def _demo(config: options.DemoOptions) -> int:
     from fastuft.demo import run_demo
 
@@ -199,6 +215,21 @@ def _bench(config: options.BenchOptions) -> int:
     return subprocess.run(command, check=False).returncode
 
 
+_FIRST_OF_TRAINING = (
+    "init",
+    "target",
+    "source",
+    "out",
+    "resume",
+    "model.arch",
+    "data.batch_size",
+    "optim.epochs",
+    "optim.lr",
+    "method.queue_size",
+    "method.mix",
+    "runtime.device",
+)
+
 # The recipe of MoCoV2 pretraining: 800 epochs, batch 2048, lr 0.24; the queue starts from random rows.
 _PRETRAIN = {
     "method.mix": "none",
@@ -215,6 +246,11 @@ COMMANDS = {
         "adapt a pretrained backbone to unlabeled images",
         "fastuft finetune --init moco_v2_800ep.pth.tar --target photos/ --source imagenet/train/ --out runs/photos",
         {},
+        first=_FIRST_OF_TRAINING,
+        more_examples=(
+            "fastuft finetune --config runs/photos/config.yaml --resume auto",
+            "torchrun --nproc-per-node 8 -m fastuft.cli finetune --init start.pth --target '[a/, b/]' --out runs/photos",
+        ),
     ),
     "pretrain": Command(
         TrainConfig,
@@ -222,6 +258,10 @@ COMMANDS = {
         "MoCoV2 pretraining, or training from scratch on the target",
         "torchrun --nproc-per-node 8 -m fastuft.cli pretrain --target imagenet/train/ --out runs/mocov2",
         _PRETRAIN,
+        first=_FIRST_OF_TRAINING[1:],
+        more_examples=(
+            "fastuft pretrain --target photos/ --model.arch resnet18 --data.batch_size 64 --out runs/scratch",
+        ),
     ),
     "eval": Command(
         EvalConfig,
@@ -229,6 +269,8 @@ COMMANDS = {
         "retrieval, clustering, few-shot and forgetting; without labels, what can be known without them",
         "fastuft eval --checkpoint runs/photos --train pets/train --test pets/test --out runs/photos/eval",
         {},
+        first=("checkpoint", "before", "train", "test", "source", "out", "size", "fewshot.shots", "trials", "device"),
+        more_examples=("fastuft eval --checkpoint runs/photos --before start.pth --train photos/  # without labels",),
     ),
     "reproduce": Command(
         ReproduceConfig,
@@ -236,6 +278,20 @@ COMMANDS = {
         "rerun the paper's tables and set the figures beside the paper's",
         "fastuft reproduce --data datasets/ --weights.unsupervised_resnet50 moco_v2_800ep.pth.tar --tables 1,2,5,6",
         {},
+        first=(
+            "scale",
+            "tables",
+            "datasets",
+            "data",
+            "source",
+            "out",
+            "trials",
+            "seeds",
+            "processes",
+            "dry_run",
+            "rate",
+        ),
+        more_examples=("fastuft reproduce --scale tiny", "fastuft reproduce --dry_run --rate 2500"),
     ),
     "report": Command(
         options.ReportOptions,
@@ -261,12 +317,26 @@ COMMANDS = {
         "paths",
     ),
     "bench": Command(
-        options.BenchOptions, _bench, "run the benchmarks of a source checkout", "fastuft bench loss", {}, "what"
+        options.BenchOptions,
+        _bench,
+        "run the benchmarks of a source checkout",
+        "fastuft bench loss",
+        {},
+        "what",
+        more_examples=("fastuft bench --smoke", "fastuft bench loss --impl mymodule:my_loss --json figures.json"),
     ),
     "demo": Command(
         options.DemoOptions, _demo, "the whole job on embedded data, in minutes on a CPU", "fastuft demo --seeds 5", {}
     ),
     "doctor": Command(
         options.DoctorOptions, _doctor, "what is there, what is missing, and the remedy", "fastuft doctor", {}
+    ),
+    "completion": Command(
+        options.CompletionOptions,
+        _completion,
+        "a script that completes commands and options in bash, zsh or tcsh",
+        "fastuft completion bash > ~/.local/share/bash-completion/completions/fastuft",
+        {},
+        "shell",
     ),
 }

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import get_type_hints
 
 from fastuft.cli.commands import COMMANDS, EXIT_FAILED
-from fastuft.cli.parsing import UsageError, allowed_values, build_parser, normalized, one_line
+from fastuft.cli.described import allowed_values
+from fastuft.cli.help import command_help, front_page
+from fastuft.cli.parsing import UsageError, build_parser, normalized, one_line
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
@@ -56,6 +58,32 @@ def _short_warnings() -> Iterator[None]:
         warnings.formatwarning = usual
 
 
+def _help(arguments: Sequence[str]) -> int | None:
+    """Print the help that is asked for, or return None where none is: ``help [COMMAND] [GROUP]`` or ``--help [GROUP]``."""
+    flag = next((index for index, argument in enumerate(arguments) if argument in ("-h", "--help")), None)
+    if arguments and arguments[0] == "help":
+        words = list(arguments[1:])
+    elif flag is not None:
+        words = [word for word in arguments[:1] if word in COMMANDS] + list(arguments[flag + 1 : flag + 2])
+    elif arguments:
+        return None
+    else:
+        words = []
+    name, topic = [*words, None, None][:2]
+    if name is None:
+        print(front_page())
+        return 0
+    if name not in COMMANDS:
+        print(f"fastuft: error: unknown command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    try:
+        print(command_help(name, None if topic is None or topic.startswith("-") else topic))
+    except ValueError as error:
+        print(f"fastuft {name}: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status.
 
@@ -63,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     read or written. Anything else is a defect of the program and keeps its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    helped = _help(arguments)
+    if helped is not None:
+        return helped
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
     command = COMMANDS.get(named or "")
     try:
@@ -73,9 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name != "jsonargparse":
             raise
         return _without_parser(arguments)
-    if not arguments:
-        parser.print_help(sys.stderr)
-        return EXIT_BAD_INPUT
     label = "fastuft" if command is None else f"fastuft {named}"
     try:
         parsed = parser.parse_args(normalized(arguments, command))

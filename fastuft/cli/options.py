@@ -90,6 +90,20 @@ class DoctorOptions:
 
 
 @dataclass(frozen=True)
+class CompletionOptions:
+    """Print a script with which a shell completes commands and options.
+
+    Args:
+        shell: bash, zsh or tcsh.
+    """
+
+    shell: Literal["bash", "zsh", "tcsh"] = "bash"
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True)
 class BenchOptions:
     """Run the benchmarks of a source checkout on this machine.
 

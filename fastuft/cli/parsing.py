@@ -7,10 +7,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin
 
 import fastuft
 from fastuft.cli.commands import COMMANDS, Command
+from fastuft.cli.described import allowed_values, option_texts, option_types
 
 
 class UsageError(Exception):
@@ -49,39 +50,11 @@ def build_parser(names: Sequence[str] = tuple(COMMANDS)) -> Any:
 def _add_positional(parser: Any, command: Command) -> None:
     """Take one option of the dataclass by its place, with the help of its docstring."""
     option = next(field for field in fields(command.config) if field.name == command.positional)
-    lines = (line.strip() for line in (command.config.__doc__ or "").splitlines())
-    text = next((line.partition(": ")[2] for line in lines if line.startswith(f"{option.name}:")), "")
+    text = option_texts(command.config).get(option.name, "")
     if option.default is MISSING:
         parser.add_argument(option.name, nargs="+", help=text)
     else:
         parser.add_argument(option.name, nargs="?", default=option.default, help=text)
-
-
-def _option_types(config: type, prefix: str = "") -> dict[str, Any]:
-    """Type of every option by its full name; groups come before their members."""
-    types: dict[str, Any] = {}
-    for name, kind in get_type_hints(config).items():
-        types[prefix + name] = kind
-        if is_dataclass(kind):
-            types |= _option_types(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
-    return types
-
-
-def allowed_values(kind: Any) -> str:
-    """What an option of this type takes, in words."""
-    plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    if kind in plain:
-        return plain[kind]
-    if is_dataclass(kind):
-        return f"a group of {', '.join(field.name for field in fields(kind))}"
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    if get_origin(kind) is tuple:
-        return f"[{', '.join(map(allowed_values, parts))}]"
-    if get_origin(kind) is list:
-        return f"a list, each item {allowed_values(parts[0])}"
-    return " or ".join(map(allowed_values, parts))
 
 
 def one_line(error: Exception, command: Command | None) -> str:
@@ -90,7 +63,7 @@ def one_line(error: Exception, command: Command | None) -> str:
     if command is None:
         wrong = re.search(r"invalid choice: '([^']*)'", text)
         return f"unknown command {wrong[1]!r}; choose one of {', '.join(COMMANDS)}" if wrong else text
-    types = _option_types(command.config)
+    types = option_types(command.config)
     required = re.search(r"arguments are required: (.+)$", text) or re.search(r'Key "([\w.]+)" is required', text)
     if required:
         names = [name.strip().split(".", 1)[-1].lstrip("-") for name in required[1].split(",")]
@@ -119,7 +92,7 @@ def one_line(error: Exception, command: Command | None) -> str:
         return f"{key[1]}={value[1]} is not allowed; it takes {allowed_values(types[key[1]])}"
     if text.startswith(("Problems parsing config", "Unexpected config")):
         reason = text.replace('in "<unicode string>", ', "at ")
-        return f"config is no YAML mapping of options: {reason}"
+        return f"config is not a YAML mapping of options: {reason}"
     return text
 
 
@@ -129,7 +102,7 @@ def normalized(arguments: Sequence[str], command: Command | None) -> list[str]:
     ``--max-steps`` is ``--max_steps``; a bare ``--runtime.compile`` is true; items of a list or a pair with commas
     between need no brackets.
     """
-    types = {} if command is None else _option_types(command.config)
+    types = {} if command is None else option_types(command.config)
     given = list(arguments)
     result: list[str] = []
     while given:

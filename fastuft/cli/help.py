@@ -1,0 +1,126 @@
+"""Help: the path from photos to a report, and each command's options, those that matter first.
+
+The pages are made from the configurations alone, so that they come at once and without the packages of an extra.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from fastuft.cli.commands import COMMANDS, Command
+from fastuft.cli.described import allowed_values, default_of, option_texts, value_text
+
+WIDTH = 100
+_FEW = 14  # a command with no more options shows all of them
+_PATH = (
+    ("fastuft doctor", "what this machine has, and what is missing"),
+    ("fastuft verify-data photos/", "find files that would stop a run"),
+    ("fastuft finetune --init start.pth --target photos/ --out runs/photos", "adapt the backbone"),
+    ("fastuft eval --checkpoint runs/photos --before start.pth --train photos/ --out runs/photos/eval", "did it help?"),
+    ("open runs/photos/eval/report.html", "the report: before beside after, curves, nearest images"),
+    ("fastuft export --checkpoint runs/photos --out backbone.pth --layout torchvision", "take the backbone elsewhere"),
+)
+
+
+def front_page() -> str:
+    """What `fastuft` alone says: the steps from photos to a report, then every command."""
+    lines = ["fastuft adapts a pretrained image backbone to your own unlabeled images.", "", "From photos to a report:"]
+    for number, (step, why) in enumerate(_PATH, 1):
+        lines += [f"  {number}. {step}", f"       {why}"]
+    lines += ["", "Nothing at hand? `fastuft demo` does all of this on embedded images, in minutes on a CPU.", ""]
+    lines += ["Commands:"]
+    lines += [f"  {name:<14}{command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "`fastuft COMMAND --help` shows the options of one; `fastuft --version` the version."]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    space = " " * indent
+    return textwrap.wrap(text, WIDTH, initial_indent=space, subsequent_indent=space, break_on_hyphens=False)
+
+
+def _entry(name: str, kind: Any, default: str, text: str) -> list[str]:
+    text = text.replace("``", "")
+    about = f"(type: {allowed_values(kind)}, {'required' if default == 'required' else f'default: {default}'})"
+    return [f"  {name}", *_wrapped(f"{text} {about}", 6)]
+
+
+def _entries(
+    config: type, prefix: str, changed: Mapping[str, Any], positional: str | None
+) -> Iterator[tuple[str, Any]]:
+    """(full name, lines) of the options of one dataclass, groups left out."""
+    texts, kinds = option_texts(config), get_type_hints(config)
+    for option in fields(config):
+        kind, full = kinds[option.name], prefix + option.name
+        if not is_dataclass(kind):
+            default = value_text(changed[full]) if full in changed else default_of(option)
+            shown = option.name.upper() if full == positional else f"--{full}"
+            yield full, _entry(shown, kind, default, texts.get(option.name, ""))
+
+
+def groups_of(command: Command) -> dict[str, type]:
+    """Groups of options by their full name, nested ones after the group that holds them."""
+
+    def walk(config: type, prefix: str) -> Iterable[tuple[str, type]]:
+        for name, kind in get_type_hints(config).items():
+            if is_dataclass(kind) and isinstance(kind, type):
+                yield prefix + name, kind
+                yield from walk(kind, f"{prefix}{name}.")
+
+    return dict(walk(command.config, ""))
+
+
+def _sections(command: Command) -> dict[str, dict[str, list[str]]]:
+    """Lines of every option, by group ("" is the top) and full name."""
+    groups = {"": command.config, **groups_of(command)}
+    return {
+        name: dict(_entries(config, f"{name}." if name else "", command.defaults, command.positional))
+        for name, config in groups.items()
+    }
+
+
+def _summary_of(group: type) -> str:
+    return (group.__doc__ or "").strip().splitlines()[0].replace("``", "")
+
+
+def command_help(name: str, topic: str | None = None) -> str:
+    """Help of one command.
+
+    Args:
+        name: the command.
+        topic: a group of options, "all", or None for the options that matter first.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    command = COMMANDS[name]
+    sections, groups = _sections(command), groups_of(command)
+    if topic not in (None, "all", *groups):
+        raise ValueError(f"help={topic!r} is not allowed; choose one of {', '.join(['all', *groups])}, or leave it out")
+    usage = f"usage: fastuft {name}"
+    usage += f" {command.positional.upper()} ..." if command.positional else ""
+    lines = [usage + " [--OPTION VALUE ...]", "", f"{command.summary[0].upper()}{command.summary[1:]}.", ""]
+    every = {full: entry for section in sections.values() for full, entry in section.items()}
+    if topic not in (None, "all"):
+        lines += [f"{topic}: {_summary_of(groups[topic])}", *_joined(sections[topic].values())]
+    elif topic == "all" or len(every) <= _FEW:
+        for group, section in sections.items():
+            if section:
+                lines += [f"{group}: {_summary_of(groups[group])}" if group else "Options:", *_joined(section.values())]
+    else:
+        lines += ["The options that matter first:", *_joined(every[full] for full in command.first)]
+        by_group = f"; by group, `fastuft {name} --help GROUP`:" if groups else "."
+        lines += [f"All {len(every)} options: `fastuft {name} --help all`{by_group}"]
+        lines += [f"  {group:<14}{_summary_of(config)}" for group, config in groups.items()] + [""]
+    lines += ["Common to all commands:"]
+    lines += ["  --config FILE       YAML file of options; later options win"]
+    lines += ["  --print_config      print the whole configuration as YAML and exit", ""]
+    lines += [f"Example: {command.example}", *(f"         {example}" for example in command.more_examples)]
+    return "\n".join(lines)
+
+
+def _joined(entries: Iterable[list[str]]) -> list[str]:
+    return [*(line for entry in entries for line in entry), ""]
