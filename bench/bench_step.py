@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from fastuft.config import AugmentConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from fastuft.data import Batch, Loading, Manifest, TrainStream
 from fastuft.device import DTYPES
-from fastuft.loss import info_nce_with_terms
+from fastuft.loss import LossOptions, info_nce_with_terms
 from fastuft.trainer.distributed import Ranks
 from fastuft.trainer.learner import Learner, build_learner
 from fastuft.trainer.recorder import PartTimes
@@ -313,7 +313,7 @@ def outside(learner: Learner) -> Callable[[Tensor, Tensor], None]:
     """Our step without its encoders: loss and its gradient from given embeddings, optimizer, average, queue."""
 
     def run(q: Tensor, k: Tensor) -> None:
-        loss, _, _ = info_nce_with_terms(q, k, learner.queue.keys, TAU)
+        loss, _, _ = info_nce_with_terms(q, k, learner.queue.keys, LossOptions(TAU, unit_queue=True))
         loss.backward()
         learner.optimizer.step()
         learner.moco.momentum_update_(MOMENTUM)

@@ -35,13 +35,13 @@ from torch import Tensor
 
 from fastuft.kernels.launch_plan import chip, plan_splits
 from fastuft.kernels.launch_table import launch
+from fastuft.kernels.problem import LseProblem, Problem, tile_precision
 from fastuft.kernels.rows import load_rows, unit_rows
 
 LOG2_E = math.log2(math.e)
 MAX_WIDTH = 512
 COMBINE_SPLITS = 16  # splits that a combine program reads at a time
 COMBINE_WARPS = 2  # with 4 or 8 the compiler spills in some widths on sm_80 and sm_100
-_SMALL = 1 << 17  # pairs of query and key
 _INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -156,9 +156,7 @@ def combine_kernel(
     lam_ptr,  # [B] or [1] fp32
     loss_ptr,  # [B] fp32
     grad_ptr,  # [B, D] fp32: the gradient, or mu without HAS_LOSS
-    a_ptr,  # [B] fp32
-    b_ptr,  # [B] fp32
-    lse_ptr,  # [B] fp32
+    lse_ptr,  # [B] fp32: the alignment with HAS_LOSS
     q_stride,
     k_a_stride,
     k_b_stride,
@@ -199,7 +197,6 @@ def combine_kernel(
     empty = total == 0.0  # K = 0; NaN where a query is, whose maxima are -inf too
     lse = tl.where(empty, -float("inf"), (reference + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)  # (3)
     mu = mu / tl.where(empty, 1.0, total)
-    tl.store(lse_ptr + row, lse)
     if HAS_LOSS:
         one = row + tl.arange(0, 1)
         h = load_rows(q_ptr, q_stride, one, columns, num_rows, width)
@@ -212,34 +209,37 @@ def combine_kernel(
         a = tl.sum(z * key, 1) * inverse_tau
         lam = tl.full([1], 1.0, tl.float32)
         if TWO_KEYS:
-            lam = tl.load(lam_ptr + one * lam_stride)
+            lam = tl.load(lam_ptr + one * lam_stride).to(tl.float32)
+            lam = tl.where((lam >= 0.0) & (lam <= 1.0), lam, float("nan"))
         over_a = lse - a
         # softplus(x) = max(x, 0) + log(1 + e^-|x|)
         loss = lam * (tl.maximum(over_a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(over_a))))  # (5)
         pull_a = lam * tl.sigmoid(over_a)
         weight_mu = pull_a
         pulled = pull_a[:, None] * key
-        b = a
+        alignment = -lam * a
         if TWO_KEYS:
             other = load_rows(k_b_ptr, k_b_stride, one, columns, num_rows, width)
             if NORMALIZE:
                 other, _ = unit_rows(other)
             b = tl.sum(z * other, 1) * inverse_tau
+            alignment -= (1.0 - lam) * b
             over_b = lse - b
             loss += (1.0 - lam) * (tl.maximum(over_b, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(over_b))))
             pull_b = (1.0 - lam) * tl.sigmoid(over_b)
             weight_mu += pull_b
             pulled += pull_b[:, None] * other
         tl.store(loss_ptr + one, loss)
-        tl.store(a_ptr + one, a)
-        tl.store(b_ptr + one, b)
+        tl.store(lse_ptr + one, alignment)
         if NEED_MU:
             g = (weight_mu[:, None] * mu[None, :] - pulled) * inverse_tau  # (6)
             if NORMALIZE:
                 g = (g - tl.sum(g * z, 1)[:, None] * z) * inverse_norm[:, None]  # (7)
             tl.store(grad_ptr + one[:, None] * width + columns[None, :], g, inside[None, :])
-    elif NEED_MU:
-        tl.store(grad_ptr + row * width + columns, mu, inside)
+    else:
+        tl.store(lse_ptr + row, lse)
+        if NEED_MU:
+            tl.store(grad_ptr + row * width + columns, mu, inside)
 
 
 def unsupported(q: Tensor, queue: Tensor) -> str | None:
@@ -255,41 +255,26 @@ def unsupported(q: Tensor, queue: Tensor) -> str | None:
     return None
 
 
-def tile_dtype(q: Tensor, queue: Tensor) -> torch.dtype:
-    """Dtype of the multiplied tiles: the promoted one; fp32 for small problems, where its exactness costs nothing."""
-    small = q.shape[0] * queue.shape[0] <= _SMALL
-    return torch.float32 if small else torch.promote_types(q.dtype, queue.dtype)
-
-
 def _rows(value: Tensor) -> Tensor:
     """The tensor with consecutive elements within a row."""
     return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
 
 
-def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+def _triton_dtype(precision: str) -> tl.dtype:
     # The interpreter multiplies bf16 tiles wrongly; there they are widened first.
-    if _INTERPRETED and dtype == torch.bfloat16:
+    if precision in ("ieee", "tf32") or (_INTERPRETED and precision == "bf16"):
         return tl.float32
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    return {"fp16": tl.float16, "bf16": tl.bfloat16}[precision]
 
 
-def _run(
-    q: Tensor,
-    queue: Tensor,
-    temperature: float,
-    *,
-    normalize: bool,
-    need_mu: bool,
-    keys: tuple[Tensor, Tensor | None, Tensor | None] | None,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, gradient or mu, a, b, lse); the first, third and fourth are empty without keys."""
-    q, queue = _rows(q), _rows(queue)
+def _run(problem: Problem, has_loss: bool, splits: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradient or mu, alignment or lse); the first is empty without a loss."""
+    q, queue = _rows(problem.q), _rows(problem.queue)
     (num_rows, width), num_keys = q.shape, queue.shape[0]
     block_d = max(16, triton.next_power_of_2(width))
-    dtype = tile_dtype(q, queue)
+    precision = tile_precision(problem.precision, q.dtype, queue.dtype)
     arch, multiprocessors = chip(q.device)
-    config = launch(arch, dtype.itemsize, block_d, num_rows)
+    config = launch(arch, 4 if precision in ("ieee", "tf32") else 2, block_d, num_rows)
     num_splits, keys_per_split = plan_splits(num_rows, num_keys, width, config, multiprocessors)
     if splits is not None:
         keys_per_split = max(1, triton.cdiv(num_keys, splits))
@@ -298,57 +283,38 @@ def _run(
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
+    need_mu = problem.need_grad
     m, total = new(num_splits, num_rows), new(num_splits, num_rows)
     acc = new(num_splits, num_rows, width) if need_mu else m
-    lse = new(num_rows)
     grad = new(num_rows, width if need_mu else 0)
-    loss, a, b = (new(num_rows if keys is not None else 0) for _ in range(3))
-    k_a, k_b, lam = keys if keys is not None else (q, None, None)
-    k_a = _rows(k_a)
-    k_b = k_a if k_b is None else _rows(k_b)
-    two_keys = lam is not None
-    weights = lse if lam is None else lam
+    loss, lse = new(num_rows if has_loss else 0), new(num_rows)
+    k_a = _rows(problem.k_a)
+    k_b = k_a if problem.k_b is None else _rows(problem.k_b)
+    weights = lse if problem.lam is None else problem.lam
     lam_stride = weights.stride(0) if weights.numel() > 1 else 0
     sweep_kernel[(triton.cdiv(num_rows, config.block_b), num_splits)](
         q, queue, m, total, acc, q.stride(0), queue.stride(0), num_rows, num_keys, keys_per_split, width,
-        LOG2_E / temperature, normalize, need_mu, _triton_dtype(dtype), config.branch, config.peel, config.block_b,
-        config.block_k, block_d, num_warps=config.num_warps, num_stages=config.num_stages,
+        LOG2_E / problem.temperature, problem.normalize, need_mu, _triton_dtype(precision), config.branch, config.peel,
+        config.block_b, config.block_k, block_d, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     combine_kernel[(num_rows,)](
-        m, total, acc, q, k_a, k_b, weights, loss, grad, a, b, lse, q.stride(0), k_a.stride(0), k_b.stride(0),
-        lam_stride, num_rows, num_splits, width, 1 / temperature, keys is not None, two_keys, normalize, need_mu,
-        COMBINE_SPLITS, block_d, num_warps=COMBINE_WARPS,
+        m, total, acc, q, k_a, k_b, weights, loss, grad, lse, q.stride(0), k_a.stride(0), k_b.stride(0), lam_stride,
+        num_rows, num_splits, width, 1 / problem.temperature, has_loss, problem.lam is not None, problem.normalize,
+        need_mu, COMBINE_SPLITS, block_d, num_warps=COMBINE_WARPS,
     )  # fmt: skip
-    return loss, grad, a, b, lse
+    return loss, grad, lse
 
 
-def queue_lse_forward(
-    z: Tensor, queue: Tensor, temperature: float, need_mu: bool, *, splits: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """(lse [B], mu [B, D] or [B, 0]) in fp32 for z [B, D] as it is, queue [K, D]; ``splits`` overrides the plan."""
+def queue_lse(problem: LseProblem, *, splits: int | None = None) -> tuple[Tensor, Tensor]:
+    """(lse [B], mu [B, D] or [B, 0]) in fp32; ``splits`` of the queue overrides the plan."""
+    z, queue, temperature, precision, need_mu, impl = problem
+    loss = Problem(z, z, None, None, queue, temperature, False, False, precision, "none", need_mu, impl)
     with torch.cuda.device_of(z):
-        _, mu, _, _, lse = _run(z, queue, temperature, normalize=False, need_mu=need_mu, keys=None, splits=splits)
+        _, mu, lse = _run(loss, False, splits)
     return lse, mu
 
 
-def mixed_info_nce_forward(
-    q: Tensor,
-    k_a: Tensor,
-    k_b: Tensor | None,
-    lam: Tensor | None,
-    queue: Tensor,
-    temperature: float,
-    normalize: bool,
-    need_grad: bool,
-    *,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [B], dloss/dq [B, D] or [B, 0], a [B], b [B], lse [B]) in fp32 of each sample; Eq. 4 where k_b is None.
-
-    Args:
-        q, k_a, k_b: [B, D]. lam: [B] or [1] fp32 on the device. queue: [K, D].
-        temperature: tau. normalize: L2-normalize q and keys inside. need_grad: else the second product is skipped.
-        splits: splits of the queue; None plans them for the chip.
-    """
-    with torch.cuda.device_of(q):
-        return _run(q, queue, temperature, normalize=normalize, need_mu=need_grad, keys=(k_a, k_b, lam), splits=splits)
+def mixed_info_nce(problem: Problem, *, splits: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [B], dloss/dq [B, D] or [B, 0], alignment [B]) of each sample in fp32; ``splits`` overrides the plan."""
+    with torch.cuda.device_of(problem.q):
+        return _run(problem, True, splits)

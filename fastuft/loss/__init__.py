@@ -12,11 +12,13 @@ from fastuft.loss.functional import (
     queue_lse,
 )
 from fastuft.loss.modules import InfoNCELoss, MixedInfoNCELoss
+from fastuft.loss.options import LossOptions
 from fastuft.loss.queue import KeyQueue
 
 __all__ = [
     "InfoNCELoss",
     "KeyQueue",
+    "LossOptions",
     "MixedInfoNCELoss",
     "info_nce",
     "info_nce_with_terms",

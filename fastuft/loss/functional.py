@@ -1,21 +1,20 @@
-"""The public losses: checks, choice of implementation, reduction."""
+"""The public losses: checks of the tensors, and the call of the operator."""
 
 from __future__ import annotations
 
-import math
 from numbers import Real
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fastuft.kernels.problem import LseProblem, Problem
 from fastuft.loss import ops
+from fastuft.loss.options import Impl, LossOptions, Precision, Reduction
 from fastuft.values import visible
 
-Reduction = Literal["mean", "sum", "none"]
-Impl = Literal["auto", "triton", "torch"]
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_AUTOCAST = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_DEFAULTS = LossOptions()
 
 
 def _check_matrix(name: str, value: object, query: Tensor | None = None) -> None:
@@ -44,29 +43,12 @@ def _check_query(name: str, query: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(query.shape)}; it needs at least one row and one column")
 
 
-def _check_temperature(temperature: float) -> float:
-    if not isinstance(temperature, (int, float, Real)) or not (0 < temperature < math.inf):
-        raise ValueError(f"temperature={temperature!r} is out of range; it must be a positive number")
-    return float(temperature)
-
-
-def _check_impl(impl: Impl) -> None:
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"impl={impl!r} is not allowed; choose one of 'auto', 'triton', 'torch'")
-
-
-def _check_reduction(reduction: Reduction) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction={reduction!r} is not allowed; choose one of 'mean', 'sum', 'none'")
-
-
 def _as_weight(lam: float | Tensor, q: Tensor) -> Tensor:
     """lam as a constant [1] or [B] tensor on the query's device."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if not isinstance(lam, Tensor):
         if not isinstance(lam, (int, float, Real)) or not 0 <= lam <= 1:
             raise ValueError(f"lam={lam!r} is out of range; it must be a number or a tensor [B] in [0, 1]")
-        return torch.full((1,), float(lam), dtype=dtype, device=q.device)
+        return torch.full((1,), float(lam), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     if lam.requires_grad:
         raise ValueError("lam requires grad; the mixing weight is a constant of this loss: pass lam.detach()")
     if not lam.is_floating_point() or lam.ndim > 1 or lam.numel() not in (1, q.shape[0]):
@@ -75,48 +57,49 @@ def _as_weight(lam: float | Tensor, q: Tensor) -> Tensor:
         )
     if lam.device != q.device:
         raise ValueError(f"lam is on {lam.device} and the query on {q.device}; move it there")
-    lam = lam.reshape(-1).to(dtype)
-    inside = (lam >= 0) & (lam <= 1)
-    if visible(lam):
-        if not inside.all():
-            raise ValueError(
-                f"lam has values outside [0, 1] (from {lam.min().item():g} to {lam.max().item():g}); allowed: [0, 1]"
-            )
-        return lam
-    return torch.where(
-        inside, lam, torch.nan
-    )  # a look at the values would make the host wait: wrong ones poison the loss
+    # Elsewhere a look at the values would make the host wait: there the operator gives wrong ones a loss of NaN.
+    if visible(lam) and not ((lam >= 0) & (lam <= 1)).all():
+        raise ValueError(
+            f"lam has values outside [0, 1] (from {lam.min().item():g} to {lam.max().item():g}); allowed: [0, 1]"
+        )
+    return lam.reshape(-1)
 
 
-def _reduce(loss: Tensor, reduction: Reduction) -> Tensor:
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+def _precision(options: LossOptions, q: Tensor) -> str:
+    """The operator's precision: autocast is the caller's context, which an operator must not depend on."""
+    if options.precision == "auto" and torch.is_autocast_enabled(q.device.type):
+        return _AUTOCAST.get(torch.get_autocast_dtype(q.device.type), "auto")
+    return options.precision
 
 
 def _run(
-    q: Tensor,
-    keys: dict[str, Tensor],
-    lam: float | Tensor | None,
-    queue: Tensor,
-    temperature: float,
-    normalize: bool,
-    impl: Impl,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """(loss [B], a [B], b [B], lse [B], weight) of each sample, after all checks; keys are one or two, by argument name."""
+    q: Tensor, keys: dict[str, Tensor], lam: float | Tensor | None, queue: Tensor, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """(loss, alignment [B] of each sample) after all checks; keys are one or two, by argument name."""
     _check_query("q", q)
     for name, key in keys.items():
         _check_matrix(name, key, q)
         if key.shape[0] != q.shape[0]:
             raise ValueError(f"{name} has {key.shape[0]} rows; it must have the query's, {q.shape[0]}")
     _check_matrix("queue", queue, q)
-    _check_impl(impl)
-    temperature = _check_temperature(temperature)
-    weight = None if lam is None else _as_weight(lam, q)
     k_a, k_b = (*keys.values(), None)[:2]
     assert k_a is not None
-    loss, _, a, b, lse = ops.mixed_info_nce(q, k_a, k_b, weight, queue, temperature, normalize, impl)
-    return loss, a, b, lse, weight
+    problem = Problem(
+        q,
+        k_a,
+        k_b,
+        None if lam is None else _as_weight(lam, q),
+        queue,
+        options.temperature,
+        options.normalize,
+        options.unit_queue,
+        _precision(options, q),
+        options.reduction,
+        torch.is_grad_enabled() and q.requires_grad,
+        options.impl,
+    )
+    loss, _, alignment = ops.mixed_info_nce(problem)
+    return loss, alignment
 
 
 def info_nce(
@@ -128,6 +111,8 @@ def info_nce(
     normalize: bool = True,
     reduction: Reduction = "mean",
     impl: Impl = "auto",
+    precision: Precision = "auto",
+    unit_queue: bool = False,
 ) -> Tensor:
     """InfoNCE against a queue of negatives (Eq. 4 of Li et al. 2021; MoCo), in one pass over the queue.
 
@@ -141,10 +126,7 @@ def info_nce(
         q: queries [B, D], float32, float16 or bfloat16 (float64 with ``impl="torch"``); takes the gradient.
         k: their positive keys [B, D], a constant.
         queue: negatives [K, D], a constant, used as they are (unit rows in MoCo); K may be 0.
-        temperature: tau.
-        normalize: L2-normalize q and k first; the gradient passes through it. Rows of q shorter than 1e-12 get none.
-        reduction: mean, sum or none ([B]).
-        impl: triton (fused kernels), torch (any device), or auto: triton on CUDA where it applies.
+        temperature, normalize, reduction, impl, precision, unit_queue: see :class:`fastuft.loss.LossOptions`.
 
     Returns:
         The loss in float32 (float64 for float64 inputs). Backward may run twice; double backward raises.
@@ -152,9 +134,8 @@ def info_nce(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a key or queue that requires grad, an unknown option.
     """
-    _check_reduction(reduction)
-    loss, *_ = _run(q, {"k": k}, None, queue, temperature, normalize, impl)
-    return _reduce(loss, reduction)
+    options = LossOptions(temperature, normalize, reduction, impl, precision, unit_queue)
+    return _run(q, {"k": k}, None, queue, options)[0]
 
 
 def mixed_info_nce(
@@ -168,6 +149,8 @@ def mixed_info_nce(
     normalize: bool = True,
     reduction: Reduction = "mean",
     impl: Impl = "auto",
+    precision: Precision = "auto",
+    unit_queue: bool = False,
 ) -> Tensor:
     """InfoNCE of mixed queries with two weighted positives (Eq. 6 of Li et al. 2021), in one pass over the queue.
 
@@ -179,49 +162,43 @@ def mixed_info_nce(
         k_a: keys of the first image of each mix [B, D], a constant.
         k_b: keys of the second [B, D], a constant.
         lam: share of the first, a number or [B], in [0, 1]. In a CUDA tensor, or compiled, other values give NaN.
-        queue, temperature, normalize, reduction, impl: as for :func:`info_nce`.
+        queue: as for :func:`info_nce`.
+        temperature, normalize, reduction, impl, precision, unit_queue: see :class:`fastuft.loss.LossOptions`.
 
     Returns, Raises: as for :func:`info_nce`.
     """
-    _check_reduction(reduction)
-    loss, *_ = _run(q, {"k_a": k_a, "k_b": k_b}, lam, queue, temperature, normalize, impl)
-    return _reduce(loss, reduction)
+    options = LossOptions(temperature, normalize, reduction, impl, precision, unit_queue)
+    return _run(q, {"k_a": k_a, "k_b": k_b}, lam, queue, options)[0]
 
 
 def info_nce_with_terms(
-    q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.2, *, normalize: bool = True, impl: Impl = "auto"
+    q: Tensor, k: Tensor, queue: Tensor, options: LossOptions = _DEFAULTS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean loss, alignment, distribution): Eq. 1-3, loss = alignment + distribution.
+    """(loss, alignment, distribution): Eq. 1-3, loss = alignment + distribution, reduced alike.
 
-    alignment = mean(-a), distribution = mean log(e^a + e^lse); both carry no gradient. Arguments as :func:`info_nce`.
+    alignment = -a, distribution = log(e^a + e^lse); both carry no gradient. Tensors as for :func:`info_nce`.
     """
-    loss, a, _, lse, _ = _run(q, {"k": k}, None, queue, temperature, normalize, impl)
-    return loss.mean(), -a.mean(), torch.logaddexp(a, lse).mean()
+    return _with_terms(*_run(q, {"k": k}, None, queue, options), options.reduction)
 
 
 def mixed_info_nce_with_terms(
-    q: Tensor,
-    k_a: Tensor,
-    k_b: Tensor,
-    lam: float | Tensor,
-    queue: Tensor,
-    temperature: float = 0.2,
-    *,
-    normalize: bool = True,
-    impl: Impl = "auto",
+    q: Tensor, k_a: Tensor, k_b: Tensor, lam: float | Tensor, queue: Tensor, options: LossOptions = _DEFAULTS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean loss, alignment, distribution) of Eq. 6; the terms weigh both positives as the loss does.
+    """(loss, alignment, distribution) of Eq. 6; the terms weigh both positives as the loss does.
 
-    Arguments as :func:`mixed_info_nce`.
+    Tensors as for :func:`mixed_info_nce`.
     """
-    loss, a, b, lse, weight = _run(q, {"k_a": k_a, "k_b": k_b}, lam, queue, temperature, normalize, impl)
-    assert weight is not None
-    alignment = -(weight * a + (1 - weight) * b).mean()
-    distribution = weight * torch.logaddexp(a, lse) + (1 - weight) * torch.logaddexp(b, lse)
-    return loss.mean(), alignment, distribution.mean()
+    return _with_terms(*_run(q, {"k_a": k_a, "k_b": k_b}, lam, queue, options), options.reduction)
 
 
-def queue_lse(z: Tensor, queue: Tensor, temperature: float = 0.2, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+def _with_terms(loss: Tensor, alignment: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor, Tensor]:
+    alignment = ops.reduce(alignment, reduction)
+    return loss, alignment, loss.detach() - alignment
+
+
+def queue_lse(
+    z: Tensor, queue: Tensor, temperature: float = 0.2, *, impl: Impl = "auto", precision: Precision = "auto"
+) -> tuple[Tensor, Tensor]:
     """The primitive: log-sum-exp over the queue, and the queue's mean under that softmax, in one sweep.
 
     Equals ``logits = z @ queue.T / temperature; logits.logsumexp(1), logits.softmax(1) @ queue``.
@@ -229,8 +206,7 @@ def queue_lse(z: Tensor, queue: Tensor, temperature: float = 0.2, *, impl: Impl 
     Args:
         z: [B, D], used as they are.
         queue: [K, D], a constant; for K = 0, lse is -inf and mu is 0.
-        temperature: tau.
-        impl: as for :func:`info_nce`.
+        temperature, impl, precision: see :class:`fastuft.loss.LossOptions`.
 
     Returns:
         (lse [B], mu [B, D]) in float32 (float64 for float64 inputs). lse is differentiable in z (by mu / tau); mu is not.
@@ -238,7 +214,7 @@ def queue_lse(z: Tensor, queue: Tensor, temperature: float = 0.2, *, impl: Impl 
     Raises:
         ValueError: as :func:`info_nce`.
     """
+    options = LossOptions(temperature, impl=impl, precision=precision)
     _check_query("z", z)
     _check_matrix("queue", queue, z)
-    _check_impl(impl)
-    return ops.queue_lse(z, queue, _check_temperature(temperature), True, impl)
+    return ops.queue_lse(LseProblem(z, queue, options.temperature, _precision(options, z), True, impl))

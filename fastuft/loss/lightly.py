@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed, nn
 
-from fastuft.loss.functional import Impl, _check_impl, _check_temperature, info_nce
+from fastuft.loss.functional import info_nce
+from fastuft.loss.options import Impl, LossOptions
 from fastuft.loss.queue import KeyQueue
 
 
@@ -56,19 +57,17 @@ class NTXentLoss(nn.Module):
             raise ValueError(
                 "gather_distributed=True needs torch.distributed, which this PyTorch lacks; set it to False"
             )
-        _check_impl(impl)
-        self.temperature = _check_temperature(temperature)
+        self.options = LossOptions(temperature, impl=impl, unit_queue=True)
         self.gather_distributed = gather_distributed
-        self.impl: Impl = impl
         self.memory_bank = KeyQueue(*sizes)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, gather_distributed={self.gather_distributed}"
+        return f"temperature={self.options.temperature}, gather_distributed={self.gather_distributed}"
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Loss of queries out0 [B, D] with keys out1 [B, D]; then, if out0 requires grad, the bank takes out1."""
         keys = out1.detach()
-        loss = info_nce(out0, keys, self.memory_bank.keys, self.temperature, impl=self.impl)
+        loss = info_nce(out0, keys, self.memory_bank.keys, **vars(self.options))
         if out0.requires_grad:
             if self.gather_distributed and distributed.is_initialized():
                 parts = [torch.empty_like(keys) for _ in range(distributed.get_world_size())]

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastuft.loss.functional import (
-    Impl,
-    Reduction,
-    _check_impl,
-    _check_reduction,
-    _check_temperature,
-    info_nce,
-    mixed_info_nce,
-)
+from fastuft.loss.functional import info_nce, mixed_info_nce
+from fastuft.loss.options import Impl, LossOptions, Precision, Reduction
 
 
 class _QueueLoss(nn.Module):
-    """Options that both losses share.
-
-    Args:
-        temperature: tau.
-        normalize: L2-normalize queries and keys inside.
-        reduction: mean, sum or none.
-        impl: auto, triton or torch.
-    """
+    """A loss with its options (:class:`fastuft.loss.LossOptions`)."""
 
     def __init__(
         self,
@@ -32,17 +18,14 @@ class _QueueLoss(nn.Module):
         normalize: bool = True,
         reduction: Reduction = "mean",
         impl: Impl = "auto",
+        precision: Precision = "auto",
+        unit_queue: bool = False,
     ) -> None:
         super().__init__()
-        _check_reduction(reduction)
-        _check_impl(impl)
-        self.temperature = _check_temperature(temperature)
-        self.normalize = normalize
-        self.reduction: Reduction = reduction
-        self.impl: Impl = impl
+        self.options = LossOptions(temperature, normalize, reduction, impl, precision, unit_queue)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, normalize={self.normalize}, reduction={self.reduction!r}, impl={self.impl!r}"
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
 
 
 class InfoNCELoss(_QueueLoss):
@@ -50,8 +33,7 @@ class InfoNCELoss(_QueueLoss):
 
     def forward(self, q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
         """Loss of queries q [B, D] with keys k [B, D] against queue [K, D]."""
-        options = {"normalize": self.normalize, "reduction": self.reduction, "impl": self.impl}
-        return info_nce(q, k, queue, self.temperature, **options)  # type: ignore[arg-type]
+        return info_nce(q, k, queue, **vars(self.options))
 
 
 class MixedInfoNCELoss(_QueueLoss):
@@ -59,5 +41,4 @@ class MixedInfoNCELoss(_QueueLoss):
 
     def forward(self, q: Tensor, k_a: Tensor, k_b: Tensor, lam: float | Tensor, queue: Tensor) -> Tensor:
         """Loss of mixed queries q [B, D] with keys k_a, k_b [B, D] of weight lam, 1 - lam against queue [K, D]."""
-        options = {"normalize": self.normalize, "reduction": self.reduction, "impl": self.impl}
-        return mixed_info_nce(q, k_a, k_b, lam, queue, self.temperature, **options)  # type: ignore[arg-type]
+        return mixed_info_nce(q, k_a, k_b, lam, queue, **vars(self.options))

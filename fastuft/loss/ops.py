@@ -1,7 +1,7 @@
-"""One torch.library operator a primitive, dispatching to the fused kernels or to the portable path.
+"""One registered operator per primitive, dispatching to the fused kernels or to the portable path.
 
-Each is functional, computes its gradient in the forward pass and has an autograd formula that only scales it, so
-``torch.compile`` sees one opaque call. Gradients cannot be differentiated again: double backward raises.
+The losses are functional, compute their gradient in the forward pass and have an autograd formula that only scales it,
+so ``torch.compile`` sees opaque calls. Gradients cannot be differentiated again: double backward raises.
 
 Called eagerly, the same formula runs from a ``torch.autograd.Function`` around the operator: the wrapping that
 ``register_autograd`` generates costs two to three times the host time (``custom_op`` four times; a Function with
@@ -16,16 +16,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
+from fastuft.kernels.problem import LseProblem, Problem, schema
 from fastuft.loss import portable
 
 _library = torch.library.Library("fastuft", "FRAGMENT")
-_library.define("queue_lse(Tensor z, Tensor queue, float temperature, bool need_mu, str impl) -> (Tensor, Tensor)")
-_library.define(
-    "mixed_info_nce(Tensor q, Tensor k_a, Tensor? k_b, Tensor? lam, Tensor queue, float temperature, bool normalize, "
-    "bool need_grad, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_library.define(f"queue_lse({schema(LseProblem)}) -> (Tensor, Tensor)")
+_library.define(f"mixed_info_nce({schema(Problem)}) -> (Tensor, Tensor, Tensor)")
+_library.define("scaled_gradient(Tensor gradient, Tensor upstream, float factor, ScalarType dtype) -> Tensor")
+_library.define("enqueue_(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys) -> ()")
 
 _reasons: dict[tuple[object, ...], str | None] = {}
 
@@ -78,69 +78,95 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@_without_autocast
-def _queue_lse(z: Tensor, queue: Tensor, temperature: float, need_mu: bool, impl: str) -> tuple[Tensor, Tensor]:
-    if _use_fused(impl, z, queue):
-        from fastuft.kernels import queue_sweep
-
-        return queue_sweep.queue_lse_forward(z, queue, temperature, need_mu)
-    compute = torch.float64 if torch.float64 in (z.dtype, queue.dtype) else torch.float32
-    return portable.queue_lse(z.to(compute), queue, temperature, need_mu)
+def reduce(values: Tensor, reduction: str) -> Tensor:
+    """The mean or sum of values [B], or the values themselves (none)."""
+    if reduction == "none":
+        return values
+    return values.mean() if reduction == "mean" else values.sum()
 
 
 @_without_autocast
-def _mixed_info_nce(
-    q: Tensor,
-    k_a: Tensor,
-    k_b: Tensor | None,
-    lam: Tensor | None,
-    queue: Tensor,
-    temperature: float,
-    normalize: bool,
-    need_grad: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if _use_fused(impl, q, queue, k_a, k_b):
+def _queue_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem = LseProblem(*arguments)
+    if _use_fused(problem.impl, problem.z, problem.queue):
         from fastuft.kernels import queue_sweep
 
-        return queue_sweep.mixed_info_nce_forward(q, k_a, k_b, lam, queue, temperature, normalize, need_grad)
-    loss, grad, a, b, lse = portable.mixed_info_nce(q, k_a, k_b, lam, queue, temperature, normalize, need_grad)
-    return loss, grad, a, b.clone() if b is a else b, lse  # outputs of an operator may not alias each other
+        return queue_sweep.queue_lse(problem)
+    compute = torch.float64 if torch.float64 in (problem.z.dtype, problem.queue.dtype) else torch.float32
+    return portable.queue_lse(problem.z.to(compute), problem.queue, problem.temperature, problem.need_mu)
 
 
-_library.impl("queue_lse", _queue_lse, "CompositeExplicitAutograd")
-_library.impl("mixed_info_nce", _mixed_info_nce, "CompositeExplicitAutograd")
+@_without_autocast
+def _mixed_info_nce(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(*arguments)
+    if _use_fused(problem.impl, problem.q, problem.queue, problem.k_a, problem.k_b):
+        from fastuft.kernels import queue_sweep
+
+        loss, gradient, alignment = queue_sweep.mixed_info_nce(problem)
+    else:
+        loss, gradient, alignment = portable.mixed_info_nce(problem)
+    return reduce(loss, problem.reduction), gradient, alignment
+
+
+def _scaled_gradient(gradient: Tensor, upstream: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """gradient [B, D] * factor * upstream ([B], or one for all rows), computed before the cast to dtype."""
+    return (gradient * (upstream.reshape(-1, 1) * factor)).to(dtype)
+
+
+def _enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    if keys.is_cuda and queue.dtype != torch.float64 and triton_installed():
+        from fastuft.kernels import enqueue
+
+        enqueue.enqueue_(queue, pointer, keys)
+    else:
+        portable.enqueue_(queue, pointer, keys)
+
+
+for _name, _implementation in (
+    ("queue_lse", _queue_lse),
+    ("mixed_info_nce", _mixed_info_nce),
+    ("scaled_gradient", _scaled_gradient),
+    ("enqueue_", _enqueue_),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
 
 
 def _result_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-@torch.library.register_fake("fastuft::queue_lse", lib=_library)
-def _(z: Tensor, queue: Tensor, temperature: float, need_mu: bool, impl: str) -> tuple[Tensor, Tensor]:
-    dtype = _result_dtype(z, queue)
-    width = z.shape[1] if need_mu else 0
+@library.register_fake("fastuft::queue_lse", lib=_library)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem = LseProblem(*arguments)
+    z, dtype = problem.z, _result_dtype(problem.z, problem.queue)
+    width = z.shape[1] if problem.need_mu else 0
     return z.new_empty(z.shape[0], dtype=dtype), z.new_empty((z.shape[0], width), dtype=dtype)
 
 
-@torch.library.register_fake("fastuft::mixed_info_nce", lib=_library)
-def _(
-    q: Tensor,
-    k_a: Tensor,
-    k_b: Tensor | None,
-    lam: Tensor | None,
-    queue: Tensor,
-    temperature: float,
-    normalize: bool,
-    need_grad: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = _result_dtype(q, k_a, queue)
+@library.register_fake("fastuft::mixed_info_nce", lib=_library)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    problem = Problem(*arguments)
+    q, dtype = problem.q, _result_dtype(problem.q, problem.k_a, problem.queue)
+    width = q.shape[1] if problem.need_grad else 0
+    rows = q.new_empty(q.shape[0], dtype=dtype)
+    gradient = q.new_empty((q.shape[0], width), dtype=dtype)
+    return reduce(rows, problem.reduction), gradient, torch.empty_like(rows)
 
-    def row() -> Tensor:
-        return q.new_empty(q.shape[0], dtype=dtype)
 
-    return row(), q.new_empty((q.shape[0], q.shape[1] if need_grad else 0), dtype=dtype), row(), row(), row()
+@library.register_fake("fastuft::scaled_gradient", lib=_library)
+def _(gradient: Tensor, upstream: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+@library.register_fake("fastuft::enqueue_", lib=_library)
+def _(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    return None
+
+
+_queue_lse_op = torch.ops.fastuft.queue_lse.default
+_mixed_info_nce_op = torch.ops.fastuft.mixed_info_nce.default
+_scaled_gradient_op = torch.ops.fastuft.scaled_gradient.default
+enqueue_ = torch.ops.fastuft.enqueue_.default
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -158,55 +184,36 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _finished(gradient: Tensor, query: Tensor) -> Tensor:
-    """The gradient as backward returns it; under ``create_graph=True`` it refuses to be differentiated in the query."""
-    return _NoSecondDerivative.apply(gradient, query) if torch.is_grad_enabled() else gradient
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], factor: float) -> None:
+    """Keep the gradient of the first output in the first input, the second output, up to ``factor``."""
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.set_materialize_grads(False)  # outputs without a gradient need no zeros
+    ctx.save_for_backward(outputs[1])
+    # The query is an attribute: its values are not needed any more, and may change.
+    ctx.query, ctx.factor, ctx.others = inputs[0], factor, (None,) * (len(inputs) - 1)
 
 
-def _save_mu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, _, temperature, _, _ = inputs
-    _, mu = output
-    ctx.mark_non_differentiable(mu)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(mu)
-    ctx.temperature, ctx.query = (
-        temperature,
-        z,
-    )  # an attribute: the query's values are not needed any more, and may change
-
-
-def _queue_lse_backward(ctx: Any, grad_lse: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_lse is None:
-        return (None,) * 5
-    (mu,) = ctx.saved_tensors
-    gradient = mu * (grad_lse.detach()[:, None] / ctx.temperature)
-    return (_finished(gradient.to(ctx.query.dtype), ctx.query), *[None] * 4)
+def _save_mu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, output, 1 / LseProblem(*inputs).temperature)
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, grad, a, b, lse = output
-    ctx.mark_non_differentiable(grad, a, b, lse)
-    ctx.set_materialize_grads(False)  # outputs without a gradient need no zeros
-    ctx.save_for_backward(grad)
-    ctx.query = inputs[0]  # an attribute: its values are not needed any more, and may change
+    problem = Problem(*inputs)
+    _save(ctx, inputs, output, 1 / problem.q.shape[0] if problem.reduction == "mean" else 1.0)
 
 
-def _mixed_info_nce_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 9
-    (grad,) = ctx.saved_tensors
-    # Upstream scales (1/B, a loss scale) meet the gradient in fp32; the cast to the query's dtype comes last.
-    gradient = grad * grad_loss.detach()[:, None]
-    return (_finished(gradient.to(ctx.query.dtype), ctx.query), *[None] * 8)
+def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Upstream and factor (1/B, 1/tau) meet the gradient in fp32; the cast to the query's dtype comes last."""
+    if upstream is None:
+        return None, *ctx.others
+    (saved,) = ctx.saved_tensors
+    gradient = _scaled_gradient_op(saved, upstream.detach(), ctx.factor, ctx.query.dtype)
+    # Under ``create_graph=True`` the gradient refuses to be differentiated in the query.
+    return _NoSecondDerivative.apply(gradient, ctx.query) if torch.is_grad_enabled() else gradient, *ctx.others
 
 
-torch.library.register_autograd("fastuft::queue_lse", _queue_lse_backward, setup_context=_save_mu, lib=_library)
-torch.library.register_autograd(
-    "fastuft::mixed_info_nce", _mixed_info_nce_backward, setup_context=_save_gradient, lib=_library
-)
-
-_queue_lse_op = torch.ops.fastuft.queue_lse.default
-_mixed_info_nce_op = torch.ops.fastuft.mixed_info_nce.default
+library.register_autograd("fastuft::queue_lse", _backward, setup_context=_save_mu, lib=_library)
+library.register_autograd("fastuft::mixed_info_nce", _backward, setup_context=_save_gradient, lib=_library)
 
 
 class _QueueLse(torch.autograd.Function):
@@ -217,7 +224,7 @@ class _QueueLse(torch.autograd.Function):
         _save_mu(ctx, arguments, outputs)
         return outputs
 
-    backward = staticmethod(_queue_lse_backward)
+    backward = staticmethod(_backward)
 
 
 class _MixedInfoNCE(torch.autograd.Function):
@@ -228,30 +235,21 @@ class _MixedInfoNCE(torch.autograd.Function):
         _save_gradient(ctx, arguments, outputs)
         return outputs
 
-    backward = staticmethod(_mixed_info_nce_backward)
+    backward = staticmethod(_backward)
 
 
-def queue_lse(z: Tensor, queue: Tensor, temperature: float, need_mu: bool, impl: str) -> tuple[Tensor, Tensor]:
+def queue_lse(problem: LseProblem) -> tuple[Tensor, Tensor]:
     """(lse [B], mu [B, D], or [B, 0] where it is not needed); lse is differentiable in z when mu is computed."""
-    arguments = (z, queue, temperature, need_mu, impl)
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and z.requires_grad):
-        return _queue_lse_op(*arguments)
-    return _QueueLse.apply(*arguments)
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and problem.z.requires_grad):
+        return _queue_lse_op(*problem)
+    return _QueueLse.apply(*problem)
 
 
-def mixed_info_nce(
-    q: Tensor,
-    k_a: Tensor,
-    k_b: Tensor | None,
-    lam: Tensor | None,
-    queue: Tensor,
-    temperature: float,
-    normalize: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [B], its gradient [B, D], or [B, 0] where q takes none, a [B], b [B], lse [B]); only loss is differentiable."""
-    need_grad = torch.is_grad_enabled() and q.requires_grad
-    arguments = (q, k_a, k_b, lam, queue, temperature, normalize, need_grad, impl)
-    if torch.compiler.is_compiling() or not need_grad:
-        return _mixed_info_nce_op(*arguments)
-    return _MixedInfoNCE.apply(*arguments)
+def mixed_info_nce(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, reduced; its gradient [B, D] before the reduction, or [B, 0] where not needed; alignment [B] of each sample).
+
+    alignment = -(lam a + (1 - lam) b); loss alone is differentiable, in q.
+    """
+    if torch.compiler.is_compiling() or not problem.need_grad:
+        return _mixed_info_nce_op(*problem)
+    return _MixedInfoNCE.apply(*problem)

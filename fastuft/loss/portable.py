@@ -1,13 +1,8 @@
 """The one-pass loss in plain PyTorch: any device, no [B, K] tensor, gradient computed in the forward pass.
 
-Keys and queue are constants, so with s_a = sigmoid(lse - a), s_b = sigmoid(lse - b), w = lam s_a + (1 - lam) s_b:
-
-    (1)  dL/dz = (w mu - lam s_a k_a - (1 - lam) s_b k_b) / tau
-    (2)  dL/dh = (g - (g.z) z) / |h|        for z = h / |h|, g = dL/dz
-
-where lse and mu = sum_j softmax_j queue_j come from one attention-like sweep with V = K = queue. On a CPU that sweep is
-PyTorch's own flash attention, which returns lse, over parts of the queue that a cache holds; elsewhere, and for
-half-precision queues, it is chunked here.
+The derivation, equations (1) to (7), is that of ``kernels/queue_sweep.py``; lse and mu (3) come from one attention-like
+sweep with V = K = queue. On a CPU that sweep is PyTorch's own flash attention, which returns lse, over parts of the queue
+that a cache holds; elsewhere, and for half-precision queues, it is chunked here.
 """
 
 from __future__ import annotations
@@ -15,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastuft.kernels.problem import Problem
 
 EPSILON = 1e-12  # shorter rows count as zero: their gradient is 0, as for torch's normalize with its default eps
 _ROWS = 1024
@@ -101,45 +98,63 @@ def queue_lse(z: Tensor, queue: Tensor, temperature: float, need_mu: bool) -> tu
     return _sweep_chunked(z, queue, temperature, need_mu)
 
 
-def mixed_info_nce(
-    q: Tensor,
-    k_a: Tensor,
-    k_b: Tensor | None,
-    lam: Tensor | None,
-    queue: Tensor,
-    temperature: float,
-    normalize: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [B], dloss/dq [B, D], a [B], b [B], lse [B]) of each sample; Eq. 4 where k_b is None.
+def _pull(lse: Tensor, z: Tensor, key: Tensor, weight: Tensor | float, temperature: float) -> tuple[Tensor, ...]:
+    """(z.k / tau, its part of the loss (5), weight sigmoid(lse - z.k / tau)) of keys k [B, D] with their weight."""
+    logit = (z * key).sum(1) / temperature
+    return logit, weight * F.softplus(lse - logit, threshold=50), weight * torch.sigmoid(lse - logit)
 
-    Computed in fp32, or fp64 where an input is; the gradient is [B, 0] where it is not needed.
+
+def mixed_info_nce(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [B], dloss/dq [B, D], alignment [B]) of each sample; the gradient is [B, 0] where it is not needed.
+
+    Computed in fp32, or fp64 where an input is. A weight outside [0, 1] gives NaN.
     """
+    q, k_a, k_b, lam, queue, temperature, normalize = problem[:7]
     compute = torch.float64 if torch.float64 in (q.dtype, k_a.dtype, queue.dtype) else torch.float32
-    h = q.to(compute)
-    z, inverse_norm = normalize_rows(h) if normalize else (h, None)
-    a_key = k_a.to(compute)
-    a_key = normalize_rows(a_key)[0] if normalize else a_key
-    a = (z * a_key).sum(1) / temperature
-    lse, mu = queue_lse(z, queue, temperature, need_grad)
-    loss = F.softplus(lse - a, threshold=50)
-    b = a
-    if need_grad:
-        towards_a = torch.sigmoid(lse - a)
-        weight, pulled = towards_a, towards_a[:, None] * a_key
-    if k_b is not None and lam is not None:
-        b_key = k_b.to(compute)
-        b_key = normalize_rows(b_key)[0] if normalize else b_key
-        b = (z * b_key).sum(1) / temperature
+
+    def unit(rows: Tensor) -> Tensor:
+        return normalize_rows(rows.to(compute))[0] if normalize else rows.to(compute)
+
+    z, inverse_norm = normalize_rows(q.to(compute)) if normalize else (q.to(compute), None)
+    lse, mu = queue_lse(z, queue, temperature, problem.need_grad)
+    weight: Tensor | float = 1.0
+    if lam is not None:
         lam = lam.to(compute)
-        loss = lam * loss + (1 - lam) * F.softplus(lse - b, threshold=50)
-        if need_grad:
-            towards_b = (1 - lam) * torch.sigmoid(lse - b)
-            weight = lam * towards_a + towards_b
-            pulled = (lam * towards_a)[:, None] * a_key + towards_b[:, None] * b_key
-    if not need_grad:
-        return loss, z.new_empty(len(z), 0), a, b, lse
-    grad = (weight[:, None] * mu - pulled) / temperature  # (1)
+        weight = torch.where((lam >= 0) & (lam <= 1), lam, torch.nan)
+    key = unit(k_a)
+    logit, loss, pull = _pull(lse, z, key, weight, temperature)
+    alignment, pulled = -weight * logit, pull[:, None] * key
+    if k_b is not None:
+        key = unit(k_b)
+        logit, more, pull_b = _pull(lse, z, key, 1 - weight, temperature)
+        alignment, loss, pull, pulled = (
+            alignment - (1 - weight) * logit,
+            loss + more,
+            pull + pull_b,
+            pulled + pull_b[:, None] * key,
+        )
+    if not problem.need_grad:
+        return loss, z.new_empty(len(z), 0), alignment
+    grad = (pull[:, None] * mu - pulled) / temperature  # (6)
     if inverse_norm is not None:
-        grad = (grad - (grad * z).sum(1, keepdim=True) * z) * inverse_norm  # (2)
-    return loss, grad, a, b, lse
+        grad = (grad - (grad * z).sum(1, keepdim=True) * z) * inverse_norm  # (7)
+    return loss, grad, alignment
+
+
+def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    """Write the unit rows of keys [B, D] into queue [K, D] from ``pointer`` (int64 scalar) on, wrapping, and advance it.
+
+    Of more than K keys the last K stay. On a device nothing waits: the host does not read the pointer.
+    """
+    size = len(queue)
+    rows = normalize_rows(keys[-size:].to(torch.promote_types(queue.dtype, torch.float32)))[0]
+    skipped = len(keys) - len(rows)
+    if queue.device.type == "cpu":
+        first = (int(pointer) + skipped) % size
+        head = min(len(rows), size - first)
+        queue[first : first + head] = rows[:head]
+        queue[: len(rows) - head] = rows[head:]
+    else:
+        places = (pointer + skipped + torch.arange(len(rows), device=queue.device)) % size
+        queue.index_copy_(0, places, rows.to(queue.dtype))
+    pointer.add_(len(keys)).remainder_(size)

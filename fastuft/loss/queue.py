@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastuft.loss import ops
 from fastuft.loss.portable import normalize_rows
 
 
@@ -26,7 +27,7 @@ class KeyQueue(nn.Module):
         pointer: int64 scalar, the row that the next key is written to.
 
     Raises:
-        ValueError: a size that is no positive integer, or a dtype that is not a floating-point one.
+        ValueError: a size that is not a positive integer, or a dtype that is not a floating-point one.
     """
 
     keys: Tensor
@@ -64,27 +65,13 @@ class KeyQueue(nn.Module):
         No host synchronization: the pointer lives on the device.
 
         Raises:
-            ValueError: no float matrix, or another width or device than the queue's.
+            ValueError: not a float matrix, or another width or device than the queue's.
         """
-        size, dim = self.keys.shape
+        dim = self.keys.shape[1]
         if keys.ndim != 2 or keys.shape[1] != dim:
             raise ValueError(f"keys has shape {tuple(keys.shape)}; it must be [B, {dim}]")
         if not keys.is_floating_point():
             raise ValueError(f"keys has dtype {keys.dtype}; it must be a floating-point one")
         if keys.device != self.keys.device:
             raise ValueError(f"keys is on {keys.device} and the queue on {self.keys.device}; move one of them")
-        if keys.is_cuda and self.keys.dtype != torch.float64 and not torch.compiler.is_compiling():
-            from fastuft.loss import ops
-
-            if ops.triton_installed():
-                from fastuft.kernels import enqueue
-
-                enqueue.enqueue_(self.keys, self.pointer, keys)
-                return
-        count = keys.shape[0]
-        compute = torch.promote_types(self.keys.dtype, torch.float32)
-        kept = normalize_rows(keys[-size:].to(compute))[0].to(self.keys.dtype)
-        first = self.pointer + (count - len(kept))
-        rows = (first + torch.arange(len(kept), device=keys.device)) % size
-        self.keys.index_copy_(0, rows, kept)
-        self.pointer.add_(count).remainder_(size)
+        ops.enqueue_(self.keys, self.pointer, keys)

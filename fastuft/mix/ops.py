@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fastuft.mix import reference
 
-_SCHEMAS = {
-    "cutmix": "cutmix(Tensor images, Tensor boxes, Tensor partner) -> Tensor",
-    "cutmix_": "cutmix_(Tensor(a!) images, Tensor boxes) -> ()",
-    "mixup": "mixup(Tensor images, Tensor lam, Tensor partner) -> Tensor",
-    "mixup_": "mixup_(Tensor(a!) images, Tensor lam) -> ()",
-}
+_NAMES = ("cutmix", "cutmix_", "mixup", "mixup_")
 _library = torch.library.Library("fastuft", "FRAGMENT")
 _warned = False
 
@@ -72,32 +67,28 @@ def _with_warning(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-for _name, _schema in _SCHEMAS.items():
+def reference_schema(name: str) -> str:
+    """The operator's schema, read off the reference function; the extension's says the same."""
+    mutated = {"images"} if name.endswith("_") else ()
+    return f"{name}{library.infer_schema(getattr(reference, name), mutates_args=mutated)}"
+
+
+def _new_images(images: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(images)
+
+
+def _nothing(*_: Tensor) -> None:
+    return None
+
+
+for _name in _NAMES:
     if not HAS_CPU_EXTENSION:
-        _library.define(_schema)
+        _library.define(reference_schema(_name))
         _library.impl(_name, _with_warning(getattr(reference, _name)), "CompositeExplicitAutograd")
     elif not HAS_CUDA_EXTENSION:
         _library.impl(_name, _with_warning(getattr(reference, _name)), "CUDA")
-
-
-@torch.library.register_fake("fastuft::cutmix", lib=_library)
-def _(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
-    return torch.empty_like(images)
-
-
-@torch.library.register_fake("fastuft::mixup", lib=_library)
-def _(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
-    return torch.empty_like(images)
-
-
-@torch.library.register_fake("fastuft::cutmix_", lib=_library)
-def _(images: Tensor, boxes: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("fastuft::mixup_", lib=_library)
-def _(images: Tensor, lam: Tensor) -> None:
-    return None
+    _fake = _nothing if _name.endswith("_") else _new_images
+    library.register_fake(f"fastuft::{_name}", _fake, lib=_library)
 
 
 def _save_boxes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -124,5 +115,5 @@ def _mixup_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _add_to_partners(own, partner, ((1 - weight) * grad).to(grad.dtype)), None, None
 
 
-torch.library.register_autograd("fastuft::cutmix", _cutmix_backward, setup_context=_save_boxes, lib=_library)
-torch.library.register_autograd("fastuft::mixup", _mixup_backward, setup_context=_save_boxes, lib=_library)
+library.register_autograd("fastuft::cutmix", _cutmix_backward, setup_context=_save_boxes, lib=_library)
+library.register_autograd("fastuft::mixup", _mixup_backward, setup_context=_save_boxes, lib=_library)

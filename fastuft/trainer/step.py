@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastuft.data import Batch
-from fastuft.loss import info_nce_with_terms, mixed_info_nce_with_terms
+from fastuft.loss import LossOptions, info_nce_with_terms, mixed_info_nce_with_terms
 from fastuft.trainer.learner import Learner
 
 # Columns of one row of the step's record, in order.
@@ -28,7 +28,7 @@ def train_step(learner: Learner, batch: Batch, mark: Callable[[str], None]) -> T
         [len(RECORD)] float32 on the device: this rank's figures, before the update.
     """
     method, x_q = learner.method, batch.query  # [b, 3, H, W]
-    tau, negatives = method.temperature, learner.queue.keys  # [K, D]
+    tau, negatives = LossOptions(method.temperature, unit_queue=True), learner.queue.keys  # [K, D]
     k_all = learner.encode_keys(batch.key, batch.epoch, batch.step)  # [B, D], constants
     k = learner.own_rows(k_all, len(x_q))  # [b, D], of this rank's images
     mark("keys")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from error_bound import GRADIENT, VALUE, assert_as_good
+from loss_truth import comparisons, in_dtype
 from torch.nn import functional as F
 
 import fastuft
+from fastuft.kernels.problem import Problem
 from fastuft.loss import reference
 
 pytestmark = pytest.mark.gpu
@@ -22,11 +24,8 @@ def make(batch, keys, width, dtype, seed=0):
     return q, k_a, k_b, torch.rand(batch, generator=generator, device="cuda"), queue
 
 
-def in_dtype(tensors, dtype):
-    q, k_a, k_b, lam, queue = (t.to(dtype) for t in tensors)
-    q = q.clone().requires_grad_()
-    loss = reference.mixed_info_nce(q, k_a, k_b, lam, queue)
-    return loss.detach(), torch.autograd.grad(loss.sum(), q)[0]
+def problem(q, k_a, k_b, lam, queue):
+    return Problem(q, k_a, k_b, lam, queue, 0.2, True, False, "auto", "mean", True, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -40,14 +39,14 @@ def test_loss_and_gradient_against_float64(size, dtype):
     q = tensors[0].clone().requires_grad_()
     loss = fastuft.mixed_info_nce(q, *tensors[1:], reduction="none", impl="triton")
     (grad,) = torch.autograd.grad(loss.sum(), q)
-    exact, same = in_dtype(tensors, torch.float64), in_dtype(tensors, dtype)
-    assert_as_good(loss, exact[0], same[0], VALUE)
-    assert_as_good(grad, exact[1], same[1], GRADIENT)
+    exact, (losses, gradients) = in_dtype(tensors, torch.float64), comparisons(tensors, dtype)
+    assert_as_good(loss, exact[0], losses, VALUE)
+    assert_as_good(grad, exact[1], gradients, GRADIENT)
 
 
 def test_reruns_are_bitwise_equal():
     tensors = make(256, 65536, 128, torch.bfloat16)
-    first, second = (torch.ops.fastuft.mixed_info_nce(*tensors, 0.2, True, True, True) for _ in range(2))
+    first, second = (torch.ops.fastuft.mixed_info_nce(*problem(*tensors)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

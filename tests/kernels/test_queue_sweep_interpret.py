@@ -9,9 +9,11 @@ import re
 import pytest
 import torch
 from error_bound import GRADIENT, VALUE, assert_as_good, relative_error
+from loss_truth import comparisons, in_dtype
 from torch.nn import functional as F
 
 import fastuft
+from fastuft.kernels.problem import LseProblem, Problem, tile_precision
 from fastuft.loss import reference
 
 pytestmark = [
@@ -49,22 +51,31 @@ def make(batch, keys, width, dtype, *, queue_dtype=None, seed=0):
     return q, k_a, k_b, torch.rand(batch, generator=generator), queue
 
 
-def run_reference(q, k_a, k_b, lam, queue, temperature, dtype, normalize=True):
-    q, k_a, k_b, queue = (t.to(dtype) for t in (q, k_a, k_b, queue))
-    q = q.clone().requires_grad_()
-    loss = reference.mixed_info_nce(q, k_a, k_b, lam.to(dtype), queue, temperature, normalize=normalize)
-    (grad,) = torch.autograd.grad(loss.sum(), q)
-    return loss.detach(), grad
+def run(q, k_a, k_b, lam, queue, temperature=0.2, normalize=True, need_grad=True, splits=None, **changes):
+    """(loss [B], gradient [B, D], alignment [B]) of the kernels."""
+    problem = Problem(
+        q, k_a, k_b, lam, queue, temperature, normalize, False, "auto", "none", need_grad, "triton"
+    )._replace(**changes)
+    return sweep().mixed_info_nce(problem, splits=splits)
 
 
-def check(q, k_a, k_b, lam, queue, temperature=0.2, normalize=True, **options):
-    originals = [t.clone() for t in (q, k_a, k_b, lam, queue)]
-    loss, grad, *_ = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, temperature, normalize, True, **options)
-    exact = run_reference(q, k_a, k_b, lam, queue, temperature, torch.float64, normalize)
-    same = run_reference(q, k_a, k_b, lam, queue, temperature, torch.promote_types(q.dtype, queue.dtype), normalize)
-    assert_as_good(loss, exact[0], same[0], VALUE)
-    assert_as_good(grad, exact[1], same[1], GRADIENT)
-    for before, after in zip(originals, (q, k_a, k_b, lam, queue), strict=True):
+def run_lse(z, queue, need_mu=True):
+    return sweep().queue_lse(LseProblem(z, queue, 0.2, "auto", need_mu, "triton"))
+
+
+TILES = {"ieee": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check(q, k_a, k_b, lam, queue, temperature=0.2, normalize=True, precision="auto", **options):
+    tensors = (q, k_a, k_b, lam, queue)
+    originals = [t.clone() for t in tensors]
+    loss, grad, _ = run(*tensors, temperature, normalize, precision=precision, **options)
+    exact = in_dtype(tensors, torch.float64, temperature, normalize)
+    tiles = TILES[tile_precision(precision, q.dtype, queue.dtype)]
+    losses, gradients = comparisons(tensors, tiles, temperature, normalize)
+    assert_as_good(loss, exact[0], losses, VALUE)
+    assert_as_good(grad, exact[1], gradients, GRADIENT)
+    for before, after in zip(originals, tensors, strict=True):
         assert torch.equal(before, after), "an input was changed"
 
 
@@ -94,10 +105,10 @@ def test_one_weight_for_all(lam):
 
 def test_one_key_is_equation_4():
     q, k, _, _, queue = make(9, 70, 32, torch.float32)
-    one = sweep().mixed_info_nce_forward(q, k, None, None, queue, 0.2, True, True)
+    one = run(q, k, None, None, queue)
     exact = reference.info_nce(q.double(), k.double(), queue.double())
     assert relative_error(one[0], exact) < 1e-5
-    both = sweep().mixed_info_nce_forward(q, k, k, torch.rand(9), queue, 0.2, True, True)
+    both = run(q, k, k, torch.rand(9), queue)
     assert relative_error(both[0], exact) < 1e-5 and relative_error(both[1], one[1]) < 1e-5
 
 
@@ -107,7 +118,7 @@ def test_docstring_expression():
     z, k, _, _, queue = make(6, 40, 32, torch.float32)
     z, k = F.normalize(z, dim=1), F.normalize(k, dim=1)
     expected = eval(line, {"F": F, "torch": torch, "z": z, "k": k, "queue": queue, "tau": 0.2})
-    loss, *_ = sweep().mixed_info_nce_forward(z, k, None, None, queue, 0.2, False, True)
+    loss, *_ = run(z, k, None, None, queue, normalize=False)
     torch.testing.assert_close(loss.mean(), expected)
 
 
@@ -148,7 +159,7 @@ def test_a_peeled_loop_changes_no_bit(keys, force_launch):
         for peel in (True, False):
             force_launch(block_k=32, peel=peel)
             check(*inputs, splits=splits)
-            found.append(sweep().mixed_info_nce_forward(*inputs[:5], 0.2, True, True, splits=splits))
+            found.append(run(*inputs[:5], splits=splits))
         assert all(map(torch.equal, *found))
 
 
@@ -158,11 +169,10 @@ def test_zero_and_extreme_vectors():
     k_a[4] = 0
     lengths = torch.tensor([0, 1e30, 1e-9, 1e-30, 1, 1])
     scaled = q * lengths[:, None]
-    loss, grad, *_ = sweep().mixed_info_nce_forward(scaled, k_a, k_b, lam, queue, 0.2, True, True)
+    loss, grad, *_ = run(scaled, k_a, k_b, lam, queue)
     assert loss.isfinite().all() and grad.isfinite().all()
     assert (grad[0] == 0).all() and (grad[3] == 0).all()
-    plain = (q, k_a, k_b, lam, queue, 0.2)
-    exact, same = run_reference(*plain, torch.float64), run_reference(*plain, torch.float32)
+    exact, same = (in_dtype((q, k_a, k_b, lam, queue), dtype) for dtype in (torch.float64, torch.float32))
     kept = [1, 2, 4, 5]
     assert_as_good(loss[kept], exact[0][kept], same[0][kept], VALUE)
     assert_as_good((grad.double() * lengths.double()[:, None])[kept], exact[1][kept], same[1][kept], GRADIENT)
@@ -171,9 +181,9 @@ def test_zero_and_extreme_vectors():
 def test_empty_queue():
     q, k_a, k_b, lam, _ = make(5, 1, 32, torch.float32)
     nothing = torch.zeros(0, 32)
-    loss, grad, *_, lse = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, nothing, 0.2, True, True)
-    assert (loss == 0).all() and (grad == 0).all() and (lse == -torch.inf).all()
-    lse, mu = sweep().queue_lse_forward(q, nothing, 0.2, True)
+    loss, grad, _ = run(q, k_a, k_b, lam, nothing)
+    assert (loss == 0).all() and (grad == 0).all()
+    lse, mu = run_lse(q, nothing)
     assert (lse == -torch.inf).all() and (mu == 0).all()
 
 
@@ -192,16 +202,15 @@ def test_strided_inputs():
 def test_weights_with_gaps():
     q, k_a, k_b, lam, queue = make(9, 60, 32, torch.float32)
     gaps = torch.stack([lam, torch.full_like(lam, torch.nan)], 1)[:, 0]
-    run = sweep().mixed_info_nce_forward
-    dense, found = (run(q, k_a, k_b, weight, queue, 0.2, True, True) for weight in (lam, gaps))
+    dense, found = (run(q, k_a, k_b, weight, queue) for weight in (lam, gaps))
     assert all(map(torch.equal, found, dense))
 
 
 def test_a_query_that_is_no_number_gives_none():
     z, _, _, _, queue = make(5, 60, 32, torch.float32)
-    expected = sweep().queue_lse_forward(z, queue, 0.2, True)
+    expected = run_lse(z, queue)
     z[2] = torch.nan
-    for found, good in zip(sweep().queue_lse_forward(z, queue, 0.2, True), expected, strict=True):
+    for found, good in zip(run_lse(z, queue), expected, strict=True):
         assert found[2].isnan().all()
         torch.testing.assert_close(found[[0, 1, 3, 4]], good[[0, 1, 3, 4]], rtol=1e-6, atol=1e-6)
 
@@ -209,9 +218,9 @@ def test_a_query_that_is_no_number_gives_none():
 def test_every_number_of_splits_agrees(force_launch):
     force_launch(peel=True)
     inputs = make(2, 130, 16, torch.float32)
-    exact, same = (run_reference(*inputs, 0.2, dtype) for dtype in (torch.float64, torch.float32))
+    exact, same = (in_dtype(inputs, dtype) for dtype in (torch.float64, torch.float32))
     for splits in range(1, 65):
-        loss, grad, *_ = sweep().mixed_info_nce_forward(*inputs, 0.2, True, True, splits=splits)
+        loss, grad, *_ = run(*inputs, splits=splits)
         assert_as_good(loss, exact[0], same[0], VALUE)
         assert_as_good(grad, exact[1], same[1], GRADIENT)
 
@@ -219,22 +228,23 @@ def test_every_number_of_splits_agrees(force_launch):
 def test_reruns_are_bitwise_equal():
     inputs = make(20, 640, 32, torch.float32)
     for splits in (None, 1, 7, 64):
-        first, second = (sweep().mixed_info_nce_forward(*inputs, 0.2, True, True, splits=splits) for _ in range(2))
+        first, second = (run(*inputs, splits=splits) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_loss_alone_skips_the_gradient():
     q, k_a, k_b, lam, queue = make(20, 100, 32, torch.float32)
-    full = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, 0.2, True, True)
-    alone = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, 0.2, True, False)
+    full = run(q, k_a, k_b, lam, queue)
+    alone = run(q, k_a, k_b, lam, queue, need_grad=False)
     assert alone[1].shape == (20, 0)
     torch.testing.assert_close(alone[0], full[0])
 
 
-def test_bad_weight_poisons_its_row_only():
+@pytest.mark.parametrize("bad", [torch.nan, -0.1, 1.1])
+def test_bad_weight_poisons_its_row_only(bad):
     q, k_a, k_b, lam, queue = make(4, 30, 32, torch.float32)
-    lam[2] = torch.nan
-    loss, grad, *_ = sweep().mixed_info_nce_forward(q, k_a, k_b, lam, queue, 0.2, True, True)
+    lam[2] = bad
+    loss, grad, *_ = run(q, k_a, k_b, lam, queue)
     assert loss.isnan().tolist() == [False, False, True, False] and grad[2].isnan().all() and grad[:2].isfinite().all()
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from error_bound import GRADIENT, VALUE, assert_as_good
+from loss_truth import comparisons
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastuft
+from fastuft.kernels.problem import tile_precision
 from fastuft.loss import reference
 
 # (device, implementation): the portable path everywhere, the kernels where there is a GPU.
@@ -21,6 +23,7 @@ PLACES = [
 ]
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float32, *HALVES]
+TILES = {"ieee": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def name_of(value: object) -> str:
@@ -67,13 +70,15 @@ class Case:
         return loss.detach(), gradient
 
     def check(self, impl: str) -> None:
-        """Hold loss and gradient against float64, beside PyTorch's own expression in the promoted dtype of the inputs."""
+        """Hold loss and gradient against float64, beside PyTorch's own expression in the dtype that is multiplied."""
         before = [tensor.clone() for tensor in self.tensors]
         found = self.run(reduction="none", impl=impl)
         exact = self.to(torch.float64).run(reference.mixed_info_nce)
-        pytorch = self.to(torch.promote_types(self.q.dtype, self.queue.dtype)).run(reference.mixed_info_nce)
+        tiles = TILES[tile_precision("auto", self.q.dtype, self.queue.dtype)]
+        tensors = (self.q, self.k_a, self.k_b, torch.as_tensor(self.lam), self.queue)
+        losses, gradients = comparisons(tensors, tiles, self.temperature, self.normalize)
         assert found[0].dtype == torch.float32 and found[1].dtype == self.q.dtype
-        assert_as_good(found[0], exact[0], pytorch[0], VALUE)
-        assert_as_good(found[1], exact[1], pytorch[1].to(self.q.dtype), GRADIENT)
+        assert_as_good(found[0], exact[0], losses, VALUE)
+        assert_as_good(found[1], exact[1], [gradient.to(self.q.dtype) for gradient in gradients], GRADIENT)
         for old, new in zip(before, self.tensors, strict=True):
             assert torch.equal(old, new), "an input was changed"

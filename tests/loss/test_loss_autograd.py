@@ -6,10 +6,11 @@ import pytest
 import torch
 from error_bound import relative_error
 from loss_cases import PLACES, Case, name_of
-from torch import nn
+from torch import library, nn
 
 import fastuft
-from fastuft.loss import mixed_info_nce_with_terms, reference
+from fastuft.kernels.problem import LseProblem, Problem
+from fastuft.loss import LossOptions, mixed_info_nce_with_terms, reference
 
 
 def double_case() -> Case:
@@ -51,6 +52,12 @@ def test_any_upstream_gradient(place):
     assert relative_error(found, gradient(reference.mixed_info_nce)) < 1e-5
 
 
+def problem(case: Case, q: torch.Tensor, **changes) -> Problem:
+    """The operator's arguments for a case."""
+    tensors = (q, case.k_a, case.k_b, case.lam, case.queue)
+    return Problem(*tensors, 0.2, True, False, "auto", "mean", True, "auto")._replace(**changes)
+
+
 def outputs(q: torch.Tensor, case: Case, impl: str) -> dict[str, torch.Tensor]:
     """Everything differentiable that the room returns, as scalars."""
     arguments = (q, case.k_a, case.k_b, case.lam, case.queue)
@@ -58,7 +65,7 @@ def outputs(q: torch.Tensor, case: Case, impl: str) -> dict[str, torch.Tensor]:
         "info_nce": fastuft.info_nce(q, case.k_a, case.queue, impl=impl),
         "mixed_info_nce": fastuft.mixed_info_nce(*arguments, impl=impl),
         "queue_lse": fastuft.queue_lse(q, case.queue, impl=impl)[0].mean(),
-        "terms": mixed_info_nce_with_terms(*arguments, impl=impl)[0],
+        "terms": mixed_info_nce_with_terms(*arguments, LossOptions(impl=impl))[0],
     }
 
 
@@ -99,11 +106,9 @@ def test_the_query_may_change_between_two_backward_passes():
 def test_double_backward_of_the_operator_itself_raises():
     case = double_case()
     q = case.q.requires_grad_()
-    loss, *others = torch.ops.fastuft.mixed_info_nce(
-        q, case.k_a, case.k_b, case.lam, case.queue, 0.2, True, True, "torch"
-    )
+    loss, *others = torch.ops.fastuft.mixed_info_nce(*problem(case, q, impl="torch"))
     assert not any(other.requires_grad for other in others)
-    (gradient,) = torch.autograd.grad(loss.sum(), q, create_graph=True)
+    (gradient,) = torch.autograd.grad(loss, q, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         gradient.sum().backward()
 
@@ -156,20 +161,21 @@ def test_grad_scaler(place):
     assert not torch.equal(encoder.weight, before)
 
 
-CALLS = [(2, True, True), (1, False, True), (0, True, False)]
+CALLS = [(2, True, True, "mean"), (1, False, True, "none"), (0, True, False, "sum")]
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize(("weights", "normalize", "need_grad"), CALLS)
-def test_opcheck_of_the_loss(weights, normalize, need_grad, dtype, place):
+@pytest.mark.parametrize(("weights", "normalize", "need_grad", "reduction"), CALLS)
+def test_opcheck_of_the_loss(weights, normalize, need_grad, reduction, dtype, place):
     """weights: 0 is Eq. 4, 1 one weight for all rows, 2 one a row."""
     device, impl = place
     case = Case.random(6, 40, 16, dtype, device=device)
     k_b, lam = (None, None) if weights == 0 else (case.k_b, case.lam if weights == 2 else case.lam[:1])
     q = case.q.requires_grad_(need_grad)
-    arguments = (q, case.k_a, k_b, lam, case.queue, 0.2, normalize, need_grad, impl)
-    torch.library.opcheck(torch.ops.fastuft.mixed_info_nce.default, arguments)
+    arguments = problem(case, q, k_b=k_b, lam=lam, normalize=normalize, need_grad=need_grad, impl=impl)
+    arguments = arguments._replace(reduction=reduction)
+    library.opcheck(torch.ops.fastuft.mixed_info_nce.default, arguments)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -178,8 +184,27 @@ def test_opcheck_of_the_loss(weights, normalize, need_grad, dtype, place):
 def test_opcheck_of_the_primitive(need_mu, keys, place):
     device, impl = place
     case = Case.random(6, keys, 16, device=device)
-    arguments = (case.q.requires_grad_(need_mu), case.queue, 0.2, need_mu, impl)
-    torch.library.opcheck(torch.ops.fastuft.queue_lse.default, arguments)
+    arguments = LseProblem(case.q.requires_grad_(need_mu), case.queue, 0.2, "auto", need_mu, impl)
+    library.opcheck(torch.ops.fastuft.queue_lse.default, arguments)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("upstream", [torch.tensor(0.25), torch.arange(6.0)], ids=["one", "rows"])
+def test_opcheck_of_the_backward(upstream, place):
+    device, _ = place
+    arguments = (torch.randn(6, 16, device=device), upstream.to(device), 0.5, torch.bfloat16)
+    library.opcheck(torch.ops.fastuft.scaled_gradient.default, arguments)
+    expected = (arguments[0] * (0.5 * arguments[1].reshape(-1, 1))).bfloat16()
+    torch.testing.assert_close(torch.ops.fastuft.scaled_gradient(*arguments), expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("batch", [0, 3, 12])
+def test_opcheck_of_the_enqueue(batch, place):
+    device, _ = place
+    queue = fastuft.KeyQueue(8, 16, device=device)
+    arguments = (queue.keys, queue.pointer, torch.randn(batch, 16, device=device))
+    library.opcheck(torch.ops.fastuft.enqueue_.default, arguments)
 
 
 def compiled_agrees(device: str, impl: str, backend: str) -> None:
@@ -189,7 +214,7 @@ def compiled_agrees(device: str, impl: str, backend: str) -> None:
     eager_queue.load_state_dict(queue.state_dict())
 
     def step(q, k_a, k_b, lam, queue):
-        loss, alignment, distribution = mixed_info_nce_with_terms(q, k_a, k_b, lam, queue.keys, impl=impl)
+        loss, alignment, distribution = mixed_info_nce_with_terms(q, k_a, k_b, lam, queue.keys, LossOptions(impl=impl))
         loss = loss + fastuft.info_nce(q, k_a, queue.keys, impl=impl)
         loss = loss + fastuft.queue_lse(q, queue.keys, impl=impl)[0].sum()
         queue.enqueue_(k_a)
@@ -259,7 +284,7 @@ def test_a_step_never_waits_for_the_gpu(impl):
 
     def step():
         q = case.q.detach().requires_grad_()
-        loss, *_ = mixed_info_nce_with_terms(q, case.k_a, case.k_b, 0.5, queue.keys, impl=impl)
+        loss, *_ = mixed_info_nce_with_terms(q, case.k_a, case.k_b, 0.5, queue.keys, LossOptions(impl=impl))
         loss.backward()
         fastuft.mixed_info_nce(q, case.k_a, case.k_b, case.lam, queue.keys, impl=impl).backward()
         fastuft.queue_lse(q, queue.keys, impl=impl)[0].sum().backward()

@@ -15,7 +15,7 @@ from loss_cases import DTYPES, PLACES, Case, name_of
 from torch.nn import functional as F
 
 import fastuft
-from fastuft.loss import info_nce_with_terms, mixed_info_nce_with_terms, portable, reference
+from fastuft.loss import LossOptions, info_nce_with_terms, mixed_info_nce_with_terms, portable, reference
 
 SIZES = [(1, 1, 16), (3, 5, 64), (252, 507, 128), (64, 4096, 128), (5, 130, 48), (2, 30, 7), (4, 70, 520)]
 
@@ -235,14 +235,16 @@ def test_terms_sum_to_the_loss(keys, place):
     a, b = (z * z_a).sum(1) / 0.2, (z * z_b).sum(1) / 0.2
     lse = (z @ queue.T / 0.2).logsumexp(1)
 
-    loss, alignment, distribution = info_nce_with_terms(case.q.requires_grad_(), case.k_a, case.queue, impl=impl)
+    loss, alignment, distribution = info_nce_with_terms(
+        case.q.requires_grad_(), case.k_a, case.queue, LossOptions(impl=impl)
+    )
     assert loss.requires_grad and not alignment.requires_grad and not distribution.requires_grad
     torch.testing.assert_close(alignment.double(), -a.mean(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(distribution.double(), torch.logaddexp(a, lse).mean(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss.detach(), alignment + distribution, rtol=1e-5, atol=1e-6)
 
     loss, alignment, distribution = mixed_info_nce_with_terms(
-        case.q, case.k_a, case.k_b, case.lam, case.queue, impl=impl
+        case.q, case.k_a, case.k_b, case.lam, case.queue, LossOptions(impl=impl)
     )
     torch.testing.assert_close(alignment.double(), -(lam * a + (1 - lam) * b).mean(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss.detach(), alignment + distribution, rtol=1e-5, atol=1e-6)

@@ -25,7 +25,8 @@ def test_the_extension_is_built_here():
 
 @pytest.mark.parametrize("name", ["cutmix", "cutmix_", "mixup", "mixup_"])
 def test_the_fallback_has_the_schema_of_the_extension(name):
-    assert str(getattr(torch.ops.fastuft, name).default._schema) == f"fastuft::{ops._SCHEMAS[name]}"
+    schema = str(getattr(torch.ops.fastuft, name).default._schema)
+    assert schema.replace("a!", "a0!") == f"fastuft::{ops.reference_schema(name)}"
 
 
 def fill(shape, dtype, order, seed):
