@@ -1,15 +1,17 @@
 """Backbones, the MoCo pair of encoders, BatchNorm modes, and checkpoints in and out."""
 
-from fastuft.model.backbone import Backbone, Stem
+from fastuft.model.backbone import Backbone, Stem, Traits
 from fastuft.model.batchnorm import SplitBatchNorm2d, has_batchnorm, set_batchnorm_mode
 from fastuft.model.checkpoint import (
+    Channels,
     InitReport,
     export,
     export_backbone,
     export_state_dict,
     load_backbone,
     load_init,
-    read_checkpoint,
+    open_backbone,
+    traits_from,
 )
 from fastuft.model.moco import Encoder, MoCo, ProjectionHead
 from fastuft.model.networks import ARCHS, build_backbone
@@ -20,6 +22,7 @@ from fastuft.model.timm_network import TimmBackbone
 __all__ = [
     "ARCHS",
     "Backbone",
+    "Channels",
     "Encoder",
     "InitReport",
     "MoCo",
@@ -29,6 +32,7 @@ __all__ = [
     "SplitBatchNorm2d",
     "Stem",
     "TimmBackbone",
+    "Traits",
     "build_backbone",
     "export",
     "export_backbone",
@@ -36,6 +40,7 @@ __all__ = [
     "has_batchnorm",
     "load_backbone",
     "load_init",
-    "read_checkpoint",
+    "open_backbone",
     "set_batchnorm_mode",
+    "traits_from",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
@@ -12,6 +15,35 @@ Triple = tuple[float, float, float]
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a checkpoint's network does otherwise than the network of that name, its weights aside.
+
+    Args:
+        mean, std: normalization that it was trained with; None is the network's own.
+        norm_eps: (shell pattern of LayerNorms, their epsilon).
+        stride_in_1x1: bottlenecks take their stride in the first 1x1 convolution, as the first ResNets did, instead
+            of in the 3x3 one.
+    """
+
+    mean: Triple | None = None
+    std: Triple | None = None
+    norm_eps: tuple[tuple[str, float], ...] = ()
+    stride_in_1x1: bool = False
+
+
+def as_triple(values: object, name: str) -> Triple:
+    """Three finite numbers, one per color channel.
+
+    Raises:
+        ValueError: anything else.
+    """
+    numbers = [float(v) for v in values if isinstance(v, (int, float))] if isinstance(values, (list, tuple)) else []
+    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"{name}={values!r} is not three numbers, one for each color")
+    return numbers[0], numbers[1], numbers[2]
 
 
 class Backbone(nn.Module, ABC):
@@ -33,6 +65,24 @@ class Backbone(nn.Module, ABC):
         self.num_features = num_features
         self.mean, self.std = mean, std
         self.input_size = input_size
+        self.traits = Traits()
+
+    def adopt(self, traits: Traits) -> None:
+        """Do as the network of a checkpoint did; once, before anything is computed.
+
+        Raises:
+            ValueError: a trait that this network cannot have.
+        """
+        if traits.stride_in_1x1:
+            raise ValueError(
+                f"the checkpoint's bottlenecks take their stride in 1x1 convolutions; {self.arch} has none"
+            )
+        self.mean, self.std = traits.mean or self.mean, traits.std or self.std
+        for pattern, eps in traits.norm_eps:
+            for name, module in self.named_modules():
+                if isinstance(module, nn.LayerNorm) and fnmatchcase(name, pattern):
+                    module.eps = eps
+        self.traits = traits
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:

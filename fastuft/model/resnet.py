@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from fastuft.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Stem, default_input_size
+from fastuft.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Stem, Traits, default_input_size
 from fastuft.model.batchnorm import norm_relu
 
 
@@ -108,6 +109,14 @@ class ResNet(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def adopt(self, traits: Traits) -> None:
+        super().adopt(replace(traits, stride_in_1x1=False))
+        if traits.stride_in_1x1:
+            for module in self.modules():
+                if isinstance(module, Bottleneck):
+                    module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+        self.traits = traits
 
     def features(self, images: Tensor) -> Tensor:
         x: Tensor = self.maxpool(norm_relu(self.bn1, self.conv1(images)))

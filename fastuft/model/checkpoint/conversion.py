@@ -1,0 +1,125 @@
+"""What differs between networks of one shape beside their names: color channels, pixel scale, strides, epsilons."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastuft.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Traits, Triple, as_triple
+from fastuft.model.checkpoint.reading import Content
+
+Channels = Literal["auto", "rgb", "bgr", "gray"]
+
+# detectron2's defaults, which its configuration beside the checkpoint may change: Caffe's pixels.
+_DETECTRON2_MEAN = (103.53, 116.28, 123.675)
+_DETECTRON2_STD = (1.0, 1.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """What a checkpoint's first convolution was trained on.
+
+    Args:
+        channels: order of the colors; gray is one channel.
+        scale: factor per channel, in the file's order, from this package's normalized pixels to the file's.
+    """
+
+    channels: Literal["rgb", "bgr", "gray"] = "rgb"
+    scale: Triple = (1.0, 1.0, 1.0)
+
+    def converted(self, weight: Tensor) -> Tensor:
+        """The first convolution [out, 3, h, w] that does with RGB images what ``weight`` does with its own.
+
+        Raises:
+            ValueError: a weight of other channels than said.
+        """
+        expected = 1 if self.channels == "gray" else 3
+        if weight.ndim != 4 or weight.shape[1] != expected:
+            raise ValueError(
+                f"init_channels={self.channels!r} needs a first convolution of {expected} "
+                f"channel{'s' if expected > 1 else ''}, and the file's has shape {tuple(weight.shape)}"
+            )
+        if self.channels == "gray":
+            return weight.expand(-1, 3, -1, -1) / 3  # of a gray image all three channels are equal
+        scaled = weight * torch.tensor(self.scale).view(1, 3, 1, 1) if self.scale != (1.0, 1.0, 1.0) else weight
+        return scaled.flip(1) if self.channels == "bgr" else scaled
+
+
+def _at(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def detectron2_settings(file: Path) -> tuple[Traits, Pixels]:
+    """Strides and pixels of a checkpoint of detectron2, from the ``config.yaml`` that it writes beside it, or its defaults.
+
+    Raises:
+        ValueError: settings that cannot be converted.
+    """
+    import yaml
+
+    beside = file.parent / "config.yaml"
+    try:
+        config = yaml.safe_load(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(beside)!r} is damaged; restore it or move it away") from error
+    model = _at(config, "MODEL")
+    mean = as_triple(_at(model, "PIXEL_MEAN") or list(_DETECTRON2_MEAN), f"{beside}: MODEL.PIXEL_MEAN")
+    std = as_triple(_at(model, "PIXEL_STD") or list(_DETECTRON2_STD), f"{beside}: MODEL.PIXEL_STD")
+    channels: Literal["rgb", "bgr"] = "rgb" if _at(config, "INPUT", "FORMAT") == "RGB" else "bgr"
+    in_1x1 = _at(model, "RESNETS", "STRIDE_IN_1X1")
+    ours_mean, ours_std = (
+        (IMAGENET_MEAN, IMAGENET_STD) if channels == "rgb" else (IMAGENET_MEAN[::-1], IMAGENET_STD[::-1])
+    )
+    if any(not math.isclose(255 * ours, theirs, abs_tol=0.01) for ours, theirs in zip(ours_mean, mean, strict=True)):
+        raise ValueError(f"{str(beside)!r}: MODEL.PIXEL_MEAN={mean} is not ImageNet's, which is all that is converted")
+    first, second, third = (255 * ours / theirs for ours, theirs in zip(ours_std, std, strict=True))
+    return Traits(stride_in_1x1=in_1x1 is not False), Pixels(channels, (first, second, third))
+
+
+def transformers_traits(settings: Mapping[str, Mapping[str, Any]]) -> Traits:
+    """What ``config.json`` and ``preprocessor_config.json`` say of a network."""
+    config, preprocessor = settings.get("config", {}), settings.get("preprocessor", {})
+    traits = Traits(stride_in_1x1=bool(config.get("downsample_in_bottleneck", False)))
+    eps = config.get("layer_norm_eps")
+    if isinstance(eps, float) and config.get("model_type") != "resnet":
+        # ConvNeXt's blocks have an epsilon of their own; the setting is that of the last norm.
+        pattern = "*head.norm" if config.get("model_type") == "convnext" else "*"
+        traits = dataclasses.replace(traits, norm_eps=((pattern, eps),))
+    if "image_mean" in preprocessor and "image_std" in preprocessor:
+        mean = as_triple(preprocessor["image_mean"], "preprocessor_config.json: image_mean")
+        std = as_triple(preprocessor["image_std"], "preprocessor_config.json: image_std")
+        traits = dataclasses.replace(traits, mean=mean, std=std)
+    return traits
+
+
+def traits_from(saved: object) -> Traits:
+    """Traits as a checkpoint or an export of this package keeps them: plain values.
+
+    Raises:
+        ValueError: damaged ones.
+    """
+    if not saved:
+        return Traits()
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"traits={saved!r} is not a mapping")
+    given = {name: None if saved.get(name) is None else as_triple(saved[name], name) for name in ("mean", "std")}
+    try:
+        eps = tuple((str(pattern), float(value)) for pattern, value in saved.get("norm_eps", ()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"norm_eps={saved.get('norm_eps')!r} is not pairs of a pattern and a number") from error
+    return Traits(given["mean"], given["std"], eps, bool(saved.get("stride_in_1x1", False)))
+
+
+def saved_traits(content: Content) -> Traits:
+    """The traits that a checkpoint carries for the network in it."""
+    if "config" in content.settings:
+        return transformers_traits(content.settings)
+    return traits_from(content.settings.get("init_report", {}).get("traits"))

@@ -1,0 +1,137 @@
+"""Writing backbones for this package and for other libraries."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastuft
+from fastuft.atomic import write_whole
+from fastuft.model.backbone import Backbone, Stem
+from fastuft.model.checkpoint.conversion import Channels
+from fastuft.model.checkpoint.loading import METADATA_KEY, InitReport, open_backbone
+from fastuft.model.checkpoint.resnet_layouts import OWN_NAMES, TIMM_V2
+from fastuft.model.resnet_v2 import ResNetV2
+from fastuft.model.timm_network import TimmBackbone
+
+
+def export_backbone(backbone: Backbone, path: str | Path) -> None:
+    """Write a backbone as safetensors whose metadata says how to rebuild it and how to normalize its inputs.
+
+    Args:
+        backbone: as ``build_backbone`` gives it.
+        path: file to write, atomically.
+
+    Raises:
+        OSError: the disk refused; an older file is as it was.
+    """
+    from safetensors.torch import save
+
+    metadata = {
+        "arch": backbone.arch,
+        "stem": backbone.stem,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "num_features": backbone.num_features,
+        "traits": dataclasses.asdict(backbone.traits),
+        "fastuft_version": fastuft.__version__,
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    write_whole(path, save(state, metadata={METADATA_KEY: json.dumps(metadata)}))
+
+
+def export_state_dict(backbone: Backbone, layout: str, *, num_classes: int = 0) -> dict[str, Tensor]:
+    """State dict under another library's names.
+
+    Args:
+        backbone: a backbone of this package.
+        layout: torchvision or timm. Without classes it loads strictly into ``timm.create_model(NAME, num_classes=0)``
+            and into a torchvision network whose ``fc`` is ``nn.Identity()``.
+        num_classes: adds a zero classifier of this size, so that the file loads strictly into the full network.
+
+    Raises:
+        ValueError: unknown layout, or a network that the library does not have.
+    """
+    if layout not in ("torchvision", "timm"):
+        raise ValueError(f"layout={layout!r} is not allowed; choose one of 'fastuft', 'torchvision', 'timm'")
+    if backbone.traits.stride_in_1x1:
+        raise ValueError(
+            f"layout={layout!r} has no ResNet whose stride is in 1x1 convolutions, as this checkpoint's is; export with "
+            "layout fastuft"
+        )
+    if isinstance(backbone, TimmBackbone):
+        if layout == "torchvision":
+            raise ValueError("layout='torchvision' cannot hold a timm network; export with layout timm")
+        if num_classes:
+            raise ValueError(f"num_classes={num_classes} is not available for timm networks; leave it at 0")
+        return OWN_NAMES.export(backbone.network.state_dict())
+    names, classifier = OWN_NAMES, "fc"
+    if isinstance(backbone, ResNetV2):
+        if layout == "torchvision":
+            raise ValueError("layout='torchvision' has no ResNet-v2; export with layout timm")
+        names, classifier = TIMM_V2, "head.fc"
+    state = names.export(backbone.state_dict())
+    if num_classes:
+        shape = (num_classes, backbone.num_features)
+        # timm's ResNet-v2 classifies by a 1x1 convolution
+        state[f"{classifier}.weight"] = torch.zeros(*shape, 1, 1) if classifier == "head.fc" else torch.zeros(shape)
+        state[f"{classifier}.bias"] = torch.zeros(num_classes)
+    return state
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    layout: str = "fastuft",
+    arch: str | None = None,
+    stem: Stem | None = None,
+    num_classes: int = 0,
+    key: str | None = None,
+    channels: Channels = "auto",
+) -> InitReport:
+    """Write a checkpoint's backbone for other libraries (``fastuft export``).
+
+    Args:
+        checkpoint: as :func:`load_backbone` takes it.
+        out: file to write; ``.safetensors``, or ``.pth`` for ``torch.save``.
+        layout: fastuft, torchvision or timm.
+        arch: network of a checkpoint that does not say it.
+        stem: stem of a checkpoint that does not say it.
+        num_classes: see :func:`export_state_dict`.
+        key: which of several backbones in the checkpoint.
+        channels: what its first convolution takes.
+
+    Returns:
+        What was taken of the checkpoint.
+
+    Raises:
+        ValueError: unknown suffix or layout, or as :func:`load_backbone`.
+    """
+    out = Path(out)
+    if out.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"out={str(out)!r} has an unknown suffix; use .safetensors or .pth")
+    backbone, report = open_backbone(checkpoint, arch, stem, key=key, channels=channels)
+    if layout == "fastuft":
+        if out.suffix != ".safetensors":
+            raise ValueError(f"out={str(out)!r}: layout fastuft keeps metadata, which needs the suffix .safetensors")
+        export_backbone(backbone, out)
+        return report
+    state = export_state_dict(backbone, layout, num_classes=num_classes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".safetensors":
+        from safetensors.torch import save
+
+        write_whole(out, save(state))
+        return report
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(out, buffer.getbuffer())
+    return report
