@@ -79,11 +79,17 @@ def _evaluate(config: EvalConfig) -> int:
         _check_checkpoint("before", config.before)
 
     from fastuft.evaluate import evaluate_backbone, write_evaluation
-    from fastuft.model import load_backbone
+    from fastuft.model import open_backbone
     from fastuft.report import load_run, table, write_report
 
-    backbone = load_backbone(config.checkpoint, config.arch, config.stem)
-    before = None if config.before is None else load_backbone(config.before, backbone.arch, backbone.stem)
+    backbone, taken = open_backbone(
+        config.checkpoint, config.arch, config.stem, key=config.init_key, channels=config.init_channels
+    )
+    print(taken)
+    before = None
+    if config.before is not None:
+        before, taken = open_backbone(config.before, backbone.arch, backbone.stem, key=config.before_key)
+        print(taken)
     result = evaluate_backbone(backbone, config, before)
     write_evaluation(config.out, result)
     trained = Path(config.checkpoint)
@@ -102,14 +108,17 @@ def _export(config: options.ExportOptions) -> int:
 
     from fastuft.model import export
 
-    export(
+    taken = export(
         config.checkpoint,
         config.out,
         layout=config.layout,
         arch=config.arch,
         stem=config.stem,
         num_classes=config.num_classes,
+        key=config.init_key,
+        channels=config.init_channels,
     )
+    print(taken)
     print(f"wrote {config.out} in the layout of {config.layout}")
     return 0
 

@@ -18,6 +18,9 @@ class ExportOptions:
         layout: fastuft (with metadata), torchvision or timm.
         arch: network of a checkpoint that does not say it.
         stem: stem of a checkpoint that does not say it.
+        init_key: which of several backbones in the checkpoint, by its prefix there (encoder_k, teacher); none takes the one
+            that takes gradients.
+        init_channels: what its first convolution takes; auto is RGB or what the layout says, bgr and gray are converted.
         num_classes: add a zero classifier of this size, so that the full network loads strictly.
     """
 
@@ -26,6 +29,8 @@ class ExportOptions:
     layout: Literal["fastuft", "torchvision", "timm"] = "fastuft"
     arch: str | None = None
     stem: Literal["imagenet", "small"] | None = None
+    init_key: str | None = None
+    init_channels: Literal["auto", "rgb", "bgr", "gray"] = "auto"
     num_classes: AtLeast0 = 0
 
     def __post_init__(self) -> None:

@@ -113,6 +113,10 @@ class EvalConfig:
         out: folder for eval.json and report.html.
         arch: network of a checkpoint that does not say it.
         stem: stem of a checkpoint that does not say it.
+        init_key: which of several backbones in the checkpoint, by its prefix there (encoder_k, teacher); none takes the one
+            that takes gradients.
+        init_channels: what its first convolution takes; auto is RGB or what the layout says, bgr and gray are converted.
+        before_key: as init_key, of ``before``.
         size: network input side, pixels.
         resize: shorter side before the center crop; 0 means size * 256 / 224.
         batch_size: images per batch.
@@ -137,6 +141,9 @@ class EvalConfig:
     out: PathName = "runs/eval"
     arch: str | None = None
     stem: Literal["imagenet", "small"] | None = None
+    init_key: str | None = None
+    init_channels: Literal["auto", "rgb", "bgr", "gray"] = "auto"
+    before_key: str | None = None
     size: Annotated[int, Range(8)] = 224
     resize: AtLeast0 = 0
     batch_size: AtLeast1 = 256

@@ -259,7 +259,11 @@ class TrainConfig:
     Args:
         target: unlabeled images: a folder, a list file (.txt), or several of them as '[a, b]'.
         out: run folder.
-        init: checkpoint to start from (MoCo, torchvision, timm, lightly or fastuft layout); none starts at random.
+        init: checkpoint to start from: a file, a folder of transformers or a run (docs/checkpoints.md lists the layouts);
+            none starts at random.
+        init_key: which of several backbones in ``init``, by its prefix there (encoder_k, teacher); none takes the one
+            that takes gradients.
+        init_channels: what its first convolution takes; auto is RGB or what the layout says, bgr and gray are converted.
         allow_missing: patterns of backbone tensors that ``init`` may lack.
         source: source images for replaying: a folder, a list file, or several as '[a, b]'; none trains on the target
             alone.
@@ -279,6 +283,8 @@ class TrainConfig:
     target: Paths
     out: PathName
     init: PathName | None = None
+    init_key: str | None = None
+    init_channels: Literal["auto", "rgb", "bgr", "gray"] = "auto"
     allow_missing: list[str] = field(default_factory=list)
     source: Paths | None = None
     seed: int = 0
@@ -296,11 +302,12 @@ class TrainConfig:
         check_values(self)
         if not as_paths(self.target):
             raise ValueError("target is empty; name a folder or a list file of images")
-        if self.allow_missing and self.init is None:
-            raise ValueError(
-                f"allow_missing={self.allow_missing!r} says what a checkpoint may lack and there is none; set init, or "
-                "leave allow_missing out"
-            )
+        for name, default in (("init_key", None), ("init_channels", "auto"), ("allow_missing", [])):
+            if self.init is None and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} says how to take a checkpoint and there is none; set init, or leave "
+                    f"{name} out"
+                )
         if self.data.replay_mode == "balanced" and not as_paths(self.source):
             raise ValueError("data.replay_mode='balanced' needs source images; set source, or use replay_mode union")
         if self.model.bn == "split" and not self.data.drop_last:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastuft.model.backbone import Backbone
+from fastuft.model.backbone import Backbone, Traits
 from fastuft.model.batchnorm import one_statistics_update
 
 
@@ -55,6 +55,11 @@ class MoCo(nn.Module):
         super().__init__()
         self.query_encoder = Encoder(backbone, dim)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+
+    def adopt(self, traits: Traits) -> None:
+        """Make both backbones do as a checkpoint's network did."""
+        for encoder in (self.query_encoder, self.key_encoder):
+            encoder.backbone.adopt(traits)
 
     @torch.no_grad()
     def copy_query_to_key(self) -> None:

@@ -18,7 +18,7 @@ from fastuft.config import MethodConfig, TrainConfig
 from fastuft.device import DTYPES, autocast, resolve_precision
 from fastuft.loss import KeyQueue
 from fastuft.mix import cutmix_, mixup_, sample_boxes, sample_lambda
-from fastuft.model import InitReport, MoCo, build_backbone, has_batchnorm, load_init, set_batchnorm_mode
+from fastuft.model import InitReport, MoCo, Traits, build_backbone, has_batchnorm, load_init, set_batchnorm_mode
 from fastuft.randomness import keyed_seed
 from fastuft.trainer.distributed import KeyShuffle, Ranks, gather_rows, upload
 from fastuft.trainer.optimizer import build_optimizer
@@ -185,13 +185,16 @@ def set_up_device(config: TrainConfig, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = not config.runtime.deterministic
 
 
-def build_learner(config: TrainConfig, ranks: Ranks, *, load: bool = True) -> tuple[Learner, InitReport | None]:
+def build_learner(
+    config: TrainConfig, ranks: Ranks, *, load: bool = True, traits: Traits | None = None
+) -> tuple[Learner, InitReport | None]:
     """The learner of a run at its start, the same weights on every rank.
 
     Args:
         config: the run.
         ranks: the processes.
         load: take the weights of ``config.init``; a resumed run has its own.
+        traits: of the network of a resumed run.
 
     Returns:
         (learner, what became of the tensors of ``config.init`` or None).
@@ -208,7 +211,15 @@ def build_learner(config: TrainConfig, ranks: Ranks, *, load: bool = True) -> tu
     moco = MoCo(backbone, config.model.head_dim)
     report = None
     if config.init is not None and load:
-        report = load_init(moco, config.init, allow_missing=config.allow_missing)
+        report = load_init(
+            moco,
+            config.init,
+            allow_missing=config.allow_missing,
+            key=config.init_key,
+            channels=config.init_channels,
+        )
+    if traits is not None:
+        moco.adopt(traits)
     moco.copy_query_to_key()
     if bn != "none":
         moco = set_batchnorm_mode(moco, bn, config.model.bn_group)

@@ -11,6 +11,7 @@ from typing import Any
 from fastuft.config import TrainConfig
 from fastuft.data import Loading, Manifest, TrainStream
 from fastuft.device import DTYPES
+from fastuft.model import traits_from
 from fastuft.runfolder import Progress, RunFolder
 from fastuft.trainer import watch
 from fastuft.trainer.distributed import Ranks, StopVote, naming_lost_ranks, start_ranks, stop_ranks
@@ -94,7 +95,8 @@ class _Run:
         self.began = time.perf_counter()
         self.progress = Progress()
         state = find_checkpoint(config.resume, self.folder, ranks)
-        self.learner, report = build_learner(config, ranks, load=state is None)
+        saved = (state or {}).get("init_report") or {}
+        self.learner, report = build_learner(config, ranks, load=state is None, traits=traits_from(saved.get("traits")))
         self.init_report = dataclasses.asdict(report) if report else None
         self.manifest = Manifest.build(
             config.target,

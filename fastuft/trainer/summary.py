@@ -30,7 +30,10 @@ def start_text(init_report: dict[str, Any] | None) -> str:
         return "random initialization"
     matched, ignored = len(init_report["matched"]), len(init_report["ignored"])
     head = "its head" if init_report["head_loaded"] else "a fresh head"
-    return f"{init_report['path']} ({matched} tensors matched, {ignored} ignored, {head})"
+    others = f"; also there: {', '.join(init_report['others'])}, --init_key takes it" if init_report["others"] else ""
+    return (
+        f"{init_report['path']}, {init_report['layout']} ({matched} tensors matched, {ignored} ignored, {head}{others})"
+    )
 
 
 def summary_of(

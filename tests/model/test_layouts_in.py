@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from same_weights import equal
 from torch import nn
 
-from fastuft.model import MoCo, build_backbone, load_init
+from fastuft.model import MoCo, build_backbone, export_backbone, export_state_dict, load_backbone, load_init
 
 
 def mocov2(donor) -> dict:
@@ -168,3 +168,150 @@ def test_half_precision_weights_are_taken_in_full(moco, donor, tmp_path):
     load_init(moco, tmp_path / "x")
     assert all(p.dtype == torch.float32 for p in moco.parameters())
     torch.testing.assert_close(moco.query_encoder.backbone.conv1.weight, donor.backbone.conv1.weight.half().float())
+
+
+def test_two_backbones_in_one_file_are_told_and_chosen_by_key(moco, donor, tmp_path):
+    torch.manual_seed(2)
+    momentum = MoCo(build_backbone("resnet18"), 16).query_encoder
+    state = {f"module.encoder_q.{name}": value for name, value in donor.backbone.state_dict().items()}
+    state |= {f"module.encoder_k.{name}": value for name, value in momentum.backbone.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "moco.pth")
+    report = load_init(moco, tmp_path / "moco.pth")
+    assert equal(moco.query_encoder.backbone, donor.backbone)
+    assert report.others == ("state_dict.module.encoder_k",) and "--init_key" in str(report)
+    for key in ("encoder_k", "module.encoder_k", "state_dict.module.encoder_k."):
+        report = load_init(moco, tmp_path / "moco.pth", key=key)
+        assert equal(moco.query_encoder.backbone, momentum.backbone) and not report.others
+    with pytest.raises(ValueError, match=r"init_key='encoder' names no backbone.*module\.encoder_q, state_dict"):
+        load_init(moco, tmp_path / "moco.pth", key="encoder")
+
+
+def test_a_deeper_network_is_not_cut_to_a_shallow_one(tmp_path):
+    deep = build_backbone("resnet34").state_dict()
+    torch.save(deep, tmp_path / "resnet34.pth")
+    with pytest.raises(ValueError, match=r"holds a larger network than resnet18: 48 further tensors.*layer1\.2\.conv1"):
+        load_init(build_backbone("resnet18"), tmp_path / "resnet34.pth")
+
+
+def test_a_bias_that_the_network_has_no_place_for_is_refused_unless_it_is_zero(tmp_path):
+    state = build_backbone("resnet_tiny", "small").state_dict()
+    torch.save({**state, "conv1.bias": torch.zeros(16)}, tmp_path / "zero.pth")
+    load_init(build_backbone("resnet_tiny", "small"), tmp_path / "zero.pth")
+    torch.save({**state, "conv1.bias": torch.ones(16)}, tmp_path / "one.pth")
+    with pytest.raises(ValueError, match=r"further tensors of its layers, conv1\.bias"):
+        load_init(build_backbone("resnet_tiny", "small"), tmp_path / "one.pth")
+
+
+@pytest.mark.parametrize("channels", ["bgr", "gray"])
+def test_first_convolutions_of_other_channels_are_converted_when_asked_for(tmp_path, channels):
+    ours = build_backbone("resnet_tiny", "small").eval()
+    state = ours.state_dict()
+    images = torch.randn(2, 1 if channels == "gray" else 3, 32, 32)
+    weight = torch.randn(16, images.shape[1], 3, 3)
+    torch.save({**state, "conv1.weight": weight}, tmp_path / "x.pth")
+    theirs = torch.nn.functional.conv2d(images, weight, stride=2, padding=1)
+    if channels == "gray":
+        with pytest.raises(ValueError, match=r"takes gray images: --init_channels gray"):
+            load_init(ours, tmp_path / "x.pth")
+    load_init(ours, tmp_path / "x.pth", channels=channels)
+    rgb = images.expand(-1, 3, -1, -1) if channels == "gray" else images.flip(1)
+    torch.testing.assert_close(ours.conv1(rgb), theirs)
+    with pytest.raises(ValueError, match=r"init_channels='cmyk' is not allowed"):
+        load_init(ours, tmp_path / "x.pth", channels="cmyk")
+
+
+def test_gray_needs_a_first_convolution_of_one_channel(moco, donor, tmp_path):
+    torch.save(donor.backbone.state_dict(), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"init_channels='gray' needs a first convolution of 1 channel,"):
+        load_init(moco, tmp_path / "x.pth", channels="gray")
+
+
+class CaffeBottleneck(nn.Module):
+    """detectron2's bottleneck, with its names and its stride in the first convolution."""
+
+    def __init__(self, inputs, planes, stride):
+        super().__init__()
+        self.conv1 = self.conv(inputs, planes, 1, stride)
+        self.conv2 = self.conv(planes, planes, 3, 1)
+        self.conv3 = self.conv(planes, planes * 4, 1, 1)
+        self.shortcut = self.conv(inputs, planes * 4, 1, stride) if inputs != planes * 4 or stride != 1 else None
+
+    @staticmethod
+    def conv(inputs, outputs, side, stride):
+        conv = nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False)
+        conv.norm = nn.BatchNorm2d(outputs)
+        conv.norm.weight.data.uniform_(0.2, 0.4)
+        conv.norm.bias.data.normal_(0, 0.1)
+        return conv
+
+    def forward(self, x):
+        shortcut = x if self.shortcut is None else self.shortcut.norm(self.shortcut(x))
+        y = self.conv1.norm(self.conv1(x)).relu()
+        y = self.conv2.norm(self.conv2(y)).relu()
+        return (self.conv3.norm(self.conv3(y)) + shortcut).relu()
+
+
+class Detectron2(nn.Module):
+    """detectron2's ResNet-50 on BGR pixels in 0..255 less their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Module()
+        self.stem.conv1 = CaffeBottleneck.conv(3, 64, 7, 2)
+        inputs = 64
+        for stage, (depth, planes) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True)):
+            blocks = []
+            for index in range(depth):
+                blocks.append(CaffeBottleneck(inputs, planes, 2 if stage and not index else 1))
+                inputs = planes * 4
+            self.add_module(f"res{stage + 2}", nn.Sequential(*blocks))
+
+    def forward(self, pixels, std=(1.0, 1.0, 1.0)):
+        mean = torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1)
+        x = (pixels - mean) / torch.tensor(std).view(3, 1, 1)
+        x = nn.functional.max_pool2d(self.stem.conv1.norm(self.stem.conv1(x)).relu(), 3, 2, 1)
+        for stage in (2, 3, 4, 5):
+            x = self.get_submodule(f"res{stage}")(x)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_detectron2s_pixels_and_strides_are_converted(tmp_path, configured):
+    torch.manual_seed(4)
+    theirs = Detectron2().eval()
+    std = (57.375, 57.12, 58.395) if configured else (1.0, 1.0, 1.0)
+    theirs.stem.conv1.weight.data *= sum(std) / 3 / 60
+    state = {f"backbone.bottom_up.{name}": v for name, v in theirs.state_dict().items() if "num_batches" not in name}
+    torch.save({"model": state, "iteration": 5}, tmp_path / "model_final.pth")
+    if configured:
+        (tmp_path / "config.yaml").write_text(f"MODEL: {{PIXEL_STD: {list(std)}}}\nINPUT: {{FORMAT: BGR}}\n")
+    ours = build_backbone("resnet50").eval()
+    report = load_init(ours, tmp_path / "model_final.pth")
+    assert report.layout.startswith("detectron2 ResNet") and report.traits["stride_in_1x1"]
+    pixels = torch.randint(0, 256, (2, 3, 64, 64)).float()
+    rgb = pixels.flip(1) / 255
+    normalized = (rgb - torch.tensor(ours.mean).view(3, 1, 1)) / torch.tensor(ours.std).view(3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(normalized), theirs(pixels, std), rtol=1e-4, atol=1e-5)
+    export_backbone(ours, tmp_path / "ours.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(load_backbone(tmp_path / "ours.safetensors")(normalized), ours(normalized))
+    with pytest.raises(ValueError, match="has no ResNet whose stride is in 1x1 convolutions"):
+        export_state_dict(ours, "torchvision")
+
+
+def test_detectron2s_other_means_are_refused(tmp_path):
+    state = {f"backbone.bottom_up.{name}": value for name, value in Detectron2().state_dict().items()}
+    torch.save({"model": state}, tmp_path / "model_final.pth")
+    (tmp_path / "config.yaml").write_text("MODEL: {PIXEL_MEAN: [127.5, 127.5, 127.5]}\n")
+    with pytest.raises(ValueError, match="is not ImageNet's"):
+        load_init(build_backbone("resnet50"), tmp_path / "model_final.pth")
+
+
+def test_mmpretrains_checkpoints_load_by_their_prefix(moco, donor, tmp_path):
+    state = {f"backbone.{name}": value for name, value in donor.backbone.state_dict().items()}
+    torch.save(
+        {"meta": {"epoch": 100}, "state_dict": {**state, "head.fc.weight": torch.ones(2, 512)}}, tmp_path / "x.pth"
+    )
+    load_init(moco, tmp_path / "x.pth")
+    assert equal(moco.query_encoder.backbone, donor.backbone)

@@ -38,7 +38,7 @@ class InitReport:
         matched: backbone tensors loaded.
         missing: backbone tensors the file lacks (allowed by pattern, or BatchNorm's counters).
         ignored: tensors of the file that were not used.
-        head_loaded: whether the projection head came from the file too.
+        head_loaded: whether the projection head came from the file too; None where none was wanted.
         others: prefixes of further whole backbones in the file.
         traits: what the network does otherwise since then, as plain values.
     """
@@ -48,16 +48,16 @@ class InitReport:
     matched: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    head_loaded: bool = False
+    head_loaded: bool | None = None
     others: tuple[str, ...] = ()
     traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        head = "head loaded" if self.head_loaded else "fresh head"
+        head = "" if self.head_loaded is None else ", head loaded" if self.head_loaded else ", fresh head"
         others = f"; also there: {', '.join(self.others)} (--init_key takes it)" if self.others else ""
         return (
             f"{self.path}: {self.layout}; {len(self.matched)} tensors matched, {len(self.missing)} missing, "
-            f"{len(self.ignored)} ignored, {head}{others}"
+            f"{len(self.ignored)} ignored{head}{others}"
         )
 
 
@@ -191,8 +191,7 @@ def _load(
             f"{_listed(more)}. Choose the model.arch of the checkpoint"
         )
     core.load_state_dict({**wanted, **match.values})
-    for one in [target.query_encoder, target.key_encoder] if isinstance(target, MoCo) else [encoder]:
-        (one.backbone if isinstance(one, Encoder) else one).adopt(traits)
+    (target if isinstance(target, MoCo) else backbone).adopt(traits)
     head = _load_head(encoder, match, tensors, file) if isinstance(encoder, Encoder) else ()
     if isinstance(target, MoCo):
         target.copy_query_to_key()
@@ -204,7 +203,7 @@ def _load(
         matched=tuple(name for name in wanted if name in match.values),
         missing=tuple(name for name in wanted if name not in match.values),
         ignored=tuple(sorted(shown(name) for name in tensors if name not in used)),
-        head_loaded=bool(head),
+        head_loaded=bool(head) if isinstance(encoder, Encoder) else None,
         others=tuple(others) if key is None else (),
         traits=json.loads(json.dumps(dataclasses.asdict(traits))) if traits != Traits() else {},
     )
