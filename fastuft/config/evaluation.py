@@ -126,6 +126,7 @@ class EvalConfig:
         clustering: K-means.
         map: the t-SNE map.
         gallery: query images of the report's gallery; 0 leaves it out.
+        on_bad_file: error names the file and stops; skip leaves it out and counts it.
         cache: folder that keeps features by content hash; none keeps nothing.
         seed: seed of draws and K-means.
         device: auto, cuda or cpu.
@@ -153,6 +154,7 @@ class EvalConfig:
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     map: MapConfig = field(default_factory=MapConfig)
     gallery: AtLeast0 = 24
+    on_bad_file: Literal["error", "skip"] = "error"
     cache: str | None = None
     seed: int = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"

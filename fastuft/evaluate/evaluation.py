@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastuft.atomic import write_whole
+from fastuft.atomic import remove_leftovers, whole_file
 from fastuft.config import EvalConfig
 from fastuft.device import choose_device
 from fastuft.evaluate.features import module_device, weights_hash
 from fastuft.evaluate.folders import read_folders
 from fastuft.evaluate.sections import AFTER, BEFORE, Context, run_sections
 from fastuft.model import Backbone
+from fastuft.names import printable
+from fastuft.runfolder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone |
         part = run_sections(context)
     metrics = {
         "labeled": folders.judged,
-        "classes": folders.train.classes,
+        "classes": [printable(name) for name in folders.train.classes],
         "counts": {name: len(images.paths) for name, images in folders.named().items()},
+        "bad_files": folders.bad_files,
         **part.metrics,
         "statements": [*folders.doubts, *part.statements],
         "not_known": part.not_known,
@@ -100,13 +104,47 @@ def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone |
 def write_evaluation(folder: Path | str, result: Evaluation) -> None:
     """Write ``eval_arrays.npz`` (no pickle), ``fewshot_draws.json`` after few-shot runs, and ``eval.json``.
 
-    ``eval.json`` comes last and whole, so that an evaluation that has it is finished.
+    All of them are whole on the disk before the first takes its name, and ``eval.json`` takes it last: an evaluation
+    that has it is finished, and one that was there before stays as it was until then.
+
+    Raises:
+        OSError: the disk refused; it names the file, and what was there before is as it was.
     """
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "eval.json").unlink(missing_ok=True)
-    np.savez_compressed(root / "eval_arrays.npz", **result.arrays)  # type: ignore[arg-type]
+    run = RunFolder(Path(folder))
+    draws = run.path / "fewshot_draws.json"
+    contents = {run.evaluation_file: _json(result.metrics)}
     if result.draws:
-        text = json.dumps(result.draws, indent=1, ensure_ascii=False) + "\n"
-        (root / "fewshot_draws.json").write_text(text, encoding="utf-8")
-    write_whole(root / "eval.json", (json.dumps(result.metrics, indent=1, allow_nan=False) + "\n").encode())
+        contents[draws] = _json(result.draws)
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, **result.arrays)  # type: ignore[arg-type]
+    contents[run.arrays_file] = arrays.getvalue()
+    with _naming(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(run.path)
+        with ExitStack() as renames:  # they take place in reverse
+            for file, content in contents.items():
+                with _naming(file):
+                    renames.enter_context(whole_file(file)).write_bytes(content)
+        if not result.draws:
+            draws.unlink(missing_ok=True)  # of an earlier evaluation
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    """Names are escaped to ASCII: those of files need not be UTF-8."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+
+class _NotWrittenError(OSError):
+    """Names the file that could not be written."""
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an error of the disk name ``path``, unless it names a file already, and say what became of it."""
+    try:
+        yield
+    except _NotWrittenError:
+        raise
+    except OSError as error:
+        reason = f"{error.strerror}; it could not be written, and what was there before is as it was"
+        raise _NotWrittenError(error.errno, reason, str(path)) from error

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from fastuft.atomic import write_whole
 from fastuft.device import Precision, autocast
 
 
@@ -93,17 +95,41 @@ def cached_features(
     """Features [N, F] of the images at ``paths``, kept in the folder ``cache`` and read from there next time.
 
     The key covers the weights, the bytes of every image in order, ``settings`` (input size and the like) and the
-    precision, so a stale entry cannot be read. ``cache`` None extracts without keeping.
+    precision, so a stale entry cannot be read. A damaged entry is made again. ``cache`` None extracts without keeping.
+    Where the disk refuses an entry, a warning says so and the features are returned all the same.
     """
     if cache is None:
         return extract_features(backbone, stream, device, precision=precision)[0]
     parts = (weights_hash(backbone), files_hash(paths), settings, precision)
     file = Path(cache) / f"{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}.safetensors"
-    if file.exists():
-        return load_file(file)["features"]
+    kept = _read_entry(file, len(paths))
+    if kept is not None:
+        return kept
     features, _ = extract_features(backbone, stream, device, precision=precision)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{uuid.uuid4().hex}.part")  # machines that share the folder may share process ids
-    save_file({"features": features}, partial)
-    os.replace(partial, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, save({"features": features, "digest": _digest(features)}))
+    except OSError as error:
+        warnings.warn(f"the features could not be kept in {file}: {error.strerror}; free the disk", stacklevel=2)
     return features
+
+
+def _read_entry(file: Path, count: int) -> Tensor | None:
+    """The features of an entry that is whole, for ``count`` images; None where there is none."""
+    try:
+        entry = load(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, SafetensorError, ValueError):
+        entry = {}
+    features, digest = entry.get("features"), entry.get("digest")
+    if features is None or digest is None or len(features) != count or not torch.equal(digest, _digest(features)):
+        warnings.warn(f"the cached features in {file} are damaged; they are made again", stacklevel=2)
+        return None
+    return features
+
+
+def _digest(features: Tensor) -> Tensor:
+    """Hash of the values, uint8 [16]."""
+    values = features.contiguous().view(-1).view(torch.uint8).numpy().data
+    return torch.frombuffer(bytearray(hashlib.blake2b(values, digest_size=16).digest()), dtype=torch.uint8)

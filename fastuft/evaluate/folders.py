@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from fastuft.config import EvalConfig
-from fastuft.data import labeled_folder, list_images
+from fastuft.data import labeled_folder, list_images, verify_files
 from fastuft.evaluate.inputs import quoted
+from fastuft.names import printable
 
 # Names that folders of images have for other reasons than a class.
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "images", "unsorted"}
@@ -40,13 +41,15 @@ class Folders:
         train: of the target.
         test: of the target, None without; labels count in the classes of ``train``.
         source: of pretraining, None without.
-        doubts: sentences on what may be meant otherwise.
+        doubts: sentences on what may be meant otherwise, or was left out.
+        bad_files: reason why a file was left out, by its name.
     """
 
     train: Images
     test: Images | None = None
     source: Images | None = None
     doubts: list[str] = dataclasses.field(default_factory=list)
+    bad_files: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def judged(self) -> bool:
@@ -83,11 +86,17 @@ def read_folders(config: EvalConfig) -> Folders:
         ValueError: a folder without images, one class sub-folder only, a class of the test images that no training
             image has, or a single training image.
     """
-    train = read_images("train", config.train)
+    bad_files: dict[str, str] = {}
+
+    def read(name: str, folder: str) -> Images:
+        images = read_images(name, folder)
+        return _without_bad_files(name, images, bad_files) if config.on_bad_file == "skip" else images
+
+    train = read("train", config.train)
     if len(train.paths) < 2:
         raise ValueError(f"train={config.train!r} has one image; an evaluation needs at least two")
-    test = read_images("test", config.test) if config.test else None
-    source = read_images("source", config.source) if config.source else None
+    test = read("test", config.test) if config.test else None
+    source = read("source", config.source) if config.source else None
     doubts = [doubt for images in (train, source) if images is not None for doubt in _doubts(images.classes)]
     if test is not None and test.labeled and train.labeled:
         test, missing = _in_classes_of(train, test)
@@ -96,7 +105,28 @@ def read_folders(config: EvalConfig) -> Folders:
                 f"The test images have none of {len(missing)} classes of the training images ({quoted(missing)}): "
                 "retrieval and few-shot accuracy are over the other classes."
             )
-    return Folders(train, test, source, doubts)
+    if bad_files:
+        name, reason = next(iter(bad_files.items()))
+        doubts.append(f"{len(bad_files)} bad files were left out (first: {name}: {reason}); eval.json lists them.")
+    return Folders(train, test, source, doubts, bad_files)
+
+
+def _without_bad_files(name: str, images: Images, bad_files: dict[str, str]) -> Images:
+    """The images without those that cannot be decoded, which join ``bad_files``."""
+    bad = {entry.path: entry.reason for entry in verify_files(images.paths, decode=True)}
+    if 2 * len(bad) > len(images.paths):
+        path, reason = next(iter(bad.items()))
+        raise ValueError(
+            f"{len(bad)} of {len(images.paths)} files of {name} are bad, too many to leave out (first: "
+            f"{printable(path)}: {reason}); run `fastuft verify-data` on the folder"
+        )
+    bad_files |= {printable(path): reason for path, reason in bad.items()}
+    kept = [i for i, path in enumerate(images.paths) if path not in bad]
+    paths = [images.paths[i] for i in kept]
+    if not images.labeled:
+        return Images(paths, images.labels, [])
+    left, labels = np.unique(images.labels[kept], return_inverse=True)  # a class may have lost all of its images
+    return Images(paths, labels, [images.classes[label] for label in left])
 
 
 def _in_classes_of(train: Images, test: Images) -> tuple[Images, list[str]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from fastuft.names import printable
 from fastuft.report.files import RunFiles
 
 # Okabe and Ito's colors, told apart by color-blind readers; lines also differ in style once they repeat.
@@ -42,7 +46,9 @@ STYLE: Any = {
 def _uri(canvas: Canvas, format: str) -> str:
     buffer = io.BytesIO()
     metadata = {"Date": None} if format == "svg" else {}
-    canvas.savefig(buffer, format=format, dpi=170, transparent=True, bbox_inches="tight", metadata=metadata)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a name in another script shows boxes
+        canvas.savefig(buffer, format=format, dpi=170, transparent=True, bbox_inches="tight", metadata=metadata)
     kind = "image/svg+xml" if format == "svg" else "image/png"
     return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
@@ -54,6 +60,13 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     index = np.arange(len(values))
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
     return np.asarray((sums[high] - sums[low]) / (high - low))
+
+
+def _legend(owner: Canvas | Axes, handles: Sequence[Artist], names: Sequence[str], **options: Any) -> None:
+    """A legend that shows names as they are: no mathematics between dollars, none left out for a leading underscore."""
+    legend = owner.legend(handles, [str(number) for number in range(len(names))], **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=printable(name), parse_math=False)
 
 
 def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | None:
@@ -78,11 +91,11 @@ def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | Non
                 window = 1 if key == "lr" else max(1, len(values) // 25) | 1
                 if window > 1:
                     axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-                axes.plot(steps, smooth(values, window), style, color=color, linewidth=1.5, label=name)
+                axes.plot(steps, smooth(values, window), style, color=color, linewidth=1.5, label=f"{number}")
             axes.set_title(title)
             axes.set_xlabel("step")
-        handles, labels = panels[0].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        handles = panels[0].get_legend_handles_labels()[0]
+        _legend(canvas, handles, list(shown), loc="outside lower center", ncols=min(4, len(shown)))
         return _uri(canvas, "svg")
 
 
@@ -97,14 +110,16 @@ def watched(arms: dict[str, list[RunFiles]]) -> str | None:
         canvas = Canvas(figsize=(4.6 * len(panels), 2.8), layout="constrained")
         grid = np.atleast_1d(canvas.subplots(1, len(panels)))
         for axes, (key, title) in zip(grid, panels, strict=True):
+            drawn = {}
             for number, (name, runs) in enumerate(arms.items()):
                 steps, values = runs[0].series(key, "watch")
                 if len(steps):
                     color, style = COLORS[number % len(COLORS)], STYLES[number // len(COLORS) % len(STYLES)]
-                    axes.plot(steps, 100 * values, style, marker="o", markersize=3, color=color, label=name)
+                    axes.plot(steps, 100 * values, style, marker="o", markersize=3, color=color)
+                    drawn[name] = axes.lines[-1]
             axes.set_title(title)
             axes.set_xlabel("step")
-            axes.legend(fontsize=8)
+            _legend(axes, list(drawn.values()), list(drawn), fontsize=8)
         return _uri(canvas, "svg")
 
 
@@ -134,14 +149,19 @@ def maps(arms: dict[str, list[RunFiles]], classes: Sequence[str]) -> str | None:
             points, labels = arrays["tsne"], arrays["tsne_labels"]
             tint = [colors[label % len(colors)] if label >= 0 else (0.35, 0.35, 0.35, 1.0) for label in labels]
             axes.scatter(points[:, 0], points[:, 1], s=max(3, 2400 / len(points)), c=tint, linewidths=0, alpha=0.85)
-            axes.set_title(name, loc="center")
+            axes.set_title(printable(name), loc="center", parse_math=False)
             axes.set_aspect("equal", adjustable="datalim")
         if 1 < len(classes) <= 20 and any((arrays["tsne_labels"] >= 0).any() for arrays in shown.values()):
             marks = [
-                matplotlib.lines.Line2D([], [], marker="o", linestyle="", markersize=5, color=color, label=name)
-                for name, color in zip(classes, colors, strict=False)
+                matplotlib.lines.Line2D([], [], marker="o", linestyle="", markersize=5, color=color)
+                for color in colors[: len(classes)]
             ]
-            canvas.legend(
-                handles=marks, loc="outside lower center", ncols=min(4 * columns, len(marks)), handletextpad=0.1
+            _legend(
+                canvas,
+                marks,
+                classes,
+                loc="outside lower center",
+                ncols=min(4 * columns, len(marks)),
+                handletextpad=0.1,
             )
         return _uri(canvas, "png")

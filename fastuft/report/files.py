@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastuft.names import printable
 from fastuft.runfolder import RunFolder, read_json, read_json_lines
 
 
@@ -70,7 +71,7 @@ def load_run(name: str, folder: Path | str | Sequence[Path | str]) -> RunFiles:
         with np.load(arrays.arrays_file, allow_pickle=False) as file:
             loaded = {key: file[key] for key in file.files}
     return RunFiles(
-        name,
+        printable(name),
         folders[0],
         metrics=read_json_lines(metrics.metrics_file) if metrics else [],
         summary=summary.read_summary() if summary else {},

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastuft.atomic import write_whole
 from fastuft.report.charts import curves, maps, watched
 from fastuft.report.files import RunFiles
 from fastuft.report.render import render
@@ -235,4 +236,5 @@ def write_report(
         runs=[(name, group[0], _flat(group[0].summary)) for name, group in groups.items()],
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(page, encoding="utf-8")
+    # Names of files need not be UTF-8; what is not is shown as an escape.
+    write_whole(Path(path), page.encode(errors="backslashreplace"))

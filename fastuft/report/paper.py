@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from fastuft.atomic import write_whole
 from fastuft.report.render import render
 from fastuft.report.tables import NONE, Figure, Format, Table
 from fastuft.runfolder import read_json_lines
@@ -215,7 +216,7 @@ def write_comparison(
     files: dict[str, tuple[Format, str]] = {"txt": ("text", said), "csv": ("csv", ""), "md": ("markdown", said)}
     for suffix, (format, before) in files.items():
         text = before + comparison_table(cells, format, links)
-        (root / f"{stem}.{suffix}").write_text(text, encoding="utf-8")
+        write_whole(root / f"{stem}.{suffix}", text.encode(errors="backslashreplace"))
     page = render("comparison.html", title=title, notes=notes, sections=sections(cells), links=links, slips=SLIPS)
-    (root / f"{stem}.html").write_text(page, encoding="utf-8")
+    write_whole(root / f"{stem}.html", page.encode(errors="backslashreplace"))
     return cells

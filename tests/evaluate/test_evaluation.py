@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ import torch
 from image_folders import ColorNet, write_images
 
 from fastuft.config import ClusteringConfig, EvalConfig, FewShotConfig, MapConfig
-from fastuft.evaluate import evaluate_backbone, write_evaluation
+from fastuft.evaluate import Evaluation, evaluate_backbone, write_evaluation
 
 QUICK = FewShotConfig(shots=[1, 2], epochs=3, lr=1.0, crop_scale=(0.5, 1.0))
 
@@ -98,16 +102,52 @@ def test_written_files_read_back_without_pickle(full, tmp_path):
     assert all(file.startswith("red/") for file in draws["1"]["red"])
 
 
-def test_an_evaluation_broken_off_while_it_is_written_is_not_taken_for_finished(full, tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", ["eval.json", "eval_arrays.npz", "fewshot_draws.json"])
+def test_a_full_disk_names_the_file_and_leaves_the_evaluation_that_was_there(full, tmp_path, monkeypatch, file):
     write_evaluation(tmp_path, full)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write = Path.write_bytes
 
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+    def refuse(path, content):
+        if path.name.startswith(file):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, content)
 
-    monkeypatch.setattr(np, "savez_compressed", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write_evaluation(tmp_path, full)
-    assert not (tmp_path / "eval.json").exists()
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    other = Evaluation({"labeled": False}, {"queries": np.zeros(1)}, {"0": {"a": ["a/1.png"]}})
+    with pytest.raises(OSError, match="No space left on device; it could not be written") as error:
+        write_evaluation(tmp_path, other)
+    assert error.value.filename == str(tmp_path / file) and error.value.errno == errno.ENOSPC
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_named(full, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="could not be written") as error:
+        write_evaluation(tmp_path / "file" / "run", full)
+    assert error.value.filename == str(tmp_path / "file" / "run")
+
+
+def test_draws_of_an_earlier_evaluation_do_not_stay(full, tmp_path):
+    write_evaluation(tmp_path, full)
+    write_evaluation(tmp_path, dataclasses.replace(full, draws={}))
+    assert {path.name for path in tmp_path.iterdir()} == {"eval.json", "eval_arrays.npz"}
+
+
+def test_names_that_are_not_utf8_are_written(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    config_ = config(
+        {
+            "train": write_images(tmp_path / "train", [name, "$x$"], 3, 0),
+            "test": write_images(tmp_path / "test", [name, "$x$"], 3, 1),
+        }
+    )
+    write_evaluation(tmp_path / "run", evaluate_backbone(ColorNet(), config_))
+    figures = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert figures["classes"] == ["$x$", "caf\\xe9"] and figures["not_known"] == {}
+    assert name in json.loads((tmp_path / "run" / "fewshot_draws.json").read_text())["0"]
+    with np.load(tmp_path / "run" / "eval_arrays.npz") as arrays:
+        assert any(shown.startswith("caf\\xe9/") for shown in arrays["thumb_names"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -184,3 +224,16 @@ def test_features_with_nan_are_refused(folders):
         backbone.conv.weight[0] = float("nan")
     with pytest.raises(ValueError, match="holds NaN or infinity in"):
         evaluate_backbone(backbone, config(folders))
+
+
+def test_bad_files_are_named_or_left_out(folders, tmp_path):
+    train, test = (shutil.copytree(folders[name], tmp_path / name) for name in ("train", "test"))
+    (Path(train) / "red" / "3.png").write_bytes(b"no image")
+    here = {"train": str(train), "test": str(test)}
+    with pytest.raises(ValueError, match=r"3\.png"):
+        evaluate_backbone(ColorNet(), config(here))
+    with pytest.warns(UserWarning, match="1 bad files were left out"):
+        metrics = evaluate_backbone(ColorNet(), config(here, on_bad_file="skip")).metrics
+    assert metrics["counts"] == {"train": 23, "test": 15}
+    assert list(metrics["bad_files"]) == [str(Path(train) / "red" / "3.png")]
+    assert metrics["retrieval"] > 0.9

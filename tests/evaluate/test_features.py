@@ -49,7 +49,7 @@ def test_cache_hits_on_equal_content_and_misses_on_any_change(tmp_path):
 
     def counted():
         reads.append(1)
-        yield from stream()
+        yield from stream(count=2)
 
     def get(model, files=paths, settings="32"):
         return cached_features(model, counted(), files, cache, settings=settings)
@@ -66,9 +66,31 @@ def test_cache_hits_on_equal_content_and_misses_on_any_change(tmp_path):
     (tmp_path / "a").write_text("changed")
     get(backbone())
     assert len(reads) == 5
-    assert not list(cache.glob("*.part"))
+    assert not list(cache.glob("*.partial"))
     cached_features(backbone(), counted(), paths, None, settings="32")
     assert len(reads) == 6
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "foreign"])
+def test_a_damaged_entry_of_the_cache_is_made_again(tmp_path, damage):
+    (tmp_path / "a").write_text("a")
+    paths, cache = [str(tmp_path / "a")] * 7, tmp_path / "cache"
+    first = cached_features(backbone(), stream(), paths, cache, settings="32")
+    (entry,) = cache.iterdir()
+    content = entry.read_bytes()
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    entry.write_bytes({"truncated": content[:-9], "altered": flipped, "empty": b"", "foreign": b"x" * 99}[damage])
+    with pytest.warns(UserWarning, match="are damaged; they are made again"):
+        assert torch.equal(cached_features(backbone(), stream(), paths, cache, settings="32"), first)
+    assert entry.read_bytes() == content
+    assert torch.equal(cached_features(backbone(), iter(()), paths, cache, settings="32"), first)
+
+
+def test_a_cache_that_cannot_be_written_loses_no_features(tmp_path):
+    (tmp_path / "a").write_text("a")
+    with pytest.warns(UserWarning, match=r"could not be kept in .*a/.*: File exists"):
+        found = cached_features(backbone(), stream(), [str(tmp_path / "a")] * 7, tmp_path / "a", settings="32")
+    assert found.shape == (7, 5)
 
 
 def test_hashes_see_structure_values_and_order(tmp_path):

@@ -56,3 +56,20 @@ def test_names_that_look_like_an_accident_raise_a_doubt(tmp_path, classes, what)
 
 def test_names_of_classes_raise_none(tmp_path):
     assert folders_of(tmp_path, ["cat", "test", "1", "20"]).doubts == []
+
+
+def test_a_class_without_a_good_file_is_left_out(tmp_path):
+    train = write_images(tmp_path, ["blue", "green", "red"], 4, 0)
+    for path in (tmp_path / "green").iterdir():
+        path.write_bytes(b"")
+    folders = read_folders(EvalConfig(checkpoint="c", train=train, on_bad_file="skip"))
+    assert folders.train.classes == ["blue", "red"] and folders.train.labels.tolist() == [0] * 4 + [1] * 4
+    assert len(folders.bad_files) == 4
+
+
+def test_mostly_bad_files_are_refused(tmp_path):
+    train = write_images(tmp_path, ["blue", "red"], 2, 0)
+    for path in sorted(tmp_path.rglob("*.png"))[:3]:
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="3 of 4 files of train are bad, too many to leave out"):
+        read_folders(EvalConfig(checkpoint="c", train=train, on_bad_file="skip"))

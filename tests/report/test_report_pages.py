@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import csv
+import errno
 import io
 import json
 import re
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
@@ -196,6 +198,33 @@ def test_names_from_disk_are_escaped(tmp_path):
     text, page = read(tmp_path / "report.html")
     assert "script" not in page.tags and "b" not in page.tags
     assert EVIL not in text and "&lt;script&gt;" in text
+
+
+@pytest.mark.parametrize("name", ["a $x", "$\\frac{", "_hidden", "caf\udce9", "\u6587", "two\nlines"])
+def test_any_name_of_a_run_or_class_can_be_drawn(tmp_path, name):
+    write_run(tmp_path / "run")
+    figures = json.loads((tmp_path / "run" / "eval.json").read_text())
+    (tmp_path / "run" / "eval.json").write_text(json.dumps(figures | {"classes": [name, f"{name}$"]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(tmp_path / "report.html", [(name, tmp_path / "run")])
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("data:image/svg+xml") == 2
+    shown = table([(name, tmp_path / "run")])
+    assert shown.encode() and len(shown.splitlines()) == 7
+
+
+def test_an_older_report_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    write_run(tmp_path / "run")
+    page = tmp_path / "report.html"
+    page.write_text("the old one")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(page, [("run", tmp_path / "run")])
+    assert page.read_text() == "the old one" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_report_without_labels_shows_before_and_after(tmp_path):

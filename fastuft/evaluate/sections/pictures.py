@@ -14,6 +14,7 @@ from fastuft.evaluate.retrieval import nearest_neighbors
 from fastuft.evaluate.sections.accuracies import NEIGHBORS
 from fastuft.evaluate.sections.context import AFTER, Context
 from fastuft.evaluate.sections.part import Part
+from fastuft.names import printable
 
 
 def _shown(context: Context) -> str:
@@ -65,6 +66,6 @@ def gallery(context: Context) -> Part:
         queries=position[: len(chosen)],
         thumb_png=np.concatenate(thumbs),
         thumb_offsets=np.cumsum([0, *map(len, thumbs)]),
-        thumb_names=np.array([os.path.join(*Path(path).parts[-2:]) for path in unique]),
+        thumb_names=np.array([printable(os.path.join(*Path(path).parts[-2:])) for path in unique]),
     )
     return part
