@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
 import re
 import time
 import uuid
@@ -95,7 +96,7 @@ def _partial_beside(path: Path) -> Path:
 @functools.cache
 def _process_space() -> str:
     """Digest of what makes process numbers comparable: the machine, its start, and the container's numbering."""
-    parts = [os.uname().nodename]
+    parts = [platform.node()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
     with suppress(OSError):

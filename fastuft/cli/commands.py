@@ -12,6 +12,7 @@ from typing import Any
 
 from fastuft.cli import options
 from fastuft.config import EvalConfig, ReproduceConfig, TrainConfig
+from fastuft.console import say
 
 EXIT_FAILED = 1
 
@@ -58,18 +59,21 @@ def _finetune(config: TrainConfig) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    from fastuft.trainer import EXIT_PREEMPTED, LostRankError, NonFiniteLossError, train
+    from fastuft.trainer import EXIT_PREEMPTED, LostRankError, NonFiniteLossError, train, under_torchelastic
 
     try:
         result = train(config)
     except (NonFiniteLossError, LostRankError) as error:
-        print(f"fastuft: {error}", file=sys.stderr)
+        say(f"fastuft: {error}", error=True)
         return EXIT_FAILED
     if result.interrupted:
-        print(f"stopped by {result.interrupted} at step {result.steps}; go on with --resume auto", file=sys.stderr)
-        return EXIT_PREEMPTED
+        where, remedy = f"at step {result.steps}", "go on with --resume auto"
+        if not result.steps:
+            where, remedy = "before anything was saved", "start it again"
+        say(f"stopped by {result.interrupted} {where}; {remedy}", error=True)
+        return 0 if under_torchelastic() else EXIT_PREEMPTED
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{result.run_dir}: {result.steps} steps, {result.bad_files} bad files skipped")
+        say(f"{result.run_dir}: {result.steps} steps, {result.bad_files} bad files skipped")
     return 0
 
 

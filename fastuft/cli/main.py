@@ -15,6 +15,7 @@ from fastuft.cli.commands import COMMANDS, EXIT_FAILED
 from fastuft.cli.described import allowed_values
 from fastuft.cli.help import command_help, front_page
 from fastuft.cli.parsing import UsageError, build_parser, normalized, one_line
+from fastuft.console import say
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
@@ -120,16 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _short_warnings():
             return command.run(command.config(**values))
     except ValueError as error:
-        print(f"{label}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        say(f"{label}: error: {' '.join(str(error).splitlines())}", error=True)
         return EXIT_BAD_INPUT
     except OSError as error:
         if error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"{label}: error: {where}{error.strerror}; check the path, its permissions and free space", file=sys.stderr
-        )
+        say(f"{label}: error: {where}{error.strerror}; check the path, its permissions and free space", error=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print(f"{label}: interrupted", file=sys.stderr)
+        say(f"{label}: interrupted", error=True)
         return EXIT_INTERRUPTED

@@ -2,14 +2,18 @@
 
 from fastuft.runfolder.checkpoints import CheckpointError, Checkpoints, load_checkpoint
 from fastuft.runfolder.folder import RunFolder
+from fastuft.runfolder.lock import FolderInUseError, FolderLostError, RunLock
 from fastuft.runfolder.progress import Progress
 from fastuft.runfolder.records import json_lines, read_json, read_json_lines, write_json
 
 __all__ = [
     "CheckpointError",
     "Checkpoints",
+    "FolderInUseError",
+    "FolderLostError",
     "Progress",
     "RunFolder",
+    "RunLock",
     "json_lines",
     "load_checkpoint",
     "read_json",

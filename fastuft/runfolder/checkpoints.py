@@ -75,7 +75,7 @@ class Checkpoints:
         content = buffer.getbuffer()
         path = self.path(step)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)  # the run folder itself must be there still
             remove_leftovers(self.folder)
             # The digest first: a kill between the two leaves a digest without a file, which nothing looks at.
             write_whole(_digest_path(path), hashlib.sha256(content).hexdigest().encode())

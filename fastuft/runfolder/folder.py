@@ -11,6 +11,8 @@ from typing import Any
 
 from fastuft.atomic import write_whole
 from fastuft.runfolder.checkpoints import CheckpointError, Checkpoints, check_digest
+from fastuft.runfolder.lock import RunLock
+from fastuft.runfolder.progress import Progress
 from fastuft.runfolder.records import json_lines, read_json, write_json
 
 
@@ -48,6 +50,11 @@ class RunFolder:
     def summary_file(self) -> Path:
         """What came of the run."""
         return self.path / "summary.json"
+
+    @property
+    def stopped_file(self) -> Path:
+        """There while a run that was asked to stop waits to go on."""
+        return self.path / "stopped.json"
 
     @property
     def backbone_file(self) -> Path:
@@ -121,6 +128,18 @@ class RunFolder:
             ValueError: damaged.
         """
         return read_json(self.summary_file) if self.summary_file.exists() else {}
+
+    def write_stopped(self, signal: str, progress: Progress) -> None:
+        """Note that the run was asked to stop, by whom and where, for the scheduler that started it.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        write_json(self.stopped_file, {"signal": signal, "step": progress.global_step, "epoch": progress.epoch})
+
+    def lock(self) -> RunLock:
+        """Hold the folder for this process; no other run may work in it meanwhile."""
+        return RunLock(self.path, self.path / "run.lock")
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write these rows in place of those that are there.

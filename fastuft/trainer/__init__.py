@@ -5,7 +5,7 @@ from fastuft.trainer.distributed import LostRankError
 from fastuft.trainer.finite import NonFiniteLossError
 from fastuft.trainer.learner import resolve_bn
 from fastuft.trainer.run import Callbacks, RunResult, train
-from fastuft.trainer.signals import EXIT_PREEMPTED
+from fastuft.trainer.signals import EXIT_PREEMPTED, under_torchelastic
 
 __all__ = [
     "EXIT_PREEMPTED",
@@ -16,4 +16,5 @@ __all__ = [
     "RunResult",
     "resolve_bn",
     "train",
+    "under_torchelastic",
 ]

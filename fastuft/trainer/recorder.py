@@ -8,12 +8,13 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastuft import console
 from fastuft.config import RuntimeConfig
 from fastuft.runfolder import RunFolder
 
@@ -111,31 +112,32 @@ class Recorder:
         """Show one row of training metrics: on the bar, or as a line now and then."""
         if not self.enabled:
             return
-        if self._bar is not None:
-            self._bar.n = row["step"]
-            self._bar.set_postfix_str(
-                f"epoch {row['epoch']}, loss {row['loss']:.3f}, {row['images_per_second']:.0f} img/s, "
-                f"data wait {row['data_wait_share']:.0%}"
-            )
-            return
+        with self._terminal():
+            if self._bar is not None:
+                self._bar.n = row["step"]
+                self._bar.set_postfix_str(
+                    f"epoch {row['epoch']}, loss {row['loss']:.3f}, {row['images_per_second']:.0f} img/s, "
+                    f"data wait {row['data_wait_share']:.0%}"
+                )
+                return
         now = time.monotonic()
         if now - self._last_line > 10 or row["step"] >= self._total:
             self._last_line = now
             left = (self._total - row["step"]) * row["seconds_per_step"]
-            print(
+            console.say(
                 f"epoch {row['epoch']}  step {row['step']}/{self._total}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
-                f"{row['images_per_second']:.0f} img/s  data wait {row['data_wait_share']:.0%}  left {left / 60:.1f} min",
-                flush=True,
+                f"{row['images_per_second']:.0f} img/s  data wait {row['data_wait_share']:.0%}  left {left / 60:.1f} min"
             )
 
     def say(self, text: str) -> None:
         """A line for the person, once, on the main rank."""
         if not self.enabled:
             return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        with self._terminal():
+            if self._bar is not None:
+                self._bar.write(text)
+                return
+        console.say(text)
 
     def close(self) -> None:
         if not self.enabled:
@@ -146,8 +148,18 @@ class Recorder:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-        if self._bar is not None:
-            self._bar.close()
+        with self._terminal():
+            if self._bar is not None:
+                self._bar.close()
+
+    @contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """A terminal that is gone takes the bar with it, and nothing else."""
+        try:
+            yield
+        except OSError:
+            self._bar = None
+            console.silence(sys.stderr)
 
 
 def _figures(prefix: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from fastuft.config import TrainConfig
 from fastuft.data import Loading, Manifest, TrainStream
 from fastuft.device import DTYPES
 from fastuft.model import traits_from
-from fastuft.runfolder import Progress, RunFolder
+from fastuft.runfolder import Progress, RunFolder, RunLock
 from fastuft.trainer import watch
 from fastuft.trainer.distributed import Ranks, StopVote, naming_lost_ranks, start_ranks, stop_ranks
+from fastuft.trainer.hold import hold
 from fastuft.trainer.learner import build_learner
 from fastuft.trainer.learner_state import restore
 from fastuft.trainer.metrics import StepMetrics
@@ -67,29 +69,44 @@ def train(config: TrainConfig, callbacks: Callbacks | None = None) -> RunResult:
     """Run (or go on with) the training that ``config`` describes, on the ranks that torchrun started.
 
     Writes ``config.yaml`` (beside it ``config_given.yaml``, with ``auto`` as it was given), ``manifest.json``,
-    ``metrics.jsonl``, ``checkpoints/``, ``backbone.safetensors`` and ``summary.json`` into ``config.out``. SIGTERM, SIGUSR1
-    and SIGINT save within a step and end the run; their handlers are what they were when it returns.
+    ``metrics.jsonl``, ``checkpoints/``, ``backbone.safetensors`` and ``summary.json`` into ``config.out``, which no other run
+    may use meanwhile. SIGTERM, SIGUSR1, SIGINT and SIGHUP save within a step and end the run, which then leaves
+    ``stopped.json``; their handlers are what they were when it returns.
 
     Raises:
         ValueError: a configuration, folder, checkpoint or file that cannot work; nothing was trained.
         NonFiniteLossError: the loss became NaN or infinite; no checkpoint was written after it.
         CheckpointError: a checkpoint could not be read or written.
+        FolderInUseError: another run works in the folder.
+        FolderLostError: the folder was removed while the run worked in it.
         LostRankError: another process of the run died, fell silent for ``runtime.timeout`` seconds, or holds another
             queue.
     """
     check_writers(config.runtime)
     ranks = start_ranks(config.runtime.device, config.runtime.timeout)
     try:
-        with StopSignals() as signals:
-            return _Run(config, ranks, signals, callbacks or Callbacks()).go()
+        with (
+            StopSignals() as signals,
+            hold(RunFolder(Path(config.out)), ranks) as lock,
+            ExitStack() as closing,
+        ):
+            return _Run(config, ranks, signals, lock, callbacks or Callbacks(), closing).go()
     finally:
         stop_ranks(ranks)
 
 
 class _Run:
-    """The life of one run: its parts put together, then ``go``."""
+    """The life of one run: its parts put together, then ``go``; ``closing`` puts an end to them."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, signals: StopSignals, callbacks: Callbacks) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        signals: StopSignals,
+        lock: RunLock | None,
+        callbacks: Callbacks,
+        closing: ExitStack,
+    ) -> None:
         self.config, self.ranks, self.signals, self.callbacks = config, ranks, signals, callbacks
         self.folder = RunFolder(Path(config.out))
         self.began = time.perf_counter()
@@ -115,6 +132,7 @@ class _Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
+        closing.callback(self.stream.close)
         resolved, given = plain(resolved_config(config, self.learner, loading)), plain(config)
         self.total_steps = config.optim.epochs * self.stream.steps_per_epoch
         self.limit = min(self.total_steps, config.max_steps or self.total_steps)
@@ -126,11 +144,12 @@ class _Run:
             start = f"resumed at step {self.progress.global_step}"
         self.seconds_before = self.progress.seconds
         if ranks.is_main:
-            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.folder.stopped_file.unlink(missing_ok=True)
             self.folder.write_config(resolved, given)
             self.manifest.save(self.folder.manifest_file)
         self.saver = Saver(
             self.folder,
+            lock,
             self.learner,
             config.runtime,
             config=resolved,
@@ -145,6 +164,7 @@ class _Run:
             total_steps=self.limit,
             resumed_step=self.progress.global_step,
         )
+        closing.callback(self.recorder.close)
         self.recorder.say(headline(config, self.manifest, self.total_steps, start))
         self.last_row: dict[str, Any] = next((r for r in reversed(self.recorder.earlier) if r["kind"] == "train"), {})
         self.vote = StopVote(ranks)
@@ -161,15 +181,11 @@ class _Run:
 
     def go(self) -> RunResult:
         """Train to the end, to ``max_steps``, or to a signal."""
-        try:
-            with naming_lost_ranks(self.ranks, lambda: where(self.progress, self.folder)):
-                interrupted = self._start() or self._loop()
-                self.vote.finish()
-                found = self.ranks.gather_objects([(bad.path, bad.reason) for bad in self.stream.bad_files])
-                bad_files = {path: reason for own in found for path, reason in own}
-        finally:
-            self.recorder.close()
-            self.stream.close()
+        with naming_lost_ranks(self.ranks, lambda: where(self.progress, self.folder)):
+            interrupted = self._start() or self._loop()
+            self.vote.finish()
+            found = self.ranks.gather_objects([(bad.path, bad.reason) for bad in self.stream.bad_files])
+        bad_files = {path: reason for own in found for path, reason in own}
         if self.ranks.is_main:
             summary = summary_of(
                 self.config,
@@ -183,6 +199,8 @@ class _Run:
                 metrics=self.last_row,
             )
             self.folder.write_summary(summary)
+            if interrupted is not None:
+                self.folder.write_stopped(interrupted, self.progress)
         self.ranks.wait_for_main()
         steps = self.progress.global_step
         return RunResult(self.folder.path, steps, steps >= self.total_steps, interrupted, self.last_row, len(bad_files))

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastuft.config import RuntimeConfig
 from fastuft.model import export_backbone
-from fastuft.runfolder import CheckpointError, Progress, RunFolder
+from fastuft.runfolder import CheckpointError, FolderLostError, Progress, RunFolder, RunLock
 from fastuft.trainer.distributed import LostRankError
 from fastuft.trainer.finite import check_weights
 from fastuft.trainer.learner import Learner
@@ -19,6 +19,7 @@ class Saver:
 
     Args:
         folder: the run's.
+        lock: of the folder; None on all ranks but the main one.
         learner: its learner.
         runtime: how many checkpoints are kept.
         config: the configuration as nested mappings, part of each checkpoint.
@@ -30,6 +31,7 @@ class Saver:
     def __init__(
         self,
         folder: RunFolder,
+        lock: RunLock | None,
         learner: Learner,
         runtime: RuntimeConfig,
         *,
@@ -38,7 +40,7 @@ class Saver:
         content_hash: str,
         init_report: dict[str, Any] | None,
     ) -> None:
-        self.folder, self.learner, self.runtime = folder, learner, runtime
+        self.folder, self.lock, self.learner, self.runtime = folder, lock, learner, runtime
         self.constant = {
             "init_report": init_report,
             "content_hash": content_hash,
@@ -54,17 +56,19 @@ class Saver:
             NonFiniteLossError: the weights are not finite.
             LostRankError: the ranks hold different queues.
             CheckpointError: the disk refused.
+            FolderLostError: the run folder is gone.
         """
         ranks = self.learner.ranks
         check_weights(self.learner, progress.global_step, self.folder.checkpoints)
         if not queues_agree(self.learner):
             raise LostRankError(f"the key queues of the processes differ {where(progress, self.folder)}")
         state = {**state_of(self.learner), **progress.as_dict(), **self.constant}
-        failure = None
-        if ranks.is_main:
+        failure: CheckpointError | FolderLostError | None = None
+        if self.lock is not None:
             try:
+                self.lock.check()
                 self._write(state, progress.global_step)
-            except CheckpointError as error:
+            except (CheckpointError, FolderLostError) as error:
                 failure = error
         reasons = ranks.gather_objects(None if failure is None else str(failure))
         if reasons[0] is not None:

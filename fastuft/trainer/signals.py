@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -10,10 +11,18 @@ from typing import Any
 EXIT_PREEMPTED = 85  # exit status of a run that was asked to stop and saved its state; schedulers requeue on it
 
 
-class StopSignals:
-    """While active, SIGTERM, SIGUSR1 and SIGINT set ``received`` instead of ending the process."""
+def under_torchelastic() -> bool:
+    """Whether torchrun's agent started this process: it takes any status but 0 for a failure, and starts the ranks anew."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
-    _signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+class StopSignals:
+    """While active, SIGTERM, SIGUSR1, SIGINT and SIGHUP set ``received`` instead of ending the process.
+
+    A SIGHUP that is ignored from the start stays so: ``nohup`` means that the run outlives its terminal.
+    """
+
+    _signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -26,6 +35,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

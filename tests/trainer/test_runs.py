@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from processes import run as run_command
 
 from fastuft.cli import main
 from fastuft.model import load_backbone
-from fastuft.runfolder import RunFolder, load_checkpoint
+from fastuft.runfolder import FolderInUseError, FolderLostError, RunFolder, load_checkpoint, read_json
 from fastuft.trainer import Callbacks, CheckpointError, NonFiniteLossError, saving, train
 from fastuft.trainer import run as run_module
 
@@ -254,7 +256,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, monkeypatch):
         train(tiny())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_within_the_step_and_stops(tiny, tmp_path, monkeypatch, number):
     whole = train(tiny(out=str(tmp_path / "whole"))).run_dir
     real = run_module.train_step
@@ -264,14 +266,18 @@ def test_a_signal_saves_within_the_step_and_stops(tiny, tmp_path, monkeypatch, n
             os.kill(os.getpid(), number)
         return real(learner, batch, mark)
 
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    handlers = [signal.getsignal(n) for n in caught]
     monkeypatch.setattr(run_module, "train_step", interrupted)
     result = train(tiny())
     assert (result.interrupted, result.steps, result.finished) == (signal.Signals(number).name, 6, False)
-    assert handlers == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    assert handlers == [signal.getsignal(n) for n in caught]
+    stopped = read_json(RunFolder(result.run_dir).stopped_file)
+    assert stopped == {"signal": signal.Signals(number).name, "step": 6, "epoch": 1}
     monkeypatch.undo()
     train(tiny(resume="auto"))
     assert_same_state(final(whole), final(result.run_dir))
+    assert not RunFolder(result.run_dir).stopped_file.exists()
 
 
 def test_a_signal_while_the_queue_is_filled_stops_too(tiny, monkeypatch):
@@ -289,11 +295,63 @@ def prefill_with_signal(real):
     return prefill
 
 
-def test_the_command_line_exits_with_the_code_for_preemption(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("launcher", "status"), [(None, 85), ("run7", 0)], ids=["plain", "torchelastic"])
+def test_a_deliberate_stop_is_no_failure_for_whoever_started_the_run(
+    tiny, tmp_path, monkeypatch, capsys, launcher, status
+):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(tiny())))))
     monkeypatch.setattr(run_module.TrainStream, "prefill", prefill_with_signal(run_module.TrainStream.prefill))
-    assert main(["pretrain", "--config", str(config)]) == 85
+    if launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launcher)
+    assert main(["pretrain", "--config", str(config)]) == status
+    assert "before anything was saved; start it again" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert read_json(RunFolder(tmp_path / "run").stopped_file)["step"] == 0
+    assert main(["pretrain", "--config", str(config)]) == 0  # nothing was saved, so nothing blocks the folder
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_does_not_block_its_folder(tiny, monkeypatch):
+    monkeypatch.setattr(run_module, "train_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tiny(max_steps=1))
+    monkeypatch.undo()
+    assert train(tiny(max_steps=1)).steps == 1
+
+
+def test_a_folder_that_another_run_works_in_is_refused(tiny):
+    config = tiny(max_steps=1)
+    folder = RunFolder(Path(config.out))
+    with folder.lock(), pytest.raises(FolderInUseError, match=r"out='.*run' is in use by another run of this process"):
+        train(config)
+    assert not folder.path.exists()
+    assert train(config).steps == 1
+
+
+def test_a_run_folder_that_is_removed_while_training_is_said(tiny, monkeypatch):
+    config = tiny()
+    real = run_module.train_step
+
+    def removed(learner, batch, mark):
+        if batch.step == 1:
+            shutil.rmtree(config.out)
+        return real(learner, batch, mark)
+
+    monkeypatch.setattr(run_module, "train_step", removed)
+    with pytest.raises(FolderLostError, match=r"out='.*run' was removed or replaced while the run worked in it"):
+        train(config)
+    assert not Path(config.out).exists()
+
+
+def test_callbacks_follow_the_run_step_by_step(tiny):
+    steps, epochs = [], []
+    callbacks = Callbacks(
+        on_step=lambda progress: steps.append((progress.epoch, progress.step, progress.images)),
+        on_epoch=lambda progress, row: epochs.append((progress.epoch, progress.step, row["step"])),
+    )
+    train(tiny(max_steps=6), callbacks)
+    assert steps == [(0, 1, 16), (0, 2, 32), (0, 3, 48), (0, 4, 64), (1, 1, 80), (1, 2, 96)]
+    assert epochs == [(1, 0, 4)]
 
 
 def test_watching_changes_nothing_and_is_recorded(tiny, folders, tmp_path):
@@ -416,9 +474,8 @@ def test_a_spoilt_newest_checkpoint_is_said_and_the_one_before_is_gone_on_from(t
 def test_a_resumed_run_does_not_keep_the_checkpoint_in_memory(tiny):
     train(tiny(max_steps=1))
     config = tiny(resume="auto")
-    with run_module.StopSignals() as signals:
-        run = run_module._Run(config, run_module.start_ranks("cpu", 60), signals, Callbacks())
-    held = [value for value in vars(run).values() if isinstance(value, dict)]
-    run.recorder.close()
-    run.stream.close()
+    ranks = run_module.start_ranks("cpu", 60)
+    with run_module.StopSignals() as signals, ExitStack() as closing:
+        run = run_module._Run(config, ranks, signals, None, Callbacks(), closing)
+        held = [value for value in vars(run).values() if isinstance(value, dict)]
     assert run.progress.global_step == 1 and not any("optimizer" in value for value in held)

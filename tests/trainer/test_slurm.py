@@ -16,7 +16,7 @@ PROGRAMS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_PROCID=3 SLURM_LOCALID=1 "$@"',
     "scontrol": '[[ $1 == show ]] && printf "node7\\nnode8\\n"; echo "scontrol $*" >> "$LOG"',
     "fastuft": 'env | grep -E "^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)=" >> "$LOG"\n'
-    'echo "fastuft $*" >> "$LOG"; exit "$STATUS"',
+    'echo "fastuft $*" >> "$LOG"; [[ -z $STOPS ]] || { mkdir -p "$STOPS"; touch "$STOPS/stopped.json"; }; exit "$STATUS"',
 }
 
 
@@ -27,11 +27,11 @@ def job(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
 
-    def run(status, *arguments):
+    def run(status, *arguments, stops=""):
         slurm = {"JOB_ID": 123, "JOB_NODELIST": "node[7-8]", "NTASKS": 8, "NTASKS_PER_NODE": 4, "CPUS_PER_TASK": 12}
         more = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
         path, log = f"{tmp_path}:{os.environ['PATH']}", tmp_path / "log"
-        environment = {**os.environ, **more, "PATH": path, "LOG": str(log), "STATUS": str(status)}
+        environment = {**os.environ, **more, "PATH": path, "LOG": str(log), "STATUS": str(status), "STOPS": stops}
         done = subprocess.run(
             ["bash", str(JOB), *arguments], env=environment, capture_output=True, text=True, timeout=60
         )
@@ -51,6 +51,15 @@ def test_only_a_preempted_run_is_requeued(job, status):
     assert "fastuft finetune --resume auto --init moco v2.pth --target photos --source imagenet --out runs/one" in lines
     place = {"RANK=3", "LOCAL_RANK=1", "WORLD_SIZE=8", "LOCAL_WORLD_SIZE=4", "MASTER_ADDR=node7", "MASTER_PORT=20123"}
     assert place <= set(lines)
+
+
+def test_a_run_that_says_it_was_stopped_is_requeued_whatever_the_launcher_makes_of_its_status(job, tmp_path):
+    run = tmp_path / "run"
+    _, lines = job(1, *ARGUMENTS[:3], str(run), stops=str(run))
+    assert "scontrol requeue 123" in lines
+    (tmp_path / "log").unlink()
+    code, lines = job(1, *ARGUMENTS[:3], str(run))  # what the stop before has left does not count
+    assert code == 1 and "scontrol requeue 123" not in lines
 
 
 def test_missing_arguments_are_said(job):

@@ -1,0 +1,34 @@
+"""Lines for the person at the terminal, who may have gone: a closed output ends no work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import TextIO
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line at once. Where nobody reads any more (a closed pipe, a terminal that is gone) the output is dropped.
+
+    Args:
+        text: the line.
+        error: on standard error instead of standard output.
+    """
+    stream = sys.stderr if error else sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):  # a pipe without reader, a terminal without user; a closed file
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Send what is still written to ``stream`` nowhere, so that neither later lines nor the interpreter's end fail."""
+    with suppress(OSError, ValueError):  # a stand-in without descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, stream.fileno())
+        finally:
+            os.close(nowhere)
+    with suppress(OSError, ValueError):
+        stream.flush()
