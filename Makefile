@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY ?= passive
 
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test test-more test-slow lint bench clean unit interpreter compile e2e packaging bench-smoke
+.PHONY: setup docs demo test test-more test-slow lint bench clean unit interpreter compile e2e packaging bench-smoke
 
 setup: $(VENV)/.ready
 
@@ -39,8 +39,8 @@ demo: setup
 test: lint unit interpreter compile packaging e2e bench-smoke
 
 lint: setup
-	$(BIN)/ruff check fastuft kernels bench tests examples setup.py
-	$(BIN)/ruff format --check fastuft kernels bench tests examples setup.py
+	$(BIN)/ruff check fastuft kernels bench tests examples docs setup.py
+	$(BIN)/ruff format --check fastuft kernels bench tests examples docs setup.py
 	$(BIN)/mypy
 	$(BIN)/codespell fastuft kernels csrc bench tests examples docs *.md
 
@@ -58,6 +58,9 @@ packaging: setup
 
 e2e: setup
 	$(PYTEST) -m "e2e and $(EXCLUDED)"
+
+docs: $(MORE)/.ready
+	$(MORE)/bin/python -m sphinx -W --keep-going -b html docs docs/_build
 
 bench-smoke: setup
 	$(PYTEST) bench --smoke

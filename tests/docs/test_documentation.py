@@ -1,0 +1,126 @@
+"""README and documentation: every command parses, every Python block runs, the site builds without a warning."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fastuft
+from fastuft.cli import main
+from fastuft.cli.commands import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"(?<!`)`(fastuft [^`\n]+)`(?!`)")
+EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def blocks(page, *languages):
+    return [text for language, text in BLOCK.findall(page.read_text()) if language in languages]
+
+
+def commands(page):
+    """Command lines of the shell blocks, continuation lines joined, comments left out."""
+    text = "\n".join(blocks(page, "bash", "")).replace("\\\n", " ")
+    lines = [line.partition(" #")[0].strip() for line in text.splitlines()]
+    return [line for line in lines if line.startswith(("fastuft ", "torchrun ", "pip ", "make ", "python ", "sbatch "))]
+
+
+def test_pages_have_commands():
+    assert sum(len(commands(page)) for page in PAGES) > 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_one_that_works(page, monkeypatch, capsys):
+    for name, command in list(COMMANDS.items()):
+        monkeypatch.setitem(COMMANDS, name, dataclasses.replace(command, run=lambda config: 0))
+    for line in commands(page):
+        words = shlex.split(line)
+        if words[0] == "torchrun":
+            words = ["fastuft", *words[words.index("fastuft.cli") + 1 :]]
+        if words[0] == "fastuft":
+            if words[1] != "..." and "--print_config" not in words and "--config" not in words:
+                assert main([word for word in words[1:] if word != "..."]) == 0, (line, capsys.readouterr().err)
+        elif words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= TARGETS, line
+        elif words[0] == "pip":
+            extras = [extra for found in re.findall(r"fastuft\[([\w,-]+)\]", line) for extra in found.split(",")]
+            assert set(extras) <= EXTRAS, line
+        else:
+            script = next(word for word in words[1:] if not word.startswith("-") and "/" in word)
+            assert (ROOT / script).is_file(), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_named_in_a_sentence_parse(page, monkeypatch, capsys):
+    for name, command in list(COMMANDS.items()):
+        monkeypatch.setitem(COMMANDS, name, dataclasses.replace(command, run=lambda config: 0))
+    for line in INLINE.findall(page.read_text()):
+        words = shlex.split(line)[1:]
+        if words[0].isupper() or any(word in line for word in ("CHECKPOINT", "--config", "--version")):
+            continue
+        assert words[0] in {*COMMANDS, "help"}, line
+        if len(words) > 1 and not words[1].isupper():
+            status = main(words)
+            error = capsys.readouterr().err
+            assert status == 0 or "missing" in error, (line, error)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page):
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_files_named_in_the_pages_exist():
+    for page in PAGES:
+        for name in re.findall(r"`((?:examples|docker|kernels|bench|tests|docs|fastuft)/[\w./-]+)`", page.read_text()):
+            assert (ROOT / name).exists() or "/results/" in name, f"{page.name} names {name}"
+
+
+def test_every_page_is_in_the_table_of_contents():
+    listed = set(re.findall(r"^([\w]+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE))
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} <= listed
+
+
+@pytest.mark.docs
+@pytest.mark.timeout(600)
+def test_the_site_builds_without_a_warning_and_shows_every_public_name(tmp_path):
+    pytest.importorskip("sphinx")
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        "-b",
+        "html",
+        str(ROOT / "docs"),
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reference = (tmp_path / "api.html").read_text()
+    for name in fastuft.__all__:
+        assert name.startswith("__") or f'id="fastuft.{name}"' in reference or f".{name}" in reference, name
+
+
+@pytest.mark.docs
+@pytest.mark.timeout(900)
+def test_the_notebook_runs():
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=800, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("retrieval" in output.get("text", "") for output in outputs)
