@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -152,22 +153,29 @@ def _verify(config: options.VerifyOptions) -> int:
 
 
 def _report(config: options.ReportOptions) -> int:
-    from fastuft.report import comparison_table, table, write_comparison, write_report
+    from fastuft.report import comparison_table, load_run, table, write_comparison, write_report
 
     if all(entry.endswith(".jsonl") for entry in config.runs):
         page = Path(config.out)
         cells = write_comparison(page.parent, config.runs, stem=page.stem, title=config.title)
         print(comparison_table(cells, config.format))
-        print(f"report: {page}")
+        print(f"report: {page.with_suffix('.html')}")
         return 0
-    runs = []
-    for entry in config.runs:
-        name, separator, folder = entry.partition("=")
-        runs.append((name, folder) if separator else (Path(entry).name, entry))
+    runs = [load_run(*_named_run(entry)) for entry in config.runs]
     print(table(runs, config.format))
+    for damage in dict.fromkeys(damage for run in runs for damage in run.damaged):
+        print(f"fastuft report: {damage}", file=sys.stderr)
     write_report(config.out, runs, title=config.title)
     print(f"report: {config.out}")
     return 0
+
+
+def _named_run(entry: str) -> tuple[str, str]:
+    """(name, folder) of ``NAME=FOLDER``, or of a folder, which may have such a sign in its own name."""
+    name, separator, folder = entry.partition("=")
+    if separator and not Path(entry).exists():
+        return name, folder
+    return Path(entry).resolve().name, entry
 
 
 def _doctor(config: options.DoctorOptions) -> int:
@@ -210,10 +218,20 @@ def _reproduce(config: ReproduceConfig) -> int:
     return EXIT_FAILED if reproduce(config) else 0
 
 
+def _bench_folder() -> Path:
+    """The benchmarks of the checkout that this package is of, or else of the one that the command runs in."""
+    here = Path.cwd()
+    for root in (Path(__file__).resolve().parents[2], here, *here.parents):
+        # An installed package lies among others, one of which may have a folder of that name.
+        if (root / "bench" / "bench_loss.py").is_file() and (root / "pyproject.toml").is_file():
+            return root / "bench"
+    raise ValueError("bench needs a source checkout: clone the repository and run `fastuft bench` in its folder")
+
+
 def _bench(config: options.BenchOptions) -> int:
-    folder = Path(__file__).resolve().parents[2] / "bench"
-    if not folder.is_dir():
-        raise ValueError("bench needs a source checkout: clone the repository and run `fastuft bench` in it")
+    folder = _bench_folder()
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise ValueError("bench needs pytest and pytest-benchmark: pip install 'fastuft[bench]'")
     known = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
     if config.what != "all" and config.what not in known:
         raise ValueError(f"what={config.what!r} is not allowed; choose one of all, {', '.join(known)}")

@@ -22,6 +22,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F
 STYLES = ("-", "--", ":", "-.")
 CURVES = (("loss", "loss"), ("alignment", "alignment"), ("distribution", "distribution"), ("lr", "learning rate"))
 WATCHED = (("retrieval", "retrieval %"), ("source_clustering", "source clustering %"))
+_LABEL = 40  # characters of a name beside a chart
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -62,11 +63,16 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.asarray((sums[high] - sums[low]) / (high - low))
 
 
+def _short(name: str) -> str:
+    shown = printable(name)
+    return shown if len(shown) <= _LABEL else f"{shown[: _LABEL - 1]}…"
+
+
 def _legend(owner: Canvas | Axes, handles: Sequence[Artist], names: Sequence[str], **options: Any) -> None:
     """A legend that shows names as they are: no mathematics between dollars, none left out for a leading underscore."""
     legend = owner.legend(handles, [str(number) for number in range(len(names))], **options)
     for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(text=printable(name), parse_math=False)
+        text.set(text=_short(name), parse_math=False)
 
 
 def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | None:
@@ -149,7 +155,7 @@ def maps(arms: dict[str, list[RunFiles]], classes: Sequence[str]) -> str | None:
             points, labels = arrays["tsne"], arrays["tsne_labels"]
             tint = [colors[label % len(colors)] if label >= 0 else (0.35, 0.35, 0.35, 1.0) for label in labels]
             axes.scatter(points[:, 0], points[:, 1], s=max(3, 2400 / len(points)), c=tint, linewidths=0, alpha=0.85)
-            axes.set_title(printable(name), loc="center", parse_math=False)
+            axes.set_title(_short(name), loc="center", parse_math=False)
             axes.set_aspect("equal", adjustable="datalim")
         if 1 < len(classes) <= 20 and any((arrays["tsne_labels"] >= 0).any() for arrays in shown.values()):
             marks = [

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastuft.names import printable
-from fastuft.runfolder import RunFolder, read_json, read_json_lines
+from fastuft.report.checked import (
+    ARRAYS,
+    Arrays,
+    checked_arrays,
+    checked_evaluation,
+    checked_metrics,
+    checked_summary,
+)
+from fastuft.runfolder import RunFolder, json_lines, read_json
+
+_MAX_ARRAYS = 1 << 30  # bytes of eval_arrays.npz when unpacked; an evaluation writes a few megabytes
+_MAX_COMPLAINTS = 5  # of one file that are shown one by one
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of one run; what is absent is empty.
+    """The files of one run; what is absent or damaged is empty.
 
     Args:
         name: what the report calls it; runs of one name are seeds of one arm.
@@ -25,6 +39,7 @@ class RunFiles:
         config: text of config.yaml.
         evaluation: eval.json.
         arrays: eval_arrays.npz.
+        damaged: what could not be used, a sentence each.
     """
 
     name: str
@@ -33,49 +48,91 @@ class RunFiles:
     summary: dict[str, Any] = field(default_factory=dict)
     config: str = ""
     evaluation: dict[str, Any] = field(default_factory=dict)
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    arrays: Arrays = field(default_factory=dict)
+    damaged: tuple[str, ...] = ()
 
     def series(self, key: str, kind: str = "train") -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of one logged quantity, without rows that lack it or are not finite."""
         rows = [row for row in self.metrics if row.get("kind") == kind and isinstance(row.get(key), int | float)]
-        steps = np.array([row["step"] for row in rows], dtype=float)
-        values = np.array([row[key] for row in rows], dtype=float)
-        finite = np.isfinite(values)
-        return steps[finite], values[finite]
+        return np.array([row["step"] for row in rows], dtype=float), np.array([row[key] for row in rows], dtype=float)
 
 
 def load_run(name: str, folder: Path | str | Sequence[Path | str]) -> RunFiles:
     """The files of one run, from its folder or from several (training and evaluation apart).
 
-    A file is looked for in each folder and in its sub-folder ``eval``; the first found counts.
+    A file is looked for in each folder and in its sub-folder ``eval``; the first found counts. Of a damaged file what is
+    whole is used, and ``damaged`` says what is not.
 
     Raises:
-        ValueError: no folder holds any run file, or a file is damaged.
+        ValueError: no folder holds any run file.
     """
     folders = [Path(f) for f in ([folder] if isinstance(folder, str | Path) else folder)]
     places = [RunFolder(place) for f in folders for place in (f, f / "eval")]
-
-    def first(file: Callable[[RunFolder], Path]) -> RunFolder | None:
-        return next((place for place in places if file(place).is_file()), None)
-
-    metrics, summary = first(lambda place: place.metrics_file), first(lambda place: place.summary_file)
-    config, evaluation = first(lambda place: place.config_file), first(lambda place: place.evaluation_file)
-    arrays = first(lambda place: place.arrays_file)
-    if not (metrics or summary or config or evaluation or arrays):
+    if not any(file.is_file() for place in places for file in place.report_files):
         names = ", ".join(file.name for file in places[0].report_files)
-        raise ValueError(
-            f"run {name!r}: {', '.join(map(str, folders))} holds none of {names}; name a run or evaluation folder"
-        )
-    loaded: dict[str, np.ndarray] = {}
-    if arrays:
-        with np.load(arrays.arrays_file, allow_pickle=False) as file:
-            loaded = {key: file[key] for key in file.files}
+        listed = ", ".join(printable(str(folder)) for folder in folders)
+        raise ValueError(f"run {printable(name)!r}: {listed} holds none of {names}; name a run or evaluation folder")
+    damaged: list[str] = []
+
+    def read(
+        file: Callable[[RunFolder], Path], reader: Callable[[Path], tuple[Content, list[str]]], empty: Content
+    ) -> Content:
+        path = next((file(place) for place in places if file(place).is_file()), None)
+        if path is None:
+            return empty
+        try:
+            content, complaints = reader(path)
+        except Exception as error:  # whatever a damaged file makes its reader raise
+            content, complaints = empty, [_reason(error, path)]
+        damaged.extend(_named(path, complaints))
+        return content
+
     return RunFiles(
         printable(name),
         folders[0],
-        metrics=read_json_lines(metrics.metrics_file) if metrics else [],
-        summary=summary.read_summary() if summary else {},
-        config=config.config_file.read_text(encoding="utf-8") if config else "",
-        evaluation=read_json(evaluation.evaluation_file) if evaluation else {},
-        arrays=loaded,
+        metrics=read(lambda place: place.metrics_file, _read_metrics, []),
+        summary=read(lambda place: place.summary_file, lambda path: checked_summary(read_json(path)), {}),
+        config=read(lambda place: place.config_file, _read_text, ""),
+        evaluation=read(lambda place: place.evaluation_file, lambda path: checked_evaluation(read_json(path)), {}),
+        arrays=read(lambda place: place.arrays_file, _read_arrays, {}),
+        damaged=tuple(damaged),
     )
+
+
+def _reason(error: Exception, path: Path) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.removeprefix(f"{path} ") if text.startswith(f"{path} ") else f"cannot be read ({text})"
+
+
+def _named(path: Path, complaints: Sequence[str]) -> list[str]:
+    """Complaints with their file; of many the first ones and how many more there are."""
+    rest = len(complaints) - _MAX_COMPLAINTS
+    shown = [*complaints[:_MAX_COMPLAINTS], *([f"{rest} more"] if rest > 0 else [])]
+    return [f"{printable(str(path))}: {printable(text)}" for text in shown]
+
+
+def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    rows, complaints = json_lines(path)
+    kept, more = checked_metrics(rows)
+    return kept, [*(f"line {text.removeprefix(f'{path}:')}" for text in complaints), *more]
+
+
+def _read_text(path: Path) -> tuple[str, list[str]]:
+    return path.read_text(encoding="utf-8", errors="backslashreplace"), []
+
+
+def _read_arrays(path: Path) -> tuple[Arrays, list[str]]:
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > _MAX_ARRAYS:
+        raise ValueError(f"{size:,} bytes when unpacked; an evaluation writes less than {_MAX_ARRAYS:,}")
+    loaded: Arrays = {}
+    complaints = []
+    with np.load(path, allow_pickle=False) as file:
+        for key in ARRAYS & set(file.files):
+            try:
+                loaded[key] = file[key]
+            except Exception as error:  # as above: one damaged array leaves the others
+                complaints.append(f"{key} {_reason(error, path)}")
+    checked, more = checked_arrays(loaded)
+    return checked, [*complaints, *more]

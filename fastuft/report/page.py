@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fastuft.atomic import write_whole
+from fastuft.names import printable
 from fastuft.report.charts import curves, maps, watched
 from fastuft.report.files import RunFiles
-from fastuft.report.render import render
+from fastuft.report.render import render, write_page
 from fastuft.report.tables import (
     NONE,
     Runs,
@@ -58,7 +58,7 @@ def _thumbnails(run: RunFiles, styles: dict[str, str]) -> list[tuple[str, str]]:
         png = data[offsets[i] : offsets[i + 1]].tobytes()
         style = f"t{hashlib.blake2b(png, digest_size=6).hexdigest()}"
         styles.setdefault(style, f"data:image/png;base64,{base64.b64encode(png).decode()}")
-        result.append((style, str(name)))
+        result.append((style, printable(str(name))))
     return result
 
 
@@ -227,6 +227,7 @@ def write_report(
         changes=change_table(loaded),
         remarks=_remarks(groups),
         statements=_statements(groups),
+        damaged=list(dict.fromkeys(damage for run in loaded for damage in run.damaged)),
         curves=_curves(groups),
         watched=watched(groups),
         maps=maps(groups, classes),
@@ -235,6 +236,4 @@ def write_report(
         facts=_facts(groups),
         runs=[(name, group[0], _flat(group[0].summary)) for name, group in groups.items()],
     )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # Names of files need not be UTF-8; what is not is shown as an escape.
-    write_whole(Path(path), page.encode(errors="backslashreplace"))
+    write_page(Path(path), page)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastuft.atomic import write_whole
-from fastuft.report.render import render
+from fastuft.report.render import render, write_page
 from fastuft.report.tables import NONE, Figure, Format, Table
 from fastuft.runfolder import read_json_lines
 
@@ -210,13 +209,12 @@ def write_comparison(
         raise ValueError(f"{results} holds no results yet; run `fastuft reproduce` first")
     cells = compare_with_paper(rows, missing=missing)
     root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
     links = {run: quote(os.path.relpath(run, root)) for cell in cells for run in cell.runs}
     said = "".join(f"{note}\n\n" for note in notes)
     files: dict[str, tuple[Format, str]] = {"txt": ("text", said), "csv": ("csv", ""), "md": ("markdown", said)}
     for suffix, (format, before) in files.items():
         text = before + comparison_table(cells, format, links)
-        write_whole(root / f"{stem}.{suffix}", text.encode(errors="backslashreplace"))
+        write_page(root / f"{stem}.{suffix}", text)
     page = render("comparison.html", title=title, notes=notes, sections=sections(cells), links=links, slips=SLIPS)
-    write_whole(root / f"{stem}.html", page.encode(errors="backslashreplace"))
+    write_page(root / f"{stem}.html", page)
     return cells

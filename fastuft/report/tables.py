@@ -110,6 +110,7 @@ def lookup(values: Any, *keys: str) -> Any:
 def figure(runs: Sequence[RunFiles], *keys: str) -> Figure | None:
     """A figure of eval.json over the runs of an arm: spread over runs, or over the trials of a single run."""
     found = [value for run in runs if (value := lookup(run.evaluation, *keys)) is not None]
+    found = [value for value in found if not isinstance(value, dict) or "mean" in value]
     if not found:
         return None
     if len(found) == 1 and isinstance(found[0], dict):

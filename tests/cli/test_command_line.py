@@ -266,9 +266,33 @@ def test_without_the_extra_packages(capsys, monkeypatch):
     assert "torch" in capsys.readouterr().out
 
 
-def test_bench_needs_a_checkout(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(commands, "__file__", str(tmp_path / "fastuft" / "cli" / "commands.py"))
-    assert "source checkout" in refused(capsys, "bench")
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """As if the package came from a wheel, beside a package whose benchmarks have nothing to do with it."""
+    package = tmp_path / "site-packages" / "fastuft" / "cli"
+    (tmp_path / "site-packages" / "bench").mkdir(parents=True)
+    monkeypatch.setattr(commands, "__file__", str(package / "commands.py"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_bench_needs_a_checkout(installed, capsys):
+    assert "clone the repository and run `fastuft bench` in its folder" in refused(capsys, "bench")
+
+
+def test_bench_of_an_installed_package_runs_in_a_clone(installed, monkeypatch):
+    calls = []
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.chdir(root / "docs")
+    monkeypatch.setattr(
+        commands.subprocess, "run", lambda command, check: calls.append(command) or subprocess.CompletedProcess("", 0)
+    )
+    assert main(["bench", "loss"]) == 0
+    assert calls[0][3] == str(root / "bench" / "bench_loss.py")
+
+
+def test_bench_without_its_packages_says_how_to_get_them(capsys, monkeypatch):
+    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'fastuft[bench]'" in refused(capsys, "bench", "loss")
 
 
 def test_bench_runs_pytest(monkeypatch):

@@ -289,26 +289,11 @@ def test_last_metrics_line_may_be_cut_short(tmp_path):
     assert len(load_run("arm", run).metrics) == whole
 
 
-def test_damage_is_named(tmp_path):
+def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds none of metrics\.jsonl"):
         load_run("arm", tmp_path)
     with pytest.raises(ValueError, match="runs is empty"):
         write_report(tmp_path / "report.html", [])
-    run = write_run(tmp_path / "a")
-    (run / "metrics.jsonl").write_text('{"a": 1\n{"b": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:1 is not JSON"):
-        load_run("arm", run)
-    run = write_run(tmp_path / "b")
-    (run / "eval.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"eval\.json is not a JSON object"):
-        load_run("arm", run)
-
-
-def test_pickled_arrays_are_refused(tmp_path):
-    run = write_run(tmp_path / "a")
-    np.savez(run / "eval_arrays.npz", tsne=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(ValueError, match="allow_pickle"):
-        load_run("arm", run)
 
 
 def test_report_works_without_torch(tmp_path):
