@@ -142,6 +142,9 @@ class DataConfig:
         on_bad_file: error names the file and stops; skip replaces it by a good one and counts it.
         drop_last: leave out the last partial batch of an epoch (needed with ``split`` statistics).
         max_megapixels: largest image in megapixels that is decoded at all.
+        read_timeout: seconds that reading one file may take; one that takes longer counts as bad.
+        suffixes: of image files in folders, in any case; what else Pillow decodes may be named (.tif, .gif), and "" for
+            names without one.
     """
 
     batch_size: Annotated[int, Range(2)] = 256
@@ -157,6 +160,8 @@ class DataConfig:
     on_bad_file: Literal["error", "skip"] = "error"
     drop_last: bool = True
     max_megapixels: Positive = 180.0
+    read_timeout: Positive = 60.0
+    suffixes: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
     def __post_init__(self) -> None:
         check_values(self, "data")

@@ -1,20 +1,13 @@
 """Images from files to normalized views: manifest, order, random numbers, decoding backends, streams."""
 
+from fastuft.data.bad import BadFile, BadImageError, write_bad_list
+from fastuft.data.decoding import image_size, open_rgb, verify_files
 from fastuft.data.evaluation import EvalStream
-from fastuft.data.files import (
-    IMAGE_SUFFIXES,
-    BadFile,
-    BadImageError,
-    image_size,
-    labeled_folder,
-    list_images,
-    open_rgb,
-    verify_files,
-    write_bad_list,
-)
 from fastuft.data.labeled import LabeledTrainStream
+from fastuft.data.listing import IMAGE_SUFFIXES, labeled_folder, list_images
 from fastuft.data.loading import Loader, Loading, processors, resolve_loader
 from fastuft.data.manifest import Manifest
+from fastuft.data.reading import read_bytes
 from fastuft.data.strong import StrongConfig
 from fastuft.data.training import Batch, TrainStream
 from fastuft.data.views import CROP_DRAWS, SMALL_IMAGES, crop_regions
@@ -41,6 +34,7 @@ __all__ = [
     "list_images",
     "open_rgb",
     "processors",
+    "read_bytes",
     "resolve_loader",
     "verify_files",
     "write_bad_list",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from fastuft.data.decoding import EncodedImage
 from fastuft.data.loading import Loading
 from fastuft.data.strong import StrongConfig, StrongParameters
 from fastuft.data.views import ViewParameters
+from fastuft.names import printable
 
 
 @dataclass(frozen=True)
@@ -19,15 +21,17 @@ class Request:
     """One batch to make.
 
     Args:
-        paths: [n] files.
-        views: parameters of each view of them, in order.
-        index: int64 [n] which files of the stream they are; handed back with the result.
+        step: which batch of the pass it is.
+        images: the encoded files [n].
+        index: int64 [n] which files of the stream they are.
+        views: parameters of each view of them, in order; regions are of the upright images.
         strong: what is done to the last view after its crop, where the spec has a strong view.
     """
 
-    paths: list[str]
+    step: int
+    images: list[EncodedImage]
+    index: np.ndarray[Any, np.dtype[np.int64]]
     views: tuple[ViewParameters, ...]
-    index: np.ndarray
     strong: StrongParameters | None = None
 
 
@@ -59,12 +63,13 @@ class ViewSpec:
 
 
 class DecodeError(RuntimeError):
-    """Making the requests under way failed, most often because one file cannot be decoded."""
+    """Making the requests under way failed, most often because one image cannot be decoded."""
 
-    def __init__(self, paths: list[str], cause: BaseException) -> None:
+    def __init__(self, requests: Sequence[Request], cause: BaseException) -> None:
+        paths = [printable(image.path) for request in requests for image in request.images]
         named = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
         super().__init__(f"{cause}\nThe images under way were: {named}")
-        self.paths = paths
+        self.requests = list(requests)
 
 
 class Backend(Protocol):
@@ -74,16 +79,16 @@ class Backend(Protocol):
         """(request, [one [n, 3, size, size] channels_last tensor per view]) for each request, in order.
 
         Raises:
-            DecodeError: with the files among which the undecodable one is.
+            DecodeError: with the requests among whose images the undecodable one is.
         """
         ...
 
-    def parses(self, path: str) -> bool:
-        """Whether this backend's decoder understands a file's header."""
+    def understands(self, image: EncodedImage) -> bool:
+        """Whether this backend's decoder reads the same from a file's header as we do."""
         ...
 
-    def undecodable(self, paths: list[str]) -> list[str]:
-        """Those files that this backend cannot decode, each tried alone."""
+    def decodes(self, images: Sequence[EncodedImage]) -> list[bool]:
+        """Which images this backend decodes, each tried alone."""
         ...
 
     def close(self) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,16 @@ from nvidia.dali.auto_aug.core import augmentation, select, signed_bin
 from torch import Tensor
 
 from fastuft.data.backend import DecodeError, Request, ViewSpec
+from fastuft.data.decoding import EncodedImage
 from fastuft.data.strong import BINS, FILL, RANGES
+from fastuft.data.views import stored_regions
 
 _TWIST = ("brightness", "contrast", "saturation", "hue")
 
 
 def _used(spec: ViewSpec) -> list[str]:
-    """Names of the view parameters that the pipeline takes, in order."""
-    names = ["roi_start", "roi_end"]
-    names += ["angle"] if spec.rotation else []
+    """Names of the view parameters that the pipeline takes as they are, in order."""
+    names = ["angle"] if spec.rotation else []
     names += ["twisted", *_TWIST] if spec.color else []
     names += ["sigma"] if spec.blur else []
     return [*names, "flip"]
@@ -73,17 +73,18 @@ def _strong(x: Any, spec: ViewSpec, drawn: dict[str, Any]) -> Any:
     return fn.erase(x, anchor=drawn["erase_start"], shape=drawn["erase_shape"], fill_value=FILL)
 
 
-def _decoded(path: Any, spec: ViewSpec) -> Any:
-    """Upright RGB [H, W, 3] uint8 of a file, on the device that decodes."""
+def _decoded(encoded: Any, spec: ViewSpec) -> Any:
+    """RGB [H, W, 3] uint8 of a file's bytes, as it is stored, on the device that decodes."""
     options: dict[str, Any] = {"device": "cpu"}
     if spec.loading.device.type == "cuda":
         # The chroma upsampling of the CPU decoder: pixels then differ between devices by rounding only.
-        options = {"device": "mixed", "hw_decoder_load": spec.loading.hw_decoder_load, "jpeg_fancy_upsampling": True}
+        load = spec.loading.hw_decoder_load
+        options = {"device": "mixed", "hw_decoder_load": load, "jpeg_fancy_upsampling": True}
         width, height = spec.largest
-        if width and spec.loading.hw_decoder_load > 0:
+        if width and load > 0:
             options |= {"preallocate_width_hint": width, "preallocate_height_hint": height}
-    # Plain reads: a file that shrinks while it is mapped would end the process.
-    return fn.decoders.image(fn.io.file.read(path, dont_use_mmap=True), output_type=types.RGB, **options)
+    # Decoders disagree about damaged orientations: ours is applied to the small views.
+    return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **options)
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True)
@@ -91,22 +92,29 @@ def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
     """Bytes -> decode once -> for each view: crop and resize, rotate, color, blur where drawn, flip and normalize."""
     used = _used(spec)
     strong = _STRONG if spec.strong is not None else ()
-    inputs = fn.external_source(source=source, num_outputs=1 + len(used) * spec.num_views + len(strong), batch=True)
-    image = _decoded(inputs[0], spec)
+    per_view = 2 + len(used)
+    count = 2 + per_view * spec.num_views + len(strong)
+    # Requests are held until their views are there; a GPU may still read them then.
+    held = spec.loading.device.type == "cpu"
+    encoded, swapped, *inputs = fn.external_source(source=source, num_outputs=count, batch=True, no_copy=held)
+    image = _decoded(encoded, spec)
     # DALI knows no bfloat16; half precision is finer there (views stay within +-3) and half the traffic of a GPU.
     half = spec.loading.dtype == torch.float16 or (
         spec.loading.dtype == torch.bfloat16 and spec.loading.device.type == "cuda"
     )
     outputs = []
     for view in range(spec.num_views):
-        drawn = {name: inputs[1 + view * len(used) + place] for place, name in enumerate(used)}
-        roi = {"roi_start": drawn["roi_start"], "roi_end": drawn["roi_end"]}
+        start, end, *rest = inputs[view * per_view : (view + 1) * per_view]
+        drawn = {name: rest[place] for place, name in enumerate(used)}
+        roi = {"roi_start": start, "roi_end": end}
         x = fn.resize(image, **roi, size=[spec.size, spec.size], interp_type=types.INTERP_LINEAR)
+        if swapped:
+            x = fn.transpose(x, perm=[1, 0, 2], transpose_layout=False)
         if spec.rotation:
             x = fn.rotate(x, angle=drawn["angle"], keep_size=True, fill_value=0)
         if spec.strong is not None and view == spec.num_views - 1:
-            first = 1 + spec.num_views * len(used)
-            x = _strong(x, spec, {name: inputs[first + place] for place, name in enumerate(strong)})
+            rest = inputs[spec.num_views * per_view :]
+            x = _strong(x, spec, {name: rest[place] for place, name in enumerate(strong)})
         # The outer conditions below are Python's, about the pipeline; the inner ones DALI's, about each sample.
         # Samples that drew neither jitter nor grayscale, or no blur, skip the operator: the dearest on a CPU, where
         # they also cost half as much again when they round their results to bytes.
@@ -139,17 +147,13 @@ def _decode_pipeline(source: Any, spec: ViewSpec) -> Any:
     return _decoded(fn.external_source(source=source, batch=False), spec)
 
 
-def _encoded(path: str) -> np.ndarray:
-    return np.frombuffer(os.fsencode(path), np.uint8)
-
-
 class DaliBackend:
     """Views by a DALI pipeline that is built once and fed request by request."""
 
     def __init__(self, spec: ViewSpec) -> None:
         self.spec = spec
         self._requests: Iterator[Request] = iter(())
-        self._under_way: deque[Request] = deque()
+        self._under_way: deque[tuple[Request, list[Any]]] = deque()  # with what DALI reads
         self._failure: BaseException | None = None
         self._device_id: int | None = None
         if spec.loading.device.type == "cuda":
@@ -180,11 +184,21 @@ class DaliBackend:
         except BaseException as error:  # DALI would wrap it; run() raises it as it was
             self._failure = error
             raise StopIteration from error
-        self._under_way.append(request)
-        names = [_encoded(path) for path in request.paths]
-        drawn = [getattr(view, name) for view in request.views for name in _used(self.spec)]
-        strong = [getattr(request.strong, name) for name in _STRONG] if self.spec.strong is not None else []
-        return [names, *drawn, *strong]
+        arrays = self._arrays(request)
+        self._under_way.append((request, arrays))
+        return arrays
+
+    def _arrays(self, request: Request) -> list[Any]:
+        headers = [image.header for image in request.images]
+        arrays: list[Any] = [
+            [np.frombuffer(image.data, np.uint8) for image in request.images],
+            np.array([header.swapped for header in headers]),
+        ]
+        for view in request.views:
+            arrays += [*stored_regions(view, headers), *(getattr(view, name) for name in _used(self.spec))]
+        if self.spec.strong is not None:
+            arrays += [getattr(request.strong, name) for name in _STRONG]
+        return arrays
 
     def run(self, requests: Iterator[Request]) -> Iterator[tuple[Request, list[Tensor]]]:
         """See :class:`fastuft.data.backend.Backend`."""
@@ -204,8 +218,8 @@ class DaliBackend:
                     raise self._failure from None
                 return
             except RuntimeError as error:  # a failed pipeline does not run again: the next run builds another
-                raise DecodeError([path for request in self._under_way for path in request.paths], error) from error
-            request = self._under_way.popleft()
+                raise DecodeError([request for request, _ in self._under_way], error) from error
+            request, _ = self._under_way.popleft()
             yield request, [self._to_torch(result) for result in results]
 
     def _next(self) -> Any:
@@ -221,24 +235,24 @@ class DaliBackend:
         dtype = self.spec.loading.dtype
         return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
-    def parses(self, path: str) -> bool:
+    def understands(self, image: EncodedImage) -> bool:
         """See :class:`fastuft.data.backend.Backend`.
 
         DALI's decoder ends the process when a header among others' cannot be parsed, so its parser is asked before.
         """
         try:
-            return bool(nvimgcodec.CodeStream(path).width)
+            stream = nvimgcodec.CodeStream(image.data)
+            return (stream.width, stream.height) == (image.header.width, image.header.height)
         except RuntimeError:
             return False
 
-    def undecodable(self, paths: list[str]) -> list[str]:
+    def decodes(self, images: Sequence[EncodedImage]) -> list[bool]:
         """See :class:`fastuft.data.backend.Backend`."""
-        bad: list[str] = []
-        waiting = deque(dict.fromkeys(paths))
-        while waiting:
-            names = iter([_encoded(path) for path in waiting])  # a copy: ``waiting`` shrinks on the way
+        results: list[bool] = []
+        while len(results) < len(images):  # a failed pipeline does not run again
+            contents = iter([np.frombuffer(image.data, np.uint8) for image in images[len(results) :]])
             pipeline = _decode_pipeline(
-                names,
+                contents,
                 self.spec,
                 batch_size=1,
                 num_threads=1,
@@ -247,14 +261,12 @@ class DaliBackend:
             )
             pipeline.build()
             try:
-                while True:
+                while len(results) < len(images):
                     pipeline.run()
-                    waiting.popleft()
-            except StopIteration:
-                return bad
+                    results.append(True)
             except RuntimeError:
-                bad.append(waiting.popleft())
-        return bad
+                results.append(False)
+        return results
 
     def close(self) -> None:
         """See :class:`fastuft.data.backend.Backend`."""

@@ -8,14 +8,17 @@ import numpy as np
 from torch import Tensor
 
 from fastuft.config import AugmentConfig
+from fastuft.data.feed import Drawn
 from fastuft.data.loading import Loading
 from fastuft.data.order import Positions
-from fastuft.data.stream import Drawn, ImageStream, labels_of
+from fastuft.data.stream import ImageStream, labels_of
 from fastuft.data.views import center_views
 
 
 class EvalStream(ImageStream):
     """Images in order: shorter side to ``resize``, center crop of ``size``, normalized; the last partial batch is kept.
+
+    Where bad files are to be skipped they are left out: batches hold fewer images then.
 
     Args:
         paths: files.
@@ -50,7 +53,7 @@ class EvalStream(ImageStream):
         """(images [b, 3, size, size], labels int64 [b] or None).
 
         Raises:
-            BadImageError: a bad file; it names the file and the remedy.
+            BadImageError: a bad file, unless they are to be skipped; it names the file and the remedy.
         """
         for _, index, (images,) in self._pass(0, np.arange(len(self.paths)), range(len(self))):
             yield images, None if self.labels is None else self.labels[index]

@@ -1,25 +1,34 @@
-"""From files to batches of views: looks at each file before a decoder does, and deals with the bad ones."""
+"""From files to batches of views: reads each file ahead of the decoder, and deals with the bad ones."""
 
 from __future__ import annotations
 
-import tempfile
 import threading
-import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from fastuft.data.backend import Backend, DecodeError, Request, ViewSpec
-from fastuft.data.files import BadFile, BadImageError, image_size, in_threads, open_rgb
+from fastuft.data.bad import BadFile, BadImageError
+from fastuft.data.decoding import EncodedImage, check_whole, decode_rgb, read_image, reason_of, recoded
+from fastuft.data.encoded import without_metadata
 from fastuft.data.loading import resolve_loader
+from fastuft.data.order import Positions
+from fastuft.data.reading import ReaderPool, Reading
+from fastuft.data.strong import StrongParameters
+from fastuft.data.views import ViewParameters
+from fastuft.messages import note
+from fastuft.names import printable
 from fastuft.randomness import keyed_generator
 
-_LOOKERS = 16  # threads that look at new files; on network storage each waits
+Drawn = tuple[tuple[ViewParameters, ...], StrongParameters | None]
+
+_AHEAD = 2  # batches that are read while one is assembled
 _MANY_BAD = 0.5  # share of bad files at which skipping stops making sense
 
 
@@ -35,166 +44,225 @@ def make_backend(spec: ViewSpec) -> Backend:
 
 
 @dataclass(frozen=True)
-class BadFileRule:
-    """What happens to files that cannot be used.
+class Replacing:
+    """How good files take the places of bad ones that are skipped.
 
     Args:
-        skip: replace them by good ones and count them; otherwise an error names the first.
-        seed: of the draw of replacements.
-        pools: ranges of positions; a file is replaced by one of its own range.
+        seed: of the draw.
+        pools: ranges of files; a file is replaced by one of its own range, one that is in none by any.
     """
 
-    skip: bool = False
-    seed: int = 0
-    pools: tuple[range, ...] = ()
+    seed: int
+    pools: tuple[range, ...]
 
 
-def _made_ahead(request: Callable[[int], Request], steps: range) -> Generator[Request]:
-    """``request(step)`` of each step, made by a thread while the batches before it are decoded and used."""
-    with ThreadPoolExecutor(1, "requests") as maker:
-        following = maker.submit(request, steps.start)
-        for step in steps:
-            ready = following
-            if step + 1 < steps.stop:
-                following = maker.submit(request, step + 1)
-            yield ready.result()
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the files.
+
+    Args:
+        epoch: part of the key of everything drawn.
+        order: files by position.
+        positions: the positions of a step's batch.
+        draw: parameters of the views of images of the given sizes [n, 2] (width, height) at the given positions.
+    """
+
+    epoch: int
+    order: Positions
+    positions: Callable[[int], Positions]
+    draw: Callable[[int, Positions, np.ndarray], Drawn]
 
 
 class Feed:
     """Batches of views of a list of files.
 
-    Every file is looked at once before a decoder sees it (see :func:`fastuft.data.files.image_size`), a batch ahead and
-    in parallel. Where decoding fails all the same, the culprit is found by decoding the images under way one by one,
-    and the batches that were not handed out yet are made again. A file that the loader's decoder refuses and Pillow
-    reads (DALI: some WebP files with metadata) is no bad file: a lossless copy in a temporary folder takes its place,
-    with a warning.
+    A pool of threads reads the files of the batches ahead. Each file is looked at when it is read (see
+    :func:`fastuft.data.decoding.read_image`), and the bytes that were looked at are those that are decoded: a region
+    is always one of the image at hand. A file whose size is not what it was is bad. Where decoding fails all the same,
+    the culprit is found by decoding the images under way one by one, and the batches that were not handed out yet are
+    made again. What the loader's decoder refuses and Pillow reads (DALI: some files with odd metadata) is not bad: it
+    is decoded without its metadata, or by Pillow.
 
     Args:
         paths: files.
         spec: how views are made.
-        rule: for bad files.
+        replacing: what takes the place of skipped files; None leaves them out.
     """
 
-    def __init__(self, paths: Sequence[str], spec: ViewSpec, rule: BadFileRule | None = None) -> None:
+    def __init__(self, paths: Sequence[str], spec: ViewSpec, replacing: Replacing | None = None) -> None:
         self.paths = paths
-        self.sizes = np.zeros((len(paths), 2), np.int32)  # width, height of upright images; 0: not looked at yet
-        self._rule = rule or BadFileRule()
-        self._max_megapixels = spec.loading.max_megapixels
+        self._loading = spec.loading
+        self._replacing = replacing
+        self._known = np.zeros((len(paths), 3), np.int64)  # width, height, bytes of files that were read before
         self._bad: dict[int, str] = {}
-        self._copies: dict[int, str] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._treatment: dict[int, Literal["strip", "recode"]] = {}
         self._lock = threading.RLock()  # requests are made by a thread, failures dealt with by the consumer's
+        self._pool = ReaderPool(timeout=spec.loading.read_timeout)
         self._backend = make_backend(spec)
 
     @property
     def bad_files(self) -> list[BadFile]:
         """Files found bad so far, in their order."""
-        return [BadFile(self.paths[index], reason) for index, reason in sorted(self._bad.items())]
+        with self._lock:
+            return [BadFile(self.paths[index], reason) for index, reason in sorted(self._bad.items())]
 
-    def names(self, indices: np.ndarray) -> list[str]:
-        """Files to read for positions."""
-        return [self._copies.get(index, self.paths[index]) for index in indices.tolist()]
-
-    def usable(self, indices: np.ndarray, epoch: int = 0, positions: np.ndarray | None = None) -> np.ndarray:
-        """The indices with bad files replaced by good ones, drawn by (seed, epoch, position): the first good one of a
-        fixed sequence, so that all ranks and restarts take the same.
+    def batches(self, one_pass: Pass, steps: range) -> Iterator[tuple[Request, list[Tensor]]]:
+        """(request, views) of each step; steps that are left without any image are passed over.
 
         Raises:
-            BadImageError: a bad file, unless the rule is to skip.
+            BadImageError: a bad file, unless they are to be skipped.
             ValueError: most of the files are bad.
         """
-        chosen = indices.copy()
-        with self._lock:
-            self._look(indices.tolist())
-            for row, index in enumerate(indices.tolist()):
-                if index in self._bad:
-                    assert positions is not None, "only streams that know positions skip files"
-                    pool = self._pool(index)
-                    generator = keyed_generator(self._rule.seed, "replacement", epoch, int(positions[row]))
-                    while index in self._bad:
-                        index = pool[int(generator.integers(len(pool)))]
-                        self._look([index])
-                    chosen[row] = index
-        return chosen
-
-    def _look(self, indices: list[int]) -> None:
-        """Check those files that were not looked at before; their sizes are known afterwards, or they are bad."""
-        new = [index for index in dict.fromkeys(indices) if not self.sizes[index, 0] and index not in self._bad]
-
-        def look(index: int) -> tuple[tuple[int, int], bool] | BadImageError:
-            path = self.paths[index]
+        first = steps.start
+        while first < steps.stop:
             try:
-                return image_size(path, self._max_megapixels), self._backend.parses(path)
-            except BadImageError as error:
-                return error
-
-        for index, found in zip(new, in_threads(look, new, _LOOKERS, chunk=4) if new else (), strict=True):
-            if isinstance(found, BadImageError):
-                self._mark(index, found.reason)
-                continue
-            self.sizes[index], parsed = found
-            if not parsed:
-                self._copy(index)
-
-    def _pool(self, index: int) -> range:
-        return next((pool for pool in self._rule.pools if index in pool), range(len(self.paths)))
-
-    def _mark(self, index: int, reason: str) -> None:
-        path = self.paths[index]
-        if not self._rule.skip:
-            raise BadImageError(path, reason, skippable=bool(self._rule.pools))
-        self._bad[index] = reason
-        pool = self._pool(index)
-        count = sum(other in pool for other in self._bad)
-        if count > _MANY_BAD * len(pool):
-            raise ValueError(
-                f"{count} of {len(pool)} files are bad, too many to skip (last: {path}: {reason}); "
-                "run `fastuft verify-data` on the folders"
-            )
-
-    def batches(self, request: Callable[[int], Request], steps: range) -> Iterator[tuple[int, Request, list[Tensor]]]:
-        """(step, request, views) of each step.
-
-        Raises:
-            BadImageError: a bad file, unless the rule is to skip.
-        """
-        step = steps.start
-        while step < steps.stop:
-            try:
-                with closing(_made_ahead(request, range(step, steps.stop))) as requests:
-                    for made, views in self._backend.run(requests):
-                        yield step, made, views
-                        step += 1
+                with closing(self._requests(one_pass, range(first, steps.stop))) as requests:
+                    for request, views in self._backend.run(requests):
+                        yield request, views
+                        first = request.step + 1
+                return
             except DecodeError as error:
                 self._settle(error)
 
-    def _settle(self, error: DecodeError) -> None:
-        """Find the files behind a decoder's failure; the next request leaves them out or reads their copies."""
-        culprits = set(self._backend.undecodable(error.paths))
-        if not culprits:
-            raise error  # no file's fault
-        with self._lock:
-            for index, path in enumerate(self.paths):
-                if self._copies.get(index, path) in culprits:
-                    self._copy(index)
+    def _requests(self, one_pass: Pass, steps: range) -> Generator[Request]:
+        """The requests of the steps; a thread makes one while the batches before it are decoded and used."""
+        under_way: deque[tuple[int, Positions, Reading[int, EncodedImage]]] = deque()
+        following = iter(steps)
 
-    def _copy(self, index: int) -> None:
-        """Put a copy that every decoder reads in a file's place; the file is bad if Pillow cannot decode it either."""
+        def read_ahead() -> None:
+            while len(under_way) <= _AHEAD and (step := next(following, None)) is not None:
+                positions = one_pass.positions(step)
+                wanted = [index for index in one_pass.order[positions].tolist() if index not in self._bad]
+                under_way.append((step, positions, self._pool.read(self._read, wanted)))
+
+        def make() -> Request | None:
+            read_ahead()
+            if not under_way:
+                return None
+            step, positions, reading = under_way.popleft()
+            read_ahead()
+            return self._request(one_pass, step, positions, reading)
+
+        with ThreadPoolExecutor(1, "requests") as maker:
+            made = maker.submit(make)
+            while (request := made.result()) is not None:
+                made = maker.submit(make)
+                if request.images:
+                    yield request
+
+    def _request(self, one_pass: Pass, step: int, positions: Positions, reading: Reading[int, EncodedImage]) -> Request:
+        found = reading.results()
+        images: list[EncodedImage] = []
+        index = one_pass.order[positions].copy()
+        kept = np.ones(len(index), bool)
+        results = iter(zip(reading.items, found, strict=True))
+        following = next(results, None)
+        for row, wanted in enumerate(index.tolist()):
+            image: EncodedImage | None = None
+            if following is not None and following[0] == wanted:
+                image = self._accept(wanted, following[1])
+                following = next(results, None)
+            if image is None and self._replacing is not None:
+                index[row], image = self._replacement(wanted, one_pass.epoch, int(positions[row]))
+            if image is None:
+                kept[row] = False
+            else:
+                images.append(image)
+        positions, index = positions[kept], index[kept]
+        sizes = np.array([image.header.size for image in images], np.int32).reshape(-1, 2)
+        views, strong = one_pass.draw(one_pass.epoch, positions, sizes) if images else ((), None)
+        return Request(step, images, index, views, strong)
+
+    def _accept(self, index: int, found: EncodedImage | Exception) -> EncodedImage | None:
+        """The image, or None for a bad file, which is noted."""
+        if isinstance(found, EncodedImage):
+            return found
+        self._mark(index, reason_of(found))
+        return None
+
+    def _replacement(self, index: int, epoch: int, position: int) -> tuple[int, EncodedImage]:
+        """A good file in place of a bad one: the first of a sequence drawn by (seed, epoch, position), so that all
+        ranks and restarts take the same.
+        """
+        assert self._replacing is not None
+        pool = self._pool_of(index)
+        generator = keyed_generator(self._replacing.seed, "replacement", epoch, position)
+        while True:
+            index = pool[int(generator.integers(len(pool)))]
+            if index not in self._bad:
+                (found,) = self._pool.read(self._read, [index]).results()
+                image = self._accept(index, found)
+                if image is not None:
+                    return index, image
+
+    def _read(self, index: int) -> EncodedImage:
+        """A file's bytes, looked at, in a form that the backend's decoder takes."""
+        image = read_image(self.paths[index], self._loading.max_megapixels)
+        state = np.array([*image.header.size, len(image.data)], np.int64)
+        if self._known[index, 0]:
+            if not np.array_equal(self._known[index], state):
+                before, now = ("{} x {} pixels in {} bytes".format(*each) for each in (self._known[index], state))
+                raise BadImageError(image.path, f"has changed since it was read first (was {before}, is {now})")
+        else:
+            check_whole(image)
+            if image.header.format == "other":
+                self._treatment[index] = "recode"
+            elif not self._backend.understands(image):
+                if self._backend.understands(_stripped(image)):
+                    self._treatment[index] = "strip"
+                else:
+                    self._leave_to_pillow(index)
+            self._known[index] = state
+        treatment = self._treatment.get(index)
+        if treatment == "strip":
+            return _stripped(image)
+        return recoded(image) if treatment == "recode" else image
+
+    def _pool_of(self, index: int) -> range:
+        pools = self._replacing.pools if self._replacing is not None else ()
+        return next((pool for pool in pools if index in pool), range(len(self.paths)))
+
+    def _mark(self, index: int, reason: str) -> None:
         path = self.paths[index]
-        try:
-            image = open_rgb(path)
-        except BadImageError as error:
-            self._mark(index, error.reason)
-            return
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="fastuft-")
-        copy = Path(self._folder.name) / f"{index}.png"
-        image.save(copy, compress_level=1)
-        self._copies[index] = str(copy)
-        warnings.warn(f"{path}: DALI does not decode it, Pillow does; a temporary PNG copy is read", stacklevel=2)
+        if self._loading.on_bad_file == "error":
+            raise BadImageError(path, reason)
+        with self._lock:
+            self._bad[index] = reason
+            pool = self._pool_of(index)
+            count = sum(other in pool for other in self._bad)
+        if count > _MANY_BAD * len(pool):
+            raise ValueError(
+                f"{count} of {len(pool)} files are bad, too many to skip (last: {printable(path)}: {reason}); "
+                "run `fastuft verify-data` on the folders"
+            )
+
+    def _settle(self, error: DecodeError) -> None:
+        """Find the files behind a decoder's failure; the next request leaves them out or has Pillow decode them."""
+        under_way: dict[int, EncodedImage] = {}
+        for request in error.requests:
+            under_way |= dict(zip(request.index.tolist(), request.images, strict=True))
+        decodes = self._backend.decodes(list(under_way.values()))
+        culprits = [each for each, good in zip(under_way.items(), decodes, strict=True) if not good]
+        if not culprits or any(self._treatment.get(index) == "recode" for index, _ in culprits):
+            raise error  # no file's fault
+        for index, image in culprits:
+            try:
+                decode_rgb(image)
+            except BadImageError as bad:
+                self._mark(index, bad.reason)
+            else:
+                self._leave_to_pillow(index)
+
+    def _leave_to_pillow(self, index: int) -> None:
+        if "recode" not in self._treatment.values():
+            note(f"{printable(self.paths[index])}: DALI does not decode it; Pillow does, as for all such files")
+        self._treatment[index] = "recode"
 
     def close(self) -> None:
-        """Give back threads, memory and temporary files."""
+        """Give back threads and memory."""
+        self._pool.close()
         self._backend.close()
-        if self._folder is not None:
-            self._folder.cleanup()
+
+
+def _stripped(image: EncodedImage) -> EncodedImage:
+    return EncodedImage(image.path, without_metadata(image.data, image.header), image.header)

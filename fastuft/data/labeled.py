@@ -8,9 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from fastuft.config import AugmentConfig
+from fastuft.data.feed import Drawn, Replacing
 from fastuft.data.loading import Loading
 from fastuft.data.order import Positions
-from fastuft.data.stream import Drawn, ImageStream, labels_of, shuffled
+from fastuft.data.stream import ImageStream, labels_of, shuffled
 from fastuft.data.views import draw_views, uniforms
 
 
@@ -39,7 +40,7 @@ class LabeledTrainStream(ImageStream):
         batch_size: int,
         seed: int,
     ) -> None:
-        super().__init__(paths, augment, loading, batch_size=batch_size)
+        super().__init__(paths, augment, loading, batch_size=batch_size, replacing=Replacing(seed, ()))
         self.labels = labels_of(paths, labels)
         self.seed = seed
 
@@ -47,7 +48,7 @@ class LabeledTrainStream(ImageStream):
         """(images [b, 3, size, size], labels int64 [b]) of one shuffled pass.
 
         Raises:
-            BadImageError: a bad file; it names the file and the remedy.
+            BadImageError: a bad file, unless they are to be skipped; it names the file and the remedy.
         """
         order = shuffled(self.seed, epoch, len(self.paths))
         for _, index, (images,) in self._pass(epoch, order, range(len(self))):

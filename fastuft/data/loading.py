@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,13 +11,15 @@ from typing import Literal
 import torch
 
 from fastuft.config import DataConfig
+from fastuft.data.decoding import MAX_MEGAPIXELS
+from fastuft.data.reading import READ_TIMEOUT
+from fastuft.messages import note
 
 Loader = Literal["auto", "dali", "torch"]
 Triple = tuple[float, float, float]
 CPU = torch.device("cpu")
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time, and of the period they are for
-_said_missing = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Loading:
         prefetch: batches made ahead.
         hw_decoder_load: share of JPEGs for a GPU's hardware decoder.
         max_megapixels: largest image that is decoded.
+        on_bad_file: error names the file and stops; skip goes on without it: training streams put a good one in its
+            place, evaluation leaves it out.
+        read_timeout: seconds that reading one file may take; one that takes longer is bad.
     """
 
     mean: Triple
@@ -45,7 +49,9 @@ class Loading:
     threads: int = 0
     prefetch: int = 2
     hw_decoder_load: float = 0.9
-    max_megapixels: float = 180.0
+    max_megapixels: float = MAX_MEGAPIXELS
+    on_bad_file: Literal["error", "skip"] = "error"
+    read_timeout: float = READ_TIMEOUT
 
     @classmethod
     def of(
@@ -68,6 +74,8 @@ class Loading:
             prefetch=data.prefetch,
             hw_decoder_load=data.hw_decoder_load,
             max_megapixels=data.max_megapixels,
+            on_bad_file=data.on_bad_file,
+            read_timeout=data.read_timeout,
         )
 
     @property
@@ -93,12 +101,10 @@ def resolve_loader(loader: Loader) -> Literal["dali", "torch"]:
     Raises:
         ValueError: dali asked for where it is missing.
     """
-    global _said_missing
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if loader == "torch" or (loader == "auto" and not installed):
-        if loader == "auto" and not _said_missing:
-            print("DALI is not installed: images go through the slower PyTorch loader.", file=sys.stderr)
-            _said_missing = True
+        if loader == "auto":
+            note("DALI is not installed: images go through the slower PyTorch loader.")
         return "torch"
     if not installed:
         raise ValueError(

@@ -16,7 +16,9 @@ import numpy as np
 from filelock import FileLock
 
 from fastuft.atomic import remove_leftovers, whole_file, write_whole
-from fastuft.data.files import in_threads, list_images
+from fastuft.data.bad import BadImageError
+from fastuft.data.listing import IMAGE_SUFFIXES, find_images
+from fastuft.data.reading import in_threads, read_bytes
 from fastuft.names import printable
 from fastuft.randomness import keyed_generator
 
@@ -33,7 +35,8 @@ class Manifest:
         source_total: images of the whole source set.
         fraction: share of the source that was drawn.
         seed: seed of the draw.
-        content_hash: digest of every file's path and size.
+        content_hash: digest of every file's name, relative to the folder or list that it was found by, and size: the same
+            for the same data under another root, behind a link, or read from a replay cache.
     """
 
     paths: tuple[str, ...]
@@ -52,6 +55,7 @@ class Manifest:
         fraction: float = 0.1,
         seed: int = 0,
         replay_cache: str | None = None,
+        suffixes: Sequence[str] = IMAGE_SUFFIXES,
     ) -> Manifest:
         """Scan the folders and draw the replayed share, once and for all of a run.
 
@@ -61,28 +65,33 @@ class Manifest:
             fraction: share of the source that joins, at least one image.
             seed: seed of the draw.
             replay_cache: folder to copy the drawn images to; training then reads the copies.
+            suffixes: of image files in folders.
 
         Raises:
             ValueError: an empty or missing folder, a source that holds target images only, or a fraction out of [0, 1].
         """
         if not 0 <= fraction <= 1:
             raise ValueError(f"data.replay_fraction={fraction!r} is out of range; allowed: [0, 1]")
-        targets = list_images(target)
+        found = find_images(target, suffixes)
+        targets, names = found.paths, [f"target/{name}" for name in found.names]
         drawn: list[str] = []
         total = 0
         if source:
-            known = set(targets)
-            everything = [path for path in list_images(source) if path not in known]
-            if not everything:
+            known = set(_real_paths(targets))
+            found = find_images(source, suffixes)
+            left = [row for row, real in enumerate(_real_paths(found.paths)) if real not in known]
+            if not left:
                 raise ValueError(f"source={source!r} holds target images only; name the images of pretraining, or none")
-            total = len(everything)
+            total = len(left)
             count = max(1, round(fraction * total)) if fraction else 0
             chosen = keyed_generator(seed, "replay").permutation(total)[:count]
-            drawn = [everything[index] for index in np.sort(chosen)]
+            rows = [left[index] for index in np.sort(chosen)]
+            drawn = [found.paths[row] for row in rows]
+            names += [f"source/{found.names[row]}" for row in rows]
             if replay_cache is not None:
                 drawn = copy_to_cache(drawn, replay_cache)
         paths = (*targets, *drawn)
-        return cls(paths, len(targets), total, fraction if source else 0.0, seed, _digest(paths))
+        return cls(paths, len(targets), total, fraction if source else 0.0, seed, _digest(paths, names))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -113,7 +122,13 @@ class Manifest:
         write_whole(Path(path), json.dumps({**self.summary(), "paths": self.paths}).encode())
 
 
-def _digest(paths: Sequence[str]) -> str:
+def _real_paths(paths: Sequence[str]) -> list[str]:
+    """The paths with links to folders resolved; each folder is looked up once."""
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
+    return [os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths]
+
+
+def _digest(paths: Sequence[str], names: Sequence[str]) -> str:
     def size(path: str) -> int:
         try:
             return os.path.getsize(path)
@@ -121,8 +136,8 @@ def _digest(paths: Sequence[str]) -> str:
             return -1  # a vanished file is the streams' affair, under data.on_bad_file
 
     digest = hashlib.blake2b(digest_size=16)
-    for path, length in zip(paths, in_threads(size, paths, _READERS), strict=True):
-        digest.update(os.fsencode(f"{path}\t{length}\n"))
+    for name, length in zip(names, in_threads(size, paths, _READERS), strict=True):
+        digest.update(os.fsencode(f"{name}\t{length}\n"))
     return digest.hexdigest()
 
 
@@ -166,8 +181,8 @@ def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
                 state = [found.st_size, found.st_mtime_ns]
                 if noted.get(target.name) == state and target.exists() and target.stat().st_size == found.st_size:
                     return str(target)
-                content = Path(path).read_bytes()
-            except OSError:
+                content = read_bytes(path)
+            except (OSError, BadImageError):
                 return path  # an unreadable original is the streams' affair, under data.on_bad_file
             try:
                 _write_compared(target, content)

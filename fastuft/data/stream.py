@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from fastuft.config import AugmentConfig
-from fastuft.data.backend import Request, ViewSpec
-from fastuft.data.feed import BadFileRule, Feed
-from fastuft.data.files import BadFile
+from fastuft.data.backend import ViewSpec
+from fastuft.data.bad import BadFile
+from fastuft.data.feed import Drawn, Feed, Pass, Replacing
 from fastuft.data.loading import Loading
 from fastuft.data.order import Positions
-from fastuft.data.strong import StrongConfig, StrongParameters
-from fastuft.data.views import ViewParameters
+from fastuft.data.strong import StrongConfig
 from fastuft.randomness import keyed_generator
-
-Drawn = tuple[tuple[ViewParameters, ...], StrongParameters | None]
 
 
 class ImageStream(ABC):
@@ -33,7 +30,7 @@ class ImageStream(ABC):
         num_views: views of each image.
         strong: RandAugment and Cutout of the last view.
         largest: (width, height) to reserve memory for in a GPU's decoder.
-        rule: what happens to bad files.
+        replacing: what takes the place of skipped files; None leaves them out.
 
     Raises:
         ValueError: no files.
@@ -49,7 +46,7 @@ class ImageStream(ABC):
         num_views: int = 1,
         strong: StrongConfig | None = None,
         largest: tuple[int, int] = (0, 0),
-        rule: BadFileRule | None = None,
+        replacing: Replacing | None = None,
     ) -> None:
         if not paths:
             raise ValueError("paths is empty; give at least one image")
@@ -67,7 +64,7 @@ class ImageStream(ABC):
             largest=largest,
             strong=strong,
         )
-        self._feed = Feed(paths, spec, rule)
+        self._feed = Feed(paths, spec, replacing)
 
     def __len__(self) -> int:
         """Batches of one pass."""
@@ -75,7 +72,7 @@ class ImageStream(ABC):
 
     @property
     def bad_files(self) -> list[BadFile]:
-        """Files skipped so far, with the reason."""
+        """Files skipped so far by this rank, with the reason."""
         return self._feed.bad_files
 
     @abstractmethod
@@ -89,14 +86,9 @@ class ImageStream(ABC):
     def _pass(self, epoch: int, order: Positions, steps: range) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
         """(step, int64 [b] files, views) of each step of one pass over the files in ``order``."""
 
-        def request(step: int) -> Request:
-            positions = self._positions(step, len(order))
-            index = self._feed.usable(order[positions], epoch, positions)
-            views, strong = self._draw(epoch, positions, self._feed.sizes[index])
-            return Request(self._feed.names(index), views, index, strong)
-
-        for step, made, views in self._feed.batches(request, steps):
-            yield step, torch.from_numpy(made.index), views
+        one_pass = Pass(epoch, order, lambda step: self._positions(step, len(order)), self._draw)
+        for request, views in self._feed.batches(one_pass, steps):
+            yield request.step, torch.from_numpy(request.index), views
 
     def close(self) -> None:
         """Give back threads and memory."""

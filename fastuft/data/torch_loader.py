@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastuft.data.backend import DecodeError, Request, ViewSpec
-from fastuft.data.files import BadImageError, open_rgb, verify_files
+from fastuft.data.bad import BadImageError
+from fastuft.data.decoding import EncodedImage, decode_rgb
 from fastuft.data.strong import FILL, StrongConfig, StrongParameters, magnitude
 from fastuft.data.views import ViewParameters, color_matrix
 
@@ -112,7 +113,7 @@ class TorchBackend:
         self._pool = ThreadPoolExecutor(spec.loading.num_threads)
 
     def _sample(self, request: Request, row: int) -> list[Tensor]:
-        image = open_rgb(request.paths[row])
+        image = decode_rgb(request.images[row])
         plain = [None] * (len(request.views) - 1)
         return [
             make_view(image, view, row, self.spec, strong)
@@ -126,7 +127,7 @@ class TorchBackend:
         def take() -> None:
             request = next(requests, None)
             if request is not None:
-                jobs = [self._pool.submit(self._sample, request, row) for row in range(len(request.paths))]
+                jobs = [self._pool.submit(self._sample, request, row) for row in range(len(request.images))]
                 under_way.append((request, jobs))
 
         for _ in range(1 + self.spec.loading.prefetch):
@@ -136,7 +137,7 @@ class TorchBackend:
             try:
                 samples = [job.result() for job in jobs]
             except BadImageError as error:
-                raise DecodeError([error.path], error) from error
+                raise DecodeError([request], error) from error
             take()
             yield request, [self._collate([sample[view] for sample in samples]) for view in range(len(request.views))]
 
@@ -146,13 +147,21 @@ class TorchBackend:
             batch = batch.pin_memory()  # a copy from pageable memory would make the host wait
         return batch.to(self.spec.loading.device, non_blocking=True)
 
-    def parses(self, path: str) -> bool:
-        """See :class:`fastuft.data.backend.Backend`; Pillow has read the header before."""
+    def understands(self, image: EncodedImage) -> bool:
+        """See :class:`fastuft.data.backend.Backend`; Pillow's size is compared when it decodes."""
         return True
 
-    def undecodable(self, paths: list[str]) -> list[str]:
+    def decodes(self, images: Sequence[EncodedImage]) -> list[bool]:
         """See :class:`fastuft.data.backend.Backend`."""
-        return [entry.path for entry in verify_files(paths, decode=True, workers=self.spec.loading.num_threads)]
+
+        def decodes(image: EncodedImage) -> bool:
+            try:
+                decode_rgb(image)
+            except BadImageError:
+                return False
+            return True
+
+        return list(self._pool.map(decodes, images))
 
     def close(self) -> None:
         """See :class:`fastuft.data.backend.Backend`."""

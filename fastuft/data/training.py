@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fastuft.config import AugmentConfig, DataConfig
-from fastuft.data.feed import BadFileRule
-from fastuft.data.files import BadImageError, image_size
+from fastuft.data.bad import BadImageError
+from fastuft.data.decoding import image_size
+from fastuft.data.feed import Drawn, Replacing
 from fastuft.data.loading import Loading
 from fastuft.data.manifest import Manifest
 from fastuft.data.order import EpochPlan, Positions
-from fastuft.data.stream import Drawn, ImageStream
+from fastuft.data.stream import ImageStream
 from fastuft.data.views import draw_views, uniforms
 
 _PROBED = 256  # images looked at to reserve memory in a GPU's decoder
@@ -51,7 +52,7 @@ class TrainStream(ImageStream):
 
     Args:
         manifest: the training set.
-        data: batch, replay mode and bad-file rule.
+        data: batch and replay mode.
         augment: strengths of the views.
         loading: how images are loaded.
         seed: the run's seed.
@@ -96,7 +97,7 @@ class TrainStream(ImageStream):
             batch_size=data.batch_size // world_size,
             num_views=2,
             largest=_largest(manifest.paths) if loading.device.type == "cuda" else (0, 0),
-            rule=BadFileRule(data.on_bad_file == "skip", seed, pools),
+            replacing=Replacing(seed, pools),
         )
         self.manifest = manifest
         self.seed = seed
@@ -112,7 +113,7 @@ class TrainStream(ImageStream):
         """Batches of one epoch, from ``start_step`` on.
 
         Raises:
-            BadImageError: a bad file under ``on_bad_file: error``; it names the file and the remedy.
+            BadImageError: a bad file, unless they are to be skipped; it names the file and the remedy.
         """
         order = self._plan.order(self.seed, epoch)
         is_source = torch.from_numpy(self.manifest.is_source)

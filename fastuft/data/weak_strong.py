@@ -8,9 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from fastuft.config import AugmentConfig
+from fastuft.data.feed import Drawn, Replacing
 from fastuft.data.loading import Loading
 from fastuft.data.order import Positions
-from fastuft.data.stream import Drawn, ImageStream, shuffled
+from fastuft.data.stream import ImageStream, shuffled
 from fastuft.data.strong import StrongConfig, draw_strong, draws_of
 from fastuft.data.views import draw_views, uniforms
 
@@ -48,7 +49,9 @@ class WeakStrongStream(ImageStream):
                 "augment.jitter_p, grayscale_p and blur_p must be 0 here: RandAugment works on whole gray levels, and "
                 "the weak view keeps its colors"
             )
-        super().__init__(paths, augment, loading, batch_size=batch_size, num_views=2, strong=strong)
+        super().__init__(
+            paths, augment, loading, batch_size=batch_size, num_views=2, strong=strong, replacing=Replacing(seed, ())
+        )
         self.strong = strong
         self.seed = seed
 
@@ -56,7 +59,7 @@ class WeakStrongStream(ImageStream):
         """(weak, strong) views [b, 3, size, size] each of one shuffled pass.
 
         Raises:
-            BadImageError: a bad file; it names the file and the remedy.
+            BadImageError: a bad file, unless they are to be skipped; it names the file and the remedy.
         """
         order = shuffled(self.seed, epoch, len(self.paths))
         for _, _, (weak, strong) in self._pass(epoch, order, range(len(self))):

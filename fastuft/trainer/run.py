@@ -121,6 +121,7 @@ class _Run:
             fraction=config.data.replay_fraction,
             seed=config.data.replay_seed,
             replay_cache=config.data.replay_cache,
+            suffixes=config.data.suffixes,
         )
         loading = self._loading()
         self.stream = TrainStream(

@@ -25,8 +25,8 @@ def due(watch: WatchConfig, epochs_done: int) -> bool:
 def evaluate(backbone: Backbone, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """Figures of the query encoder's backbone as fractions: ``retrieval``, ``source_clustering``."""
 
-    def features(folder: str) -> tuple[torch.Tensor, list[int]]:
-        paths, labels, _ = labeled_folder(folder)
+    def features(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
+        paths, labels, _ = labeled_folder(folder, config.data.suffixes)
         stream = EvalStream(
             paths,
             labels,
@@ -35,7 +35,9 @@ def evaluate(backbone: Backbone, config: TrainConfig, device: torch.device) -> d
             batch_size=config.data.batch_size,
         )
         with closing(stream):
-            return extract_features(backbone, stream, device)[0], labels
+            found, kept_labels = extract_features(backbone, stream, device)
+        assert kept_labels is not None
+        return found, kept_labels
 
     figures = {}
     watch = config.watch

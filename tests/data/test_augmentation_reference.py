@@ -12,10 +12,9 @@ from PIL import Image, ImageFilter
 from stream_cases import plain
 
 from fastuft.config import AugmentConfig
-from fastuft.data import EvalStream
+from fastuft.data import EvalStream, open_rgb
 from fastuft.data.backend import Request, ViewSpec
 from fastuft.data.feed import make_backend
-from fastuft.data.files import open_rgb
 from fastuft.data.views import draw_views, uniforms
 
 transforms = pytest.importorskip("torchvision.transforms.functional", reason="torchvision is not installed")

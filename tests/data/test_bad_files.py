@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import struct
 import threading
 import time
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from stream_cases import LOADERS, plain, small_stream, stream_of
 
 from fastuft.config import DataConfig
-from fastuft.data import EvalStream, image_size
+from fastuft.data import BadImageError, EvalStream
 from fastuft.data import feed as feed_module
 from fastuft.data.backend import DecodeError
+from fastuft.data.decoding import read_image
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -61,32 +63,61 @@ def test_too_many_bad_files_stop_even_when_skipping(manifest, tmp_path):
         list(small_stream(damaged, "torch", on_bad_file="skip", drop_last=False).epoch(0))
 
 
-def test_new_files_are_looked_at_in_parallel_and_a_batch_ahead(manifest, monkeypatch):
-    """On network storage each look waits; the batch that is wanted must not."""
-    lock, under_way, most, looked = threading.Lock(), 0, 0, 0
+def test_files_are_read_in_parallel_and_ahead_of_the_batch(manifest, monkeypatch):
+    """On network storage each read waits; the batch that is wanted must not."""
+    lock, under_way, most, done = threading.Lock(), 0, 0, 0
 
-    def slow_look(path, max_megapixels):
-        nonlocal under_way, most, looked
+    def slow_read(path, max_megapixels):
+        nonlocal under_way, most, done
         with lock:
             under_way += 1
             most = max(most, under_way)
         time.sleep(0.05)
         with lock:
             under_way -= 1
-            looked += 1
-        return image_size(path, max_megapixels)
+            done += 1
+        return read_image(path, max_megapixels)
 
-    monkeypatch.setattr(feed_module, "image_size", slow_look)
+    monkeypatch.setattr(feed_module, "read_image", slow_read)
     stream = small_stream(manifest, "torch", prefetch=1)
     batches = stream.epoch(0)
     next(batches)
     assert most > 1
-    # One batch is handed out, two are being made, and one more is looked at meanwhile.
     give_up = time.monotonic() + 10
-    while looked < 32 and time.monotonic() < give_up:
+    while done < 32 and time.monotonic() < give_up:
         time.sleep(0.01)
-    assert looked == 32
+    assert done == 32  # one batch is handed out, two are being made, and others are read meanwhile
     batches.close()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_file_that_hangs_is_named_and_does_not_hold_up_the_others(manifest, monkeypatch, loader):
+    hung = threading.Event()
+
+    def read(path, max_megapixels):
+        if path == manifest.paths[3]:
+            hung.wait(30)
+        return read_image(path, max_megapixels)
+
+    monkeypatch.setattr(feed_module, "read_image", read)
+    with pytest.raises(BadImageError, match=r"03\.png: cannot be read \(not read within 0.2 seconds\)"):
+        list(small_stream(manifest, loader, read_timeout=0.2).epoch(0))
+    stream = small_stream(manifest, loader, read_timeout=0.2, on_bad_file="skip", drop_last=False)
+    index = torch.cat([batch.index for batch in stream.epoch(0)])
+    assert len(index) == 35 and set(index.tolist()) == set(range(35)) - {3}
+    hung.set()
+
+
+@pytest.mark.parametrize("error", [TypeError("no"), NotImplementedError(), MemoryError(), struct.error("short")])
+def test_whatever_one_file_makes_a_parser_raise_is_that_files_fault(manifest, monkeypatch, error):
+    def read(path, max_megapixels):
+        if path == manifest.paths[3]:
+            raise error
+        return read_image(path, max_megapixels)
+
+    monkeypatch.setattr(feed_module, "read_image", read)
+    with pytest.raises(BadImageError, match=rf"03\.png: cannot be read \({error or type(error).__name__}\)"):
+        list(small_stream(manifest, "torch").epoch(0))
 
 
 class StubbornBackend:
@@ -99,27 +130,27 @@ class StubbornBackend:
 
     def run(self, requests):
         for request in requests:
-            if self.refused in request.paths:
-                raise DecodeError(request.paths, RuntimeError("decoder"))
-            yield request, [torch.zeros(len(request.paths), 3, 8, 8)]
+            if not all(self.decodes(request.images)):
+                raise DecodeError([request], RuntimeError("decoder"))
+            yield request, [torch.zeros(len(request.images), 3, 8, 8)]
 
-    def parses(self, path):
+    def understands(self, image):
         return True
 
-    def undecodable(self, paths):
-        return [path for path in paths if path == self.refused]
+    def decodes(self, images):
+        return [image.path != self.refused or image.header.format == "BMP" for image in images]
 
     def close(self):
         pass
 
 
-def test_a_file_that_only_pillow_decodes_is_copied_wherever_it_is_named(manifest, monkeypatch):
+def test_a_file_that_only_pillow_decodes_is_left_to_it_wherever_it_is_named(manifest, monkeypatch, capsys):
     """Also where a list of labeled images names it twice."""
     monkeypatch.setattr(feed_module, "make_backend", lambda spec: StubbornBackend(spec))
     monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
     stream = EvalStream([*manifest.paths[:3], manifest.paths[0]], [0, 1, 2, 3], size=8, batch_size=3, loading=plain())
-    with pytest.warns(UserWarning, match=r"00\.png: DALI does not decode it"):
-        labels = [label.tolist() for _, label in stream]
+    labels = [label.tolist() for _, label in stream]
+    assert capsys.readouterr().err.count("00.png: DALI does not decode it; Pillow does") == 1
     assert labels == [[0, 1, 2], [3]]
     stream.close()
 
@@ -127,6 +158,7 @@ def test_a_file_that_only_pillow_decodes_is_copied_wherever_it_is_named(manifest
 def test_a_failure_that_is_no_files_fault_names_the_images_under_way(manifest, monkeypatch):
     monkeypatch.setattr(feed_module, "make_backend", lambda spec: StubbornBackend(spec))
     monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
-    monkeypatch.setattr(StubbornBackend, "undecodable", lambda self, paths: [])
+    trials = iter([[False]])
+    monkeypatch.setattr(StubbornBackend, "decodes", lambda self, images: next(trials, [True] * len(images)))
     with pytest.raises(DecodeError, match=r"(?s)decoder.*under way were: .*00\.png"):
         list(EvalStream(manifest.paths[:3], size=8, loading=plain()))

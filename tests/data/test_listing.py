@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from fastuft.data import Manifest, list_images
+from fastuft import messages
+from fastuft.data import Manifest, labeled_folder, list_images
 
 
 def test_links_are_followed_but_not_for_ever(tmp_path, manifest):
@@ -19,6 +20,92 @@ def test_links_are_followed_but_not_for_ever(tmp_path, manifest):
     os.link(manifest.paths[0], tmp_path / "a" / ".hidden" / "two.png")
     (tmp_path / "other").symlink_to(os.path.dirname(manifest.paths[0]))
     assert len(list_images(str(tmp_path))) == 1 + 20
+
+
+def test_a_root_behind_a_link_with_a_link_inside_is_read_once(tmp_path, manifest):
+    (tmp_path / "real" / "inner").mkdir(parents=True)
+    os.link(manifest.paths[0], tmp_path / "real" / "inner" / "one.png")
+    (tmp_path / "real" / "again").symlink_to(tmp_path / "real" / "inner")
+    (tmp_path / "link").symlink_to("real")
+    for root in ("real", "link"):
+        assert len(list_images(str(tmp_path / root))) == 1
+
+
+def test_a_link_to_itself_is_no_folder(tmp_path, manifest):
+    os.link(manifest.paths[0], tmp_path / "one.png")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    assert list_images(str(tmp_path / "one.png")) == [str(tmp_path / "one.png")]
+    assert [os.path.basename(path) for path in list_images(str(tmp_path))] == ["loop.png", "one.png"]
+
+
+@pytest.fixture
+def mixed(tmp_path, manifest, monkeypatch):
+    """Images beside other files and what systems leave behind."""
+    monkeypatch.setattr(messages, "_said", set())
+    for folder in ("cats", "cats/__MACOSX", "@eaDir", ".ipynb_checkpoints"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        os.link(manifest.paths[0], tmp_path / folder / "one.png")
+    for name in ("a.TIF", "b.tif", "c.gif", "raw"):
+        (tmp_path / "cats" / name).touch()
+    return tmp_path
+
+
+def test_files_left_out_are_counted_and_named_once(mixed, capsys):
+    for _ in range(2):
+        assert list_images(str(mixed)) == [str(mixed / "cats" / "one.png")]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 images; left out: 4 other files (2 .tif, 1 .gif, 1 without a suffix)" in line
+    assert line.endswith("1 x the folder @eaDir, 1 x the folder __MACOSX; data.suffixes names what else is an image")
+
+
+def test_suffixes_say_what_is_an_image(mixed):
+    found = list_images(str(mixed), (".png", ".tif", ""))
+    assert [os.path.basename(path) for path in found] == ["a.TIF", "b.tif", "one.png", "raw"]
+    with pytest.raises(ValueError, match=r"suffix 'tif' is not allowed; suffixes begin with a dot"):
+        list_images(str(mixed), ("tif",))
+
+
+def test_classes_are_neither_hidden_nor_left_behind_by_systems(mixed):
+    assert labeled_folder(str(mixed))[2] == ["cats"]
+
+
+def test_an_empty_class_is_named(mixed):
+    (mixed / "dogs").mkdir()
+    with pytest.raises(ValueError, match=r"dogs' holds no images; .* each sub-folder of '.*' is a class, remove"):
+        labeled_folder(str(mixed))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads everything")
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(ValueError, match=r"the folder '.*closed' cannot be read \(Permission denied\); mend its"):
+        list_images(str(tmp_path))
+
+
+def test_a_folder_that_fails_while_it_is_read_is_named(mixed, monkeypatch):
+    whole = os.scandir
+
+    def failing(folder):
+        if os.path.basename(folder) == "cats":
+            raise PermissionError(13, "Permission denied")
+        return whole(folder)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(ValueError, match=r"the folder '.*cats' cannot be read \(Permission denied\); mend its"):
+        list_images(str(mixed))
+
+
+def test_names_with_control_characters_are_shown_as_escapes(tmp_path):
+    with pytest.raises(ValueError, match=r"a\\x1b\[2J' does not exist"):
+        list_images(str(tmp_path / "a\x1b[2J"))
+
+
+def test_listing_works_without_a_home(mixed, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr("fastuft.data.listing._SCAN_CACHE_FROM", 1)
+    assert len(list_images(str(mixed))) == 1
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import types
 import pytest
 from stream_cases import plain
 
+from fastuft import messages
 from fastuft.data import loading as loading_module
 
 
@@ -34,7 +35,7 @@ def test_threads_are_derived_from_processors_quota_and_ranks(
 
 
 def test_a_missing_dali_is_said_once_and_an_asked_for_one_is_an_error(monkeypatch, capsys):
-    monkeypatch.setattr(loading_module, "_said_missing", False)
+    monkeypatch.setattr(messages, "_said", set())
     monkeypatch.setattr(loading_module.importlib, "util", types.SimpleNamespace(find_spec=lambda name: None))
     assert [loading_module.resolve_loader("auto") for _ in range(2)] == ["torch", "torch"]
     assert capsys.readouterr().err.count("DALI is not installed") == 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 
-from fastuft.data import Manifest
+from fastuft.data import Manifest, list_images
 
 
 def test_source_images_that_are_target_images_are_left_out(manifest):
@@ -27,3 +28,37 @@ def test_the_replayed_share_is_fixed_by_its_seed_and_saved(folders, tmp_path):
     first.save(tmp_path / "manifest.json")
     saved = json.loads((tmp_path / "manifest.json").read_text())
     assert saved == {**first.summary(), "paths": list(first.paths)}
+
+
+def test_the_same_data_elsewhere_is_the_same_set(folders, tmp_path):
+    """Under another root, behind a link, from a replay cache: what resumes is the data, not the place."""
+    first = Manifest.build(*folders, fraction=0.3)
+    shutil.copytree(folders[0], tmp_path / "moved")
+    (tmp_path / "linked").symlink_to(folders[1])
+    elsewhere = [str(tmp_path / "moved"), str(tmp_path / "linked")]
+    moved = Manifest.build(*elsewhere, fraction=0.3)
+    cached = Manifest.build(*elsewhere, fraction=0.3, replay_cache=str(tmp_path / "cache"))
+    assert len({first.content_hash, moved.content_hash, cached.content_hash}) == 1
+    assert not set(first.paths) & set(moved.paths)
+    (tmp_path / "moved" / "class0" / "000.jpg").write_bytes(b"of another size")
+    assert Manifest.build(*elsewhere, fraction=0.3).content_hash != first.content_hash
+    renamed = next((tmp_path / "moved").rglob("*.png"))
+    renamed.rename(renamed.with_name("900.png"))
+    assert Manifest.build(str(tmp_path / "moved")).content_hash != Manifest.build(folders[0]).content_hash
+
+
+def test_a_list_of_the_same_names_elsewhere_is_the_same_set(folders, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "moved")
+    hashes = []
+    for root in (folders[0], str(tmp_path / "moved")):
+        place = tmp_path / f"{len(hashes)}.txt"
+        place.write_text("\n".join(list_images(root)[:7]))
+        hashes.append(Manifest.build(str(place)).content_hash)
+    assert hashes[0] == hashes[1]
+
+
+def test_target_images_behind_a_link_are_left_out_of_the_source(manifest, tmp_path):
+    folder = os.path.dirname(manifest.paths[0])
+    (tmp_path / "link").symlink_to(os.path.dirname(folder))
+    joined = Manifest.build(folder, str(tmp_path / "link"), fraction=1.0)
+    assert (joined.num_target, joined.num_source) == (20, 30)

@@ -18,9 +18,9 @@ from fastuft.data import (
     LabeledTrainStream,
     Manifest,
     labeled_folder,
+    open_rgb,
     verify_files,
 )
-from fastuft.data.files import open_rgb
 
 COLOR = dataclasses.replace(AugmentConfig(), size=32)
 

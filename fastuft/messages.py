@@ -1,0 +1,15 @@
+"""Lines for the user beside a program's own output."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_said: set[str] = set()
+
+
+def note(text: str) -> None:
+    """Say a line on standard error, once per process and by the first rank only."""
+    if text not in _said and os.environ.get("RANK", "0") == "0":
+        _said.add(text)
+        print(text, file=sys.stderr)
