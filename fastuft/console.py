@@ -9,15 +9,17 @@ from typing import TextIO
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print a line at once. Where nobody reads any more (a closed pipe, a terminal that is gone) the output is dropped.
+    """Print a line at once. Where nobody reads any more (a closed pipe, a terminal that is gone) the output is dropped;
+    characters that the output does not have are escaped.
 
     Args:
         text: the line.
         error: on standard error instead of standard output.
     """
     stream = sys.stderr if error else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        print(text, file=stream, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except (OSError, ValueError):  # a pipe without reader, a terminal without user; a closed file
         silence(stream)
 

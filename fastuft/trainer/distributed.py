@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fastuft.device import choose_device
 from fastuft.randomness import keyed_generator
@@ -37,12 +39,14 @@ class Ranks:
         world_size: processes.
         device: of this process.
         control: CPU group for agreements, None for a single process.
+        joined: whether this program joined the process group, and so is to leave it.
     """
 
     rank: int
     world_size: int
     device: torch.device
     control: Any = None
+    joined: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -76,6 +80,7 @@ class StopVote:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._pending: tuple[Any, Tensor] | None = None
+        self._outcome = False
 
     def __call__(self, flag: bool) -> bool:
         """Cast this step's vote; True on every rank alike once any rank has voted so."""
@@ -87,14 +92,23 @@ class StopVote:
         self._pending = (work, value)
         return stop
 
+    def settle(self) -> None:
+        """Wait until every rank has cast the last vote, whose outcome is still the next call's.
+
+        To be called before the host waits for a GPU: a lost process fails this wait with an error, while a wait for a
+        collective that it never joined would not end.
+        """
+        if self._pending is not None:
+            work, value = self._pending
+            self._pending = None
+            work.wait()
+            self._outcome = bool(value.item())
+
     def finish(self) -> bool:
         """The outcome of the last vote cast."""
-        if self._pending is None:
-            return False
-        work, value = self._pending
-        self._pending = None
-        work.wait()
-        return bool(value.item())
+        self.settle()
+        outcome, self._outcome = self._outcome, False
+        return outcome
 
 
 def start_ranks(device: str, timeout: float) -> Ranks:
@@ -121,21 +135,59 @@ def start_ranks(device: str, timeout: float) -> Ranks:
     if world_size == 1:
         return Ranks(0, 1, where)
     wait = timedelta(seconds=timeout)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait)
+    joined = not dist.is_initialized()
+    if joined:
+        # A named device makes NCCL connect at once, on that device: what cannot connect fails here and not in a step.
+        options: dict[str, Any] = {"device_id": where} if cuda else {}
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **_meeting_place(wait), **options)
     control = dist.new_group(backend="gloo", timeout=wait)
-    return Ranks(dist.get_rank(), world_size, where, control)
+    return Ranks(dist.get_rank(), world_size, where, control, joined)
 
 
-def stop_ranks(ranks: Ranks) -> None:
-    """Leave the process group."""
-    if ranks.world_size > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+def times_started_anew() -> int:
+    """How often torchrun has brought the ranks back after it had lost one (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _meeting_place(wait: timedelta) -> dict[str, Any]:
+    """Where the ranks find one another. torchrun keeps its store over a restart, with the addresses of ranks that are gone:
+    ranks that were started anew write theirs under other keys.
+    """
+    anew = times_started_anew()
+    if not anew:
+        return {}
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=wait)))
+    return {"store": PrefixStore(f"restart {anew}", store), "rank": rank, "world_size": world_size}
+
+
+def stop_ranks(ranks: Ranks, *, failed: bool = False) -> None:
+    """Leave the process group, if this program joined it.
+
+    Args:
+        ranks: the processes.
+        failed: an error ends the run. On GPUs the group is then aborted, not destroyed: a kernel that waits for a lost
+            process never ends, and destroying the group would wait for it. The process is to end afterwards.
+
+    Not tested without several GPUs: that the abort returns while such a kernel hangs.
+    """
+    if not ranks.joined or not dist.is_initialized():
+        return
+    world = dist.group.WORLD
+    if failed and ranks.device.type == "cuda" and world is not None:
+        world.abort()
+        return
+    dist.destroy_process_group()
 
 
 @contextmanager
 def naming_lost_ranks(ranks: Ranks, describe: Any) -> Iterator[None]:
-    """Turn a failed collective into a LostRankError; ``describe()`` says where the run stood and how to go on."""
+    """Turn a failed collective into a LostRankError; ``describe()`` says where the run stood and how to go on.
+
+    On a CPU gloo raises here as soon as a process is lost. On GPUs the votes on the CPU group do, at the next step or before
+    the next wait for the device; a process that is lost between its vote and the end of its kernels is seen by NCCL's
+    watchdog alone, which ends this process after ``runtime.timeout`` with a message of its own. Not tested without several
+    GPUs.
+    """
     try:
         yield
     except LostRankError:

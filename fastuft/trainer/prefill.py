@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 
@@ -11,8 +12,12 @@ from fastuft.data import Manifest, TrainStream
 from fastuft.trainer.distributed import gather_rows
 from fastuft.trainer.learner import Learner
 
+_SAY_EVERY = 5.0  # seconds
 
-def prefill(learner: Learner, stream: TrainStream, manifest: Manifest, stop: Callable[[], bool]) -> bool:
+
+def prefill(
+    learner: Learner, stream: TrainStream, manifest: Manifest, stop: Callable[[], bool], say: Callable[[str], None]
+) -> bool:
     """Fill the queue with keys of training images: random rows are no negatives for a trained network.
 
     Args:
@@ -20,23 +25,30 @@ def prefill(learner: Learner, stream: TrainStream, manifest: Manifest, stop: Cal
         stream: the images.
         manifest: what ``stream`` draws from.
         stop: called after each batch, on every rank; whether to stop.
+        say: takes a line for the person; how far it is, and how long it takes still.
 
     Returns:
         Whether ``stop`` ended it.
     """
-    missing = learner.method.queue_size
+    size = missing = learner.method.queue_size
     if missing > len(manifest) and learner.ranks.is_main:
         warnings.warn(
             f"method.queue_size={missing} exceeds the {len(manifest)} training images: the queue holds several "
             "keys of each, among them an image's own older ones; a smaller queue avoids it",
             stacklevel=2,
         )
+    began = last = time.monotonic()
     for views in stream.prefill(missing):
         with torch.no_grad(), learner.autocast():
             keys = gather_rows(learner.key(views), learner.ranks)
         # Batches are encoded whole and cut only here: statistics groups are the same on any number of ranks.
         learner.queue.enqueue_(keys[:missing])
         missing -= len(keys)
+        now = time.monotonic()
+        if now - last > _SAY_EVERY and missing > 0:
+            last = now
+            left = (now - began) * missing / (size - missing)
+            say(f"filling the queue: {size - missing:,} of {size:,} keys, {left / 60:.1f} min left")
         if stop():
             return True
     return False

@@ -59,12 +59,7 @@ class Recorder:
         self._path = folder.metrics_file
         self._file = self._path.open("a", encoding="utf-8")
         if runtime.tensorboard:
-            if importlib.util.find_spec("tensorboard") is None:
-                self.say("TensorBoard is not installed: metrics go to metrics.jsonl alone.")
-            else:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=resumed_step + 1)
+            self._board = self._tensorboard(folder.path, resumed_step)
         if runtime.wandb:
             import wandb
 
@@ -79,6 +74,19 @@ class Recorder:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True)
+
+    def _tensorboard(self, folder: Path, resumed_step: int) -> Any:
+        missing = None
+        if importlib.util.find_spec("tensorboard") is None:
+            missing = "TensorBoard is not installed"
+        elif not str(folder).isprintable():  # holds bytes that are no characters
+            missing = "TensorBoard cannot write to a folder of this name"
+        if missing is not None:
+            self.say(f"{missing}: metrics go to metrics.jsonl alone.")
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def _wandb_id(self, folder: Path) -> str:
         """The same for all parts of a run that is resumed."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastuft.runfolder import CheckpointError, RunFolder, load_checkpoint
-from fastuft.trainer.distributed import Ranks
+from fastuft.trainer.distributed import Ranks, times_started_anew
 
 # What must be the same for a checkpoint's state to mean the same in the resumed run.
 _FIXED = {
@@ -35,11 +35,15 @@ def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, A
         folder: the run's.
         ranks: the processes, which must all find the same.
 
+    Processes that torchrun has started anew after a failure go on from what the folder holds, whatever ``resume`` says.
+
     Raises:
         ValueError: the folder holds a run and ``resume`` is no, or ``resume`` is older than what the folder holds.
         CheckpointError: no checkpoint is whole, or the processes see different ones.
     """
     out, state = str(folder.path), None
+    if times_started_anew() and (resume == "no" or folder.checkpoints.all()):
+        resume = "auto"
     if resume == "auto":
         newest = folder.checkpoints.newest(load_checkpoint)
         state = newest.content

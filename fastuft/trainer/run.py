@@ -19,6 +19,7 @@ from fastuft.trainer.distributed import Ranks, StopVote, naming_lost_ranks, star
 from fastuft.trainer.hold import hold
 from fastuft.trainer.learner import build_learner
 from fastuft.trainer.learner_state import restore
+from fastuft.trainer.memory import check_memory
 from fastuft.trainer.metrics import StepMetrics
 from fastuft.trainer.prefill import prefill
 from fastuft.trainer.recorder import Recorder, check_writers
@@ -90,9 +91,12 @@ def train(config: TrainConfig, callbacks: Callbacks | None = None) -> RunResult:
             hold(RunFolder(Path(config.out)), ranks) as lock,
             ExitStack() as closing,
         ):
-            return _Run(config, ranks, signals, lock, callbacks or Callbacks(), closing).go()
-    finally:
-        stop_ranks(ranks)
+            result = _Run(config, ranks, signals, lock, callbacks or Callbacks(), closing).go()
+    except BaseException:
+        stop_ranks(ranks, failed=True)
+        raise
+    stop_ranks(ranks)
+    return result
 
 
 class _Run:
@@ -111,6 +115,7 @@ class _Run:
         self.folder = RunFolder(Path(config.out))
         self.began = time.perf_counter()
         self.progress = Progress()
+        check_memory(config, ranks)
         state = find_checkpoint(config.resume, self.folder, ranks)
         saved = (state or {}).get("init_report") or {}
         self.learner, report = build_learner(config, ranks, load=state is None, traits=traits_from(saved.get("traits")))
@@ -210,7 +215,7 @@ class _Run:
         """What comes before the first step, and an evaluation that the run was stopped before."""
         progress, config = self.progress, self.config
         fill = progress.global_step == 0 and config.method.queue_prefill
-        if fill and prefill(self.learner, self.stream, self.manifest, self._stop):
+        if fill and prefill(self.learner, self.stream, self.manifest, self._stop, self.recorder.say):
             return self._signal()
         at_epoch = progress.step == 0 and (progress.global_step == 0 or watch.due(config.watch, progress.epoch))
         seen = any(row["kind"] == "watch" and row["step"] == progress.global_step for row in self.recorder.earlier)
@@ -219,7 +224,8 @@ class _Run:
         return None
 
     def _loop(self) -> str | None:
-        metrics = StepMetrics(self.ranks, self.config.data.batch_size, self.config.runtime.log_every)
+        steps = min(self.config.runtime.log_every, self.stream.steps_per_epoch)  # an epoch's end writes a row as well
+        metrics = StepMetrics(self.ranks, self.config.data.batch_size, steps)
         while self.progress.global_step < self.limit:
             if self._epoch(metrics):
                 return self._signal()
@@ -242,6 +248,7 @@ class _Run:
             look = ended and watch.due(self.config.watch, progress.epoch + 1)
             save = stop or look or self._save_due(ended)
             if save or ended or metrics.full:
+                self.vote.settle()
                 self._record(metrics.row(progress, lr, self.folder.checkpoints))
                 if ended:
                     self.progress = progress.after_epoch()

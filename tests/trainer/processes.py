@@ -9,6 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
+from fastuft.config import TrainConfig
+from fastuft.trainer.resolved import plain
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -20,6 +25,12 @@ def free_port() -> int:
 
 def environment(**more: object) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in more.items()}}
+
+
+def write_config(config: TrainConfig, path: Path) -> list[str]:
+    """The configuration as a file; the arguments of the command line that read it."""
+    path.write_text(yaml.safe_dump(plain(config)))
+    return ["pretrain", "--config", str(path)]
 
 
 def start(arguments: Sequence[str], ranks: int = 1, prelude: str = "") -> list[subprocess.Popen]:

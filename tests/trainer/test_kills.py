@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
 import torch
-import yaml
-from processes import run
+from processes import run, write_config
 
 from fastuft.randomness import keyed_generator
 from fastuft.runfolder import RunFolder, load_checkpoint
@@ -53,10 +51,8 @@ def command(tiny, tmp_path):
     config = tiny(
         data={"loader": "dali"}, optim={"epochs": 3}, runtime={"save_every": 2, "log_every": 2}, resume="auto"
     )
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(plain))
-    return lambda out, prelude="": run(["pretrain", "--config", str(path), "--out", str(tmp_path / out)], 1, prelude)[0]
+    arguments = write_config(config, tmp_path / "config.yaml")
+    return lambda out, prelude="": run([*arguments, "--out", str(tmp_path / out)], 1, prelude)[0]
 
 
 def same(left, right):

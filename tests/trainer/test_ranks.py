@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import yaml
-from processes import ROOT, environment, finish, free_port, run, start
+from processes import ROOT, environment, finish, free_port, run, start, write_config
 from torch.nn.parallel import DistributedDataParallel
 
 from fastuft.data import Batch
@@ -24,12 +23,6 @@ from fastuft.trainer.learner import build_learner
 from fastuft.trainer.step import train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
-
-
-def write(config, path):
-    """The configuration as a file that the command line reads."""
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
-    return ["pretrain", "--config", str(path)]
 
 
 def losses(folder):
@@ -46,7 +39,7 @@ def assert_as_one(tiny, tmp_path, world_size, **changes):
     # Statistics over four images amplify rounding from step to step; a low rate keeps it rounding.
     base = {"model": {"bn": "split", "bn_group": 4}, "optim": {"epochs": 1, "lr": 0.005}, **changes}
     one = train(tiny(out=str(tmp_path / "one"), **base)).run_dir
-    results = run(write(tiny(out=str(tmp_path / "many"), **base), tmp_path / "many.yaml"), world_size)
+    results = run(write_config(tiny(out=str(tmp_path / "many"), **base), tmp_path / "many.yaml"), world_size)
     assert [status for status, _ in results] == [0] * world_size, results
     torch.testing.assert_close(losses(one), losses(tmp_path / "many"), rtol=1e-4, atol=1e-5)
     left, right = state_of(one), state_of(tmp_path / "many")
@@ -177,7 +170,7 @@ run.train_step = astray
 )
 def test_a_rank_that_goes_astray_stops_all_before_anything_is_saved(tiny, tmp_path, change, message):
     config = tiny(runtime={"save_every": 3})
-    results = run(write(config, tmp_path / "c.yaml"), 2, GOES_ASTRAY.replace("CHANGE", change))
+    results = run(write_config(config, tmp_path / "c.yaml"), 2, GOES_ASTRAY.replace("CHANGE", change))
     assert [status for status, _ in results] == [1, 1], results
     assert all(message in output and "step_00000003.pt" in output for _, output in results), results
     assert all("Traceback" not in output for _, output in results)
@@ -199,7 +192,9 @@ run.train_step = dies
 @pytest.mark.e2e
 def test_a_killed_rank_stops_the_others_and_another_number_goes_on(tiny, tmp_path):
     config = tiny(runtime={"timeout": 60.0, "save_every": 3}, data={"loader": "dali"})
-    (survivor, output), (killed, _) = run(write(config, tmp_path / "c.yaml"), 2, DIES.replace("NUMBER", "SIGKILL"))
+    (survivor, output), (killed, _) = run(
+        write_config(config, tmp_path / "c.yaml"), 2, DIES.replace("NUMBER", "SIGKILL")
+    )
     assert killed == -9 and survivor == 1
     assert "lost contact with another process at step 5; the last good checkpoint is" in output
     assert "step_00000003.pt. Go on with resume=auto, on any number of processes" in output
@@ -212,7 +207,7 @@ def test_a_killed_rank_stops_the_others_and_another_number_goes_on(tiny, tmp_pat
 @pytest.mark.e2e
 def test_a_rank_that_falls_silent_is_given_up_after_the_timeout(tiny, tmp_path):
     config = tiny(runtime={"timeout": 20.0, "save_every": 3})
-    survivor, silent = start(write(config, tmp_path / "c.yaml"), 2, DIES.replace("NUMBER", "SIGSTOP"))
+    survivor, silent = start(write_config(config, tmp_path / "c.yaml"), 2, DIES.replace("NUMBER", "SIGSTOP"))
     try:
         output, _ = survivor.communicate(timeout=120)
     finally:
@@ -226,7 +221,7 @@ def test_a_rank_that_falls_silent_is_given_up_after_the_timeout(tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_torchrun_starts_the_ranks(tiny, tmp_path):
-    arguments = write(tiny(max_steps=2), tmp_path / "c.yaml")
+    arguments = write_config(tiny(max_steps=2), tmp_path / "c.yaml")
     launcher = [
         sys.executable,
         "-m",
@@ -245,7 +240,7 @@ def test_torchrun_starts_the_ranks(tiny, tmp_path):
 @pytest.mark.e2e
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tiny, tmp_path):
     config = tiny()
-    started = start(write(config, tmp_path / "c.yaml"), 2, DIES.replace("NUMBER", "SIGTERM"))
+    started = start(write_config(config, tmp_path / "c.yaml"), 2, DIES.replace("NUMBER", "SIGTERM"))
     results = finish(started)
     assert [status for status, _ in results] == [85, 85], results
     assert state_of(tmp_path / "run")["global_step"] in (6, 7)  # within a step of the signal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from processes import run as run_command
+from processes import write_config
 
 from fastuft.cli import main
 from fastuft.model import load_backbone
@@ -299,16 +301,15 @@ def prefill_with_signal(real):
 def test_a_deliberate_stop_is_no_failure_for_whoever_started_the_run(
     tiny, tmp_path, monkeypatch, capsys, launcher, status
 ):
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(tiny())))))
+    arguments = write_config(tiny(), tmp_path / "config.yaml")
     monkeypatch.setattr(run_module.TrainStream, "prefill", prefill_with_signal(run_module.TrainStream.prefill))
     if launcher:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launcher)
-    assert main(["pretrain", "--config", str(config)]) == status
+    assert main(arguments) == status
     assert "before anything was saved; start it again" in capsys.readouterr().err
     monkeypatch.undo()
     assert read_json(RunFolder(tmp_path / "run").stopped_file)["step"] == 0
-    assert main(["pretrain", "--config", str(config)]) == 0  # nothing was saved, so nothing blocks the folder
+    assert main(arguments) == 0  # nothing was saved, so nothing blocks the folder
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_does_not_block_its_folder(tiny, monkeypatch):
@@ -390,6 +391,24 @@ def test_initialisation_is_reported(tiny, tmp_path):
     assert report["matched"] and not report["head_loaded"]
 
 
+def test_filling_a_large_queue_says_how_far_it_is(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("fastuft.trainer.prefill._SAY_EVERY", 0.0)
+    train(tiny(max_steps=1, method={"queue_size": 64}))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("filling the queue")]
+    assert [line.split(",")[0] for line in said] == [f"filling the queue: {n} of 64 keys" for n in (16, 32, 48)]
+    assert all(re.search(r", \d+\.\d min left$", line) for line in said)
+
+
+def test_ranks_that_were_started_anew_go_on_whatever_resume_says(tiny, tmp_path, monkeypatch):
+    elsewhere = train(tiny(out=str(tmp_path / "elsewhere"), max_steps=1)).run_dir
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    path = str(RunFolder(elsewhere).checkpoints.path(1))
+    assert train(tiny(resume=path, max_steps=2)).steps == 2  # nothing of its own yet: the checkpoint that was named
+    RunFolder(elsewhere).checkpoints.path(1).unlink()
+    for steps, resume in ((3, path), (4, "no")):
+        assert train(tiny(resume=resume, max_steps=steps)).steps == steps
+
+
 def test_a_queue_larger_than_the_set_is_said(tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -429,8 +448,7 @@ Checkpoints.save = save
 def test_a_write_that_the_system_refuses_half_way_leaves_the_last_good_checkpoint(tiny, tmp_path):
     config = tiny(runtime={"save_every": 1})
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
-    ((status, output),) = run_command(["pretrain", "--config", str(path)], prelude=REFUSES_MORE)
+    ((status, output),) = run_command(write_config(config, path), prelude=REFUSES_MORE)
     assert status == 2 and "Traceback" not in output
     assert "step_00000003.pt could not be written (File too large); the last good one is" in output
     folder = tmp_path / "run"
