@@ -28,6 +28,9 @@ def bcubed_precision(clusters: ArrayLike, labels: ArrayLike) -> float:
 
     Returns:
         A fraction in (0, 1].
+
+    Raises:
+        ValueError: the two differ in length.
     """
     found = as_labels("clusters", clusters)
     truth = as_labels("labels", labels)
@@ -155,6 +158,9 @@ def kmeans(
         seed: seed of the starts.
         init: initial centers [K, F]; then there is one start.
         device: where to compute; None stays with ``x``.
+
+    Raises:
+        ValueError: wrong shapes, or more clusters than items.
     """
     items = as_features("x", x)
     if not 1 <= clusters <= len(items):

@@ -41,6 +41,9 @@ def extract_features(
 
     Returns:
         features [N, F] float32 and labels [N] int64 (None when the stream has none), both on the CPU.
+
+    Raises:
+        ValueError: the stream yields no image.
     """
     home = module_device(backbone)
     where = torch.device(device) if device is not None else home

@@ -63,7 +63,11 @@ class Folders:
 
 
 def read_images(name: str, folder: str) -> Images:
-    """The images of ``folder``: labeled when all of them lie in sub-folders, of which there are at least two."""
+    """The images of ``folder``: labeled when all of them lie in sub-folders, of which there are at least two.
+
+    Raises:
+        ValueError: there is one class sub-folder alone.
+    """
     root = Path(folder)
     if root.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir()):
         paths = list_images(folder)

@@ -137,6 +137,9 @@ def set_batchnorm_mode(module: Module, mode: str, group: int = 32) -> Module:
         mode: plain; split (groups of ``group``); sync (statistics over all ranks, CUDA only). shuffle is plain here:
             the trainer exchanges the samples instead.
         group: samples per group of split.
+
+    Raises:
+        ValueError: an unknown mode.
     """
     if mode == "sync":
         converted: Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)

@@ -56,6 +56,9 @@ def read_results(paths: Path | str | Sequence[Path | str]) -> list[dict[str, Any
 
     Each row holds table, pretraining, backbone, method, dataset, metric (as in the paper's figures), trial (int),
     value (per cent) and run (folder, absolute or from the current directory). A (cell, trial) may occur once.
+
+    Raises:
+        ValueError: a row is malformed or repeated; the message names file and line.
     """
     seen: dict[tuple[Any, ...], str] = {}
     rows = []
@@ -203,6 +206,9 @@ def write_comparison(
         title: heading of the page.
         notes: sentences shown above the tables, such as the scale of the grid.
         missing: also show the paper's cells that have no result yet.
+
+    Raises:
+        ValueError: the files hold no results.
     """
     rows = read_results(results)
     if not rows:

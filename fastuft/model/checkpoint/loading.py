@@ -293,7 +293,11 @@ def open_backbone(
     key: str | None = None,
     channels: Channels = "auto",
 ) -> tuple[Backbone, InitReport]:
-    """:func:`load_backbone`, and what became of the checkpoint's tensors."""
+    """:func:`load_backbone`, and what became of the checkpoint's tensors.
+
+    Raises:
+        ValueError: the checkpoint does not say its network, or cannot be used.
+    """
     content = read_checkpoint(_weights_file(Path(path), backbone_first=True))
     known = _known(content)
     for name, given, said in (("arch", arch, known.arch), ("stem", stem, known.stem)):

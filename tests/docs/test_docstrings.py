@@ -1,0 +1,141 @@
+"""Public names say what they take: every argument, shapes of tensors, units of quantities, errors that they raise."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
+from torch import Tensor
+
+import fastuft
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("loss", "mix", "data", "model", "evaluate", "report", "trainer")
+# Quantities whose number means nothing without a unit: (name of the argument, words of which one must stand beside it).
+UNITS = {
+    "timeout": ("second",),
+    "seconds": ("second",),
+    "size": ("pixel", "side", "K,", "keys", "number"),
+    "resize": ("pixel", "side"),
+    "rotation": ("degree",),
+    "max_megapixels": ("megapixel",),
+}
+
+
+def public_objects():
+    """(name, object) of fastuft and of every room's face, each once."""
+    found = {}
+    for module in ("fastuft", *(f"fastuft.{room}" for room in ROOMS)):
+        face = import_module(module)
+        for name in face.__all__:
+            value = getattr(face, name)
+            if inspect.isfunction(value) or (inspect.isclass(value) and not issubclass(value, BaseException)):
+                found.setdefault(f"{value.__module__}.{value.__qualname__}", value)
+    return sorted(found.items())
+
+
+OBJECTS = public_objects()
+PUBLIC = {
+    f"{value.__module__}.{value.__qualname__}" for name in fastuft.__all__ if callable(value := getattr(fastuft, name))
+}
+FUNCTIONS = [(name, value) for name, value in OBJECTS if inspect.isfunction(value)]
+
+
+def arguments_of(value):
+    """(name, annotation) of each argument that a caller gives; of a class those that it does not inherit."""
+    if inspect.isclass(value) and "__init__" not in vars(value):
+        return []
+    try:
+        parameters = inspect.signature(value).parameters.values()
+    except ValueError:
+        return []
+    return [(p.name, str(p.annotation)) for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def described(value):
+    """Text of each argument in the docstring's Args, continuation lines joined."""
+    texts: dict[str, str] = {}
+    documentation = inspect.getdoc(value) or ""
+    if inspect.isclass(value):
+        documentation += "\n" + (inspect.getdoc(value.__init__) or "")
+    _, _, rest = documentation.partition("Args:\n")
+    name = ""
+    for line in rest.splitlines():
+        if line and not line.startswith(" "):
+            break
+        entry = re.match(r"^    (\**[\w, *]+): (.*)$", line)
+        if entry:
+            name = entry[1]
+            for each in name.split(", "):
+                texts[each.lstrip("*")] = entry[2]
+        elif name:
+            for each in name.split(", "):
+                texts[each.lstrip("*")] += f" {line.strip()}"
+    return texts
+
+
+def test_there_are_public_objects():
+    assert len(OBJECTS) > 60 and len(PUBLIC) > 10
+
+
+def wrong_arguments(name, value):
+    """What a docstring's list of arguments lacks or invents; it may be left out where the name is not fastuft's own."""
+    arguments, texts = [argument for argument, _ in arguments_of(value)], described(value)
+    if inspect.isclass(value) and value.__bases__ != (object,):
+        arguments = [argument for argument in arguments if argument in vars(value).get("__annotations__", arguments)]
+    if not texts and (name not in PUBLIC or len(arguments) < 2):
+        return []
+    invented = set(texts) - set(arguments) if inspect.isfunction(value) else set()
+    return [*(f"{name}: no {argument}" for argument in arguments if argument not in texts), *sorted(invented)]
+
+
+def test_docstrings_begin_with_a_sentence():
+    firsts = {name: (inspect.getdoc(value) or "").partition("\n\n")[0] for name, value in OBJECTS}
+    assert not [name for name, first in firsts.items() if not first.endswith((".", ":"))]
+
+
+def test_docstrings_list_every_argument():
+    assert not [wrong for name, value in OBJECTS for wrong in wrong_arguments(name, value)]
+
+
+def test_tensors_have_shapes_and_quantities_units():
+    wrong = []
+    for name, value in FUNCTIONS:
+        texts, whole = described(value), inspect.getdoc(value) or ""
+        for argument, annotation in arguments_of(value):
+            text = texts.get(argument, whole)
+            if re.fullmatch(r"(torch\.)?Tensor( \| None)?", annotation) and not re.search(
+                r"\[|shape|as for :func:", text
+            ):
+                wrong.append(f"{name}: {argument} has no shape: {text!r}")
+            if argument in UNITS and argument in texts and not any(unit in text for unit in UNITS[argument]):
+                wrong.append(f"{name}: {argument} has no unit: {text!r}")
+    assert not wrong
+
+
+def raises_value_error(value):
+    """Whether the function itself raises ValueError."""
+    raised = [node.exc for node in ast.walk(ast.parse(inspect.getsource(value))) if isinstance(node, ast.Raise)]
+    return any(isinstance(call, ast.Call) and getattr(call.func, "id", "") == "ValueError" for call in raised)
+
+
+def test_errors_that_a_function_raises_are_documented():
+    silent = [name for name, value in FUNCTIONS if "Raises:" not in inspect.getdoc(value) and raises_value_error(value)]
+    assert not silent
+
+
+def test_the_checks_find_what_is_wrong():
+    def scaled(x: Tensor, timeout: float) -> Tensor:
+        """Scale.
+
+        Args:
+            x: a tensor.
+            wait: how long.
+        """
+        raise ValueError("never")
+
+    assert wrong_arguments("scaled", scaled) == ["scaled: no timeout", "wait"]
+    assert described(scaled) == {"x": "a tensor.", "wait": "how long."}
