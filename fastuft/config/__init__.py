@@ -31,6 +31,7 @@ from fastuft.config.training import (
     OptimConfig,
     RuntimeConfig,
     TrainConfig,
+    VerdictConfig,
     WatchConfig,
 )
 
@@ -62,6 +63,7 @@ __all__ = [
     "SemiConfig",
     "Span",
     "TrainConfig",
+    "VerdictConfig",
     "WatchConfig",
     "WeightsConfig",
     "as_paths",

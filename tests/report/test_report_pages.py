@@ -74,8 +74,8 @@ def write_run(folder, *, retrieval=0.9, labeled=True, steps=40, parts=("train", 
                 "step": s,
                 "epoch": s // 10,
                 "loss": 8 - s / 20,
-                "alignment": -1.0,
-                "distribution": 9.0,
+                "loss_alignment": -1.0,
+                "loss_distribution": 9.0,
                 "lr": 0.1,
             }
             for s in range(0, steps, 2)
@@ -153,7 +153,7 @@ def test_pretraining_and_finetuning_have_curves_of_their_own(tmp_path):
     write_report(tmp_path / "apart.html", runs)
     for page, pictures in (("same.html", 1), ("apart.html", 2)):
         text, parsed = read(tmp_path / page)
-        assert text.count('alt="Loss, alignment') == pictures
+        assert text.count('alt="Loss, its alignment') == pictures
         assert ("From a checkpoint" in " ".join(parsed.words)) == (pictures == 2)
 
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 from processes import run as run_command
 from processes import write_config
+from run_rows import rows
 
 from fastuft.cli import main
 from fastuft.model import load_backbone
@@ -25,13 +26,6 @@ from fastuft.trainer import Callbacks, CheckpointError, NonFiniteLossError, savi
 from fastuft.trainer import run as run_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
-
-
-def rows(folder, kind="train"):
-    """The rows of a run, without what depends on the clock."""
-    clock = ("time", "images_per_second", "seconds_per_step", "data_wait_share", "seconds")
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in clock} for row in found if row["kind"] == kind]
 
 
 def final(folder):
@@ -53,7 +47,7 @@ def test_a_run_leaves_its_folder(tiny, folders):
     assert len(rows(folder)) == 8 and result.metrics["step"] == 8
     for row in rows(folder):
         assert row["loss"] == pytest.approx(row["loss_q"] + row["loss_m"], rel=1e-6)
-        assert row["loss_q"] == pytest.approx(row["alignment"] + row["distribution"], rel=1e-5)
+        assert row["loss_q"] == pytest.approx(row["loss_alignment"] + row["loss_distribution"], rel=1e-5)
     assert [step for step, _ in RunFolder(folder).checkpoints.all()] == [8]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["images"] == 128 and summary["bn"] == "split"
