@@ -19,7 +19,7 @@ class Launch:
     Args:
         block_b: rows a program holds.
         block_k: keys a program reads at a time.
-        num_warps: warps a program.
+        num_warps: warps per program.
         num_stages: tiles of keys in flight.
         branch: rescale accumulators behind a branch, taken when some row's maximum has grown; otherwise every tile
             multiplies them, mostly by 1. Triton 3.7 cannot compile that branch for tensor memory (sm_100).

@@ -99,7 +99,7 @@ def test_kernels_import_torch_and_triton_only():
         assert tops - standard <= {"torch", "triton", "fastuft"}, f"{path.name} imports {tops - standard}"
 
 
-def test_kernels_folder_is_no_regular_package():
+def test_kernels_folder_is_not_a_regular_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 

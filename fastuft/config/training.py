@@ -67,7 +67,7 @@ class MethodConfig:
         mix_weight: w in L = L_q + w L_m.
         mix_only: train on L_m alone (about 2/3 of the cost).
         alpha: lambda ~ Beta(alpha, alpha).
-        mix_per: one lambda and box for the whole batch, or one a pair.
+        mix_per: one lambda and box for the whole batch, or one per pair.
     """
 
     temperature: Positive = 0.2
@@ -129,7 +129,7 @@ class DataConfig:
     """Streams of training images.
 
     Args:
-        batch_size: global batch, images a step over all ranks.
+        batch_size: global batch, images per step over all ranks.
         replay_fraction: share of the source set that joins training (sparse source data replaying).
         replay_seed: seed of the one fixed draw of that share.
         replay_mode: union (one shuffled pass over target and replay) or balanced (fixed source share a batch).

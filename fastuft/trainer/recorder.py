@@ -79,7 +79,7 @@ class Recorder:
         missing = None
         if importlib.util.find_spec("tensorboard") is None:
             missing = "TensorBoard is not installed"
-        elif not str(folder).isprintable():  # holds bytes that are no characters
+        elif not str(folder).isprintable():  # holds bytes that are not characters
             missing = "TensorBoard cannot write to a folder of this name"
         if missing is not None:
             self.say(f"{missing}: metrics go to metrics.jsonl alone.")

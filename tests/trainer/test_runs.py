@@ -78,7 +78,7 @@ def test_the_saved_configuration_names_what_was_chosen_and_what_was_given(tiny):
 
 
 @pytest.mark.parametrize("first", [{}, {"bn": "split"}], ids=["chosen, then named", "named, then chosen"])
-def test_naming_what_was_chosen_is_no_other_setting(tiny, first):
+def test_naming_what_was_chosen_is_not_another_setting(tiny, first):
     train(tiny(max_steps=1, model=first))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the run goes on with other settings")
@@ -292,7 +292,7 @@ def prefill_with_signal(real):
 
 
 @pytest.mark.parametrize(("launcher", "status"), [(None, 85), ("run7", 0)], ids=["plain", "torchelastic"])
-def test_a_deliberate_stop_is_no_failure_for_whoever_started_the_run(
+def test_a_deliberate_stop_is_not_a_failure_for_whoever_started_the_run(
     tiny, tmp_path, monkeypatch, capsys, launcher, status
 ):
     arguments = write_config(tiny(), tmp_path / "config.yaml")
