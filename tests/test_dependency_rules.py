@@ -25,7 +25,9 @@ ALLOWED = {
     "report": set(),
     "demo": {"data", "model", "evaluate", "trainer", "report"},
     "reproduce": {"data", "model", "evaluate", "trainer", "report", "demo"},
-    "cli": {"data", "model", "evaluate", "trainer", "report", "demo", "reproduce"},
+    "jobs": {"data", "model", "evaluate", "report"},
+    "cli": {"data", "model", "evaluate", "trainer", "report", "demo", "reproduce", "jobs"},
+    "api": {"model", "evaluate", "trainer", "jobs", "cli"},
 }
 # Leaves are for everyone, and import at most other leaves.
 LEAVES = {"atomic", "config", "messages", "console", "device", "fused", "names", "randomness", "runfolder", "values"}
@@ -137,6 +139,8 @@ def test_import_works_without_triton_dali_numpy_and_extension():
     run_blocked(
         ("triton", "nvidia", "numpy", "jsonargparse", "PIL", "sklearn", "matplotlib", "yaml"),
         "import fastuft, torch\n"
+        "from fastuft import *\n"
+        "assert callable(finetune) and callable(evaluate) and callable(info_nce)\n"
         "q, k = torch.randn(4, 16), torch.randn(4, 16)\n"
         "queue = fastuft.KeyQueue(32, 16)\n"
         "assert fastuft.info_nce(q, k, queue.keys).isfinite()",

@@ -6,7 +6,9 @@ reports turn them into per cent. The metrics over features need NumPy and torch 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
@@ -98,3 +100,13 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"fastuft.evaluate.{_EXPORTS[name]}"), name)
     globals()[name] = value
     return value
+
+
+class _Room(ModuleType):
+    """``fastuft.evaluate(...)`` is a call of the Python interface, and this room has the same name."""
+
+    def __call__(self, **options: Any) -> Any:
+        return import_module("fastuft.api").evaluate(**options)
+
+
+sys.modules[__name__].__class__ = _Room

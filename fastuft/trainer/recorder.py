@@ -70,10 +70,8 @@ class Recorder:
                 id=self._wandb_id(folder.path),
                 resume="allow",
             )
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True)
+        if console.watched():
+            self._bar = console.progress_bar(total_steps, unit="step", initial=resumed_step)
 
     def _tensorboard(self, folder: Path, resumed_step: int) -> Any:
         missing = None
