@@ -18,14 +18,14 @@ from torch import Tensor
 from fastuft.data.backend import DecodeError, Request, ViewSpec
 from fastuft.data.decoding import EncodedImage
 from fastuft.data.strong import BINS, FILL, RANGES
-from fastuft.data.views import stored_regions
 
 _TWIST = ("brightness", "contrast", "saturation", "hue")
 
 
 def _used(spec: ViewSpec) -> list[str]:
-    """Names of the view parameters that the pipeline takes as they are, in order."""
-    names = ["angle"] if spec.rotation else []
+    """Names of the view parameters that the pipeline takes, in order."""
+    names = ["roi_start", "roi_end"]
+    names += ["angle"] if spec.rotation else []
     names += ["twisted", *_TWIST] if spec.color else []
     names += ["sigma"] if spec.blur else []
     return [*names, "flip"]
@@ -74,7 +74,7 @@ def _strong(x: Any, spec: ViewSpec, drawn: dict[str, Any]) -> Any:
 
 
 def _decoded(encoded: Any, spec: ViewSpec) -> Any:
-    """RGB [H, W, 3] uint8 of a file's bytes, as it is stored, on the device that decodes."""
+    """Upright RGB [H, W, 3] uint8 of a file's bytes, on the device that decodes."""
     options: dict[str, Any] = {"device": "cpu"}
     if spec.loading.device.type == "cuda":
         # The chroma upsampling of the CPU decoder: pixels then differ between devices by rounding only.
@@ -83,8 +83,8 @@ def _decoded(encoded: Any, spec: ViewSpec) -> Any:
         width, height = spec.largest
         if width and load > 0:
             options |= {"preallocate_width_hint": width, "preallocate_height_hint": height}
-    # Decoders disagree about damaged orientations: ours is applied to the small views.
-    return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False, **options)
+    # Of metadata there is one tag of ours at most; see :class:`fastuft.data.feed.Feed`.
+    return fn.decoders.image(encoded, output_type=types.RGB, **options)
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True)
@@ -92,11 +92,10 @@ def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
     """Bytes -> decode once -> for each view: crop and resize, rotate, color, blur where drawn, flip and normalize."""
     used = _used(spec)
     strong = _STRONG if spec.strong is not None else ()
-    per_view = 2 + len(used)
-    count = 2 + per_view * spec.num_views + len(strong)
+    count = 1 + len(used) * spec.num_views + len(strong)
     # Requests are held until their views are there; a GPU may still read them then.
     held = spec.loading.device.type == "cpu"
-    encoded, swapped, *inputs = fn.external_source(source=source, num_outputs=count, batch=True, no_copy=held)
+    encoded, *inputs = fn.external_source(source=source, num_outputs=count, batch=True, no_copy=held)
     image = _decoded(encoded, spec)
     # DALI knows no bfloat16; half precision is finer there (views stay within +-3) and half the traffic of a GPU.
     half = spec.loading.dtype == torch.float16 or (
@@ -104,16 +103,13 @@ def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
     )
     outputs = []
     for view in range(spec.num_views):
-        start, end, *rest = inputs[view * per_view : (view + 1) * per_view]
-        drawn = {name: rest[place] for place, name in enumerate(used)}
-        roi = {"roi_start": start, "roi_end": end}
+        drawn = {name: inputs[view * len(used) + place] for place, name in enumerate(used)}
+        roi = {"roi_start": drawn["roi_start"], "roi_end": drawn["roi_end"]}
         x = fn.resize(image, **roi, size=[spec.size, spec.size], interp_type=types.INTERP_LINEAR)
-        if swapped:
-            x = fn.transpose(x, perm=[1, 0, 2], transpose_layout=False)
         if spec.rotation:
             x = fn.rotate(x, angle=drawn["angle"], keep_size=True, fill_value=0)
         if spec.strong is not None and view == spec.num_views - 1:
-            rest = inputs[spec.num_views * per_view :]
+            rest = inputs[spec.num_views * len(used) :]
             x = _strong(x, spec, {name: rest[place] for place, name in enumerate(strong)})
         # The outer conditions below are Python's, about the pipeline; the inner ones DALI's, about each sample.
         # Samples that drew neither jitter nor grayscale, or no blur, skip the operator: the dearest on a CPU, where
@@ -189,13 +185,8 @@ class DaliBackend:
         return arrays
 
     def _arrays(self, request: Request) -> list[Any]:
-        headers = [image.header for image in request.images]
-        arrays: list[Any] = [
-            [np.frombuffer(image.data, np.uint8) for image in request.images],
-            np.array([header.swapped for header in headers]),
-        ]
-        for view in request.views:
-            arrays += [*stored_regions(view, headers), *(getattr(view, name) for name in _used(self.spec))]
+        arrays: list[Any] = [[np.frombuffer(image.data, np.uint8) for image in request.images]]
+        arrays += [getattr(view, name) for view in request.views for name in _used(self.spec)]
         if self.spec.strong is not None:
             arrays += [getattr(request.strong, name) for name in _STRONG]
         return arrays

@@ -12,7 +12,7 @@ from itertools import islice
 from PIL import Image
 
 from fastuft.data.bad import BadFile, BadImageError
-from fastuft.data.encoded import DamagedHeaderError, Header, read_header, without_metadata
+from fastuft.data.encoded import DamagedHeaderError, Header, plain, read_header
 from fastuft.data.listing import IMAGE_SUFFIXES
 from fastuft.data.reading import READ_TIMEOUT, READERS, ReaderPool, read_bytes
 
@@ -99,8 +99,8 @@ def decode_rgb(image: EncodedImage) -> Image.Image:
     """
     header = image.header
     try:
-        plain = image.data if header.format == "other" else without_metadata(image.data, header)
-        with Image.open(io.BytesIO(plain)) as opened:
+        bare = image.data if header.format == "other" else plain(image.data, header)
+        with Image.open(io.BytesIO(bare)) as opened:
             pixels: Image.Image = opened
             if opened.mode.startswith("I"):  # 16-bit grayscale: keep the high byte, as decoders do
                 pixels = opened.point(lambda value: value / 256).convert("L")

@@ -7,6 +7,7 @@ upright. No other metadata is looked at.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -21,8 +22,9 @@ _JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
 _JPEG_KEPT = frozenset({0xE0, 0xEE})  # application segments that pixels depend on: JFIF, Adobe's color transform
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _WEBP_KEPT = frozenset({b"VP8X", b"ALPH", b"VP8 ", b"VP8L", b"ANIM", b"ANMF"})
+_PNG_TEXTS = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
 _BMP_HEADERS = frozenset(struct.pack("<I", size) for size in (12, 16, 40, 52, 56, 64, 108, 124))
-_WEBP_METADATA_FLAGS = 0x2C  # of VP8X: color profile, EXIF, XMP
+_WEBP_METADATA, _WEBP_EXIF = 0x2C, 0x08  # flags of VP8X: color profile, EXIF and XMP; EXIF
 
 
 class DamagedHeaderError(ValueError):
@@ -39,6 +41,7 @@ class Header:
         height: as stored, pixels.
         orientation: EXIF's 1 to 8; 1 is upright.
         whole: whether the end is there, for formats that mark it.
+        described: whether there are metadata that some decoder may take an orientation from.
     """
 
     format: Format
@@ -46,16 +49,12 @@ class Header:
     height: int
     orientation: int = 1
     whole: bool = True
-
-    @property
-    def swapped(self) -> bool:
-        """Whether width and height of the upright image are the stored height and width."""
-        return self.orientation >= 5
+    described: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the upright image."""
-        return (self.height, self.width) if self.swapped else (self.width, self.height)
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
 def read_header(data: bytes) -> Header | None:
@@ -106,17 +105,30 @@ def orientation_of(exif: bytes) -> int:
     return 1
 
 
-def without_metadata(data: bytes, header: Header) -> bytes:
-    """The same image without anything that only describes it: decoders then cannot stumble over that."""
+def plain(data: bytes, header: Header, *, orientation: int = 1) -> bytes:
+    """The same image without anything that only describes it, so that decoders cannot stumble over that.
+
+    Args:
+        data: the file.
+        header: its header.
+        orientation: what decoders are to find in EXIF's tag, the only one there is then; 1 writes none.
+    """
+    exif = _exif(orientation) if orientation > 1 else b""
     if header.format == "JPEG":
         segments = [
             data[start:end]
             for marker, start, end in _jpeg_segments(data)
             if marker < 0xE0 or marker in _JPEG_KEPT or 0xF0 <= marker < 0xFE
         ]
-        return b"".join([data[:2], *segments])
+        block = _EXIF_PREFIX + exif
+        own = b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block if exif else b""
+        return b"".join([data[:2], own, *segments])
     if header.format == "PNG":
-        return _PNG_START + b"".join(data[start:end] for name, start, end in _png_chunks(data) if name in _PNG_KEPT)
+        chunks = [data[start:end] for name, start, end in _png_chunks(data) if name in _PNG_KEPT]
+        if exif:
+            checksum = struct.pack(">I", zlib.crc32(b"eXIf" + exif))
+            chunks.insert(1, struct.pack(">I", len(exif)) + b"eXIf" + exif + checksum)
+        return _PNG_START + b"".join(chunks)
     if header.format == "WebP":
         kept = bytearray()
         for name, start, end in _webp_chunks(data):
@@ -124,9 +136,16 @@ def without_metadata(data: bytes, header: Header) -> bytes:
                 at = len(kept)
                 kept += data[start:end] + b"\0" * ((end - start) % 2)
                 if name == b"VP8X":
-                    kept[at + 8] &= ~_WEBP_METADATA_FLAGS & 0xFF
+                    kept[at + 8] = kept[at + 8] & ~_WEBP_METADATA & 0xFF | (_WEBP_EXIF if exif else 0)
+        if exif:
+            kept += b"EXIF" + struct.pack("<I", len(exif)) + exif
         return b"RIFF" + struct.pack("<I", 4 + len(kept)) + b"WEBP" + bytes(kept)
     return data
+
+
+def _exif(orientation: int) -> bytes:
+    """A block with the one tag."""
+    return b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, _ORIENTATION, _SHORT, 1, orientation, 0, 0)
 
 
 def _exif_orientation(block: bytes) -> int:
@@ -165,14 +184,18 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 def _jpeg(data: bytes) -> Header:
     width = height = 0
     orientation = None
+    described = False
     for marker, start, end in _jpeg_segments(data):
         if marker in _JPEG_SIZES:
             height, width = struct.unpack_from(">HH", data, start + 5)
-        elif marker == 0xE1 and orientation is None and data[start + 4 : start + 10] == _EXIF_PREFIX:
-            orientation = orientation_of(data[start + 10 : end])
+        elif marker == 0xE1:
+            described = True
+            if orientation is None and data[start + 4 : start + 10] == _EXIF_PREFIX:
+                orientation = orientation_of(data[start + 10 : end])
         elif marker == 0xDA:
             # Writers append bytes, telephones films of any length, behind the end marker.
-            return Header("JPEG", width, height, orientation or 1, data.rfind(b"\xff\xd9", start) > start)
+            whole = data.rfind(b"\xff\xd9", start) > start
+            return Header("JPEG", width, height, orientation or 1, whole, described)
     raise AssertionError("segments end with the scan")
 
 
@@ -192,12 +215,13 @@ def _png(data: bytes) -> Header:
     width, height = struct.unpack_from(">II", data, 16)
     if data[12:16] != b"IHDR":
         raise DamagedHeaderError("does not begin with its header")
-    orientation, whole = 1, False
+    orientation, whole, described = 1, False, False
     for name, start, end in _png_chunks(data):
+        described |= name in _PNG_TEXTS
         if name == b"eXIf":
             orientation = _exif_orientation(data[start + 8 : end - 4])
         whole = name == b"IEND"
-    return Header("PNG", width, height, orientation, whole)
+    return Header("PNG", width, height, orientation, whole, described)
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -211,8 +235,9 @@ def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def _webp(data: bytes) -> Header:
     width = height = 0
-    orientation = 1
+    orientation, described = 1, False
     for name, start, end in _webp_chunks(data):
+        described |= name in (b"EXIF", b"XMP ")
         if name == b"EXIF":
             orientation = _exif_orientation(data[start + 8 : end])
         elif width == 0 and name == b"VP8X":
@@ -223,7 +248,8 @@ def _webp(data: bytes) -> Header:
             (bits,) = struct.unpack_from("<I", data, start + 9)
             width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     declared = int.from_bytes(data[4:8], "little") + 8
-    return Header("WebP", width, height, orientation, declared <= len(data) + 1)  # some leave out the last even byte
+    whole = declared <= len(data) + 1  # some writers leave out the last byte that makes lengths even
+    return Header("WebP", width, height, orientation, whole, described)
 
 
 def _bmp(data: bytes) -> Header:

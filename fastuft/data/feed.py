@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from fastuft.data.backend import Backend, DecodeError, Request, ViewSpec
 from fastuft.data.bad import BadFile, BadImageError
 from fastuft.data.decoding import EncodedImage, check_whole, decode_rgb, read_image, reason_of, recoded
-from fastuft.data.encoded import without_metadata
+from fastuft.data.encoded import plain
 from fastuft.data.loading import resolve_loader
 from fastuft.data.order import Positions
 from fastuft.data.reading import ReaderPool, Reading
@@ -78,10 +77,10 @@ class Feed:
 
     A pool of threads reads the files of the batches ahead. Each file is looked at when it is read (see
     :func:`fastuft.data.decoding.read_image`), and the bytes that were looked at are those that are decoded: a region
-    is always one of the image at hand. A file whose size is not what it was is bad. Where decoding fails all the same,
-    the culprit is found by decoding the images under way one by one, and the batches that were not handed out yet are
-    made again. What the loader's decoder refuses and Pillow reads (DALI: some files with odd metadata) is not bad: it
-    is decoded without its metadata, or by Pillow.
+    is always one of the image at hand. Decoders find no orientation but ours: other metadata are taken out. A file
+    whose size is not what it was is bad. Where decoding fails all the same, the culprit is found by decoding the images
+    under way one by one, and the batches that were not handed out yet are made again. What the loader's decoder refuses
+    and Pillow reads (DALI: some files with odd metadata) is not bad: it is decoded without its metadata, or by Pillow.
 
     Args:
         paths: files.
@@ -95,7 +94,8 @@ class Feed:
         self._replacing = replacing
         self._known = np.zeros((len(paths), 3), np.int64)  # width, height, bytes of files that were read before
         self._bad: dict[int, str] = {}
-        self._treatment: dict[int, Literal["strip", "recode"]] = {}
+        self._stripped: set[int] = set()  # files whose metadata the decoder does not understand
+        self._recoded: set[int] = set()  # files that Pillow decodes for it
         self._lock = threading.RLock()  # requests are made by a thread, failures dealt with by the consumer's
         self._pool = ReaderPool(timeout=spec.loading.read_timeout)
         self._backend = make_backend(spec)
@@ -199,24 +199,22 @@ class Feed:
         """A file's bytes, looked at, in a form that the backend's decoder takes."""
         image = read_image(self.paths[index], self._loading.max_megapixels)
         state = np.array([*image.header.size, len(image.data)], np.int64)
-        if self._known[index, 0]:
-            if not np.array_equal(self._known[index], state):
-                before, now = ("{} x {} pixels in {} bytes".format(*each) for each in (self._known[index], state))
-                raise BadImageError(image.path, f"has changed since it was read first (was {before}, is {now})")
-        else:
+        if self._known[index, 0] and not np.array_equal(self._known[index], state):
+            before, now = ("{} x {} pixels in {} bytes".format(*each) for each in (self._known[index], state))
+            raise BadImageError(image.path, f"has changed since it was read first (was {before}, is {now})")
+        if image.header.described or index in self._stripped:
+            image = _described_by_us(image)
+        if not self._known[index, 0]:
             check_whole(image)
             if image.header.format == "other":
-                self._treatment[index] = "recode"
+                self._recoded.add(index)
             elif not self._backend.understands(image):
-                if self._backend.understands(_stripped(image)):
-                    self._treatment[index] = "strip"
-                else:
+                self._stripped.add(index)
+                image = _described_by_us(image)
+                if not self._backend.understands(image):
                     self._leave_to_pillow(index)
             self._known[index] = state
-        treatment = self._treatment.get(index)
-        if treatment == "strip":
-            return _stripped(image)
-        return recoded(image) if treatment == "recode" else image
+        return recoded(image) if index in self._recoded else image
 
     def _pool_of(self, index: int) -> range:
         pools = self._replacing.pools if self._replacing is not None else ()
@@ -243,7 +241,7 @@ class Feed:
             under_way |= dict(zip(request.index.tolist(), request.images, strict=True))
         decodes = self._backend.decodes(list(under_way.values()))
         culprits = [each for each, good in zip(under_way.items(), decodes, strict=True) if not good]
-        if not culprits or any(self._treatment.get(index) == "recode" for index, _ in culprits):
+        if not culprits or any(index in self._recoded for index, _ in culprits):
             raise error  # no file's fault
         for index, image in culprits:
             try:
@@ -254,9 +252,9 @@ class Feed:
                 self._leave_to_pillow(index)
 
     def _leave_to_pillow(self, index: int) -> None:
-        if "recode" not in self._treatment.values():
+        if not self._recoded:
             note(f"{printable(self.paths[index])}: DALI does not decode it; Pillow does, as for all such files")
-        self._treatment[index] = "recode"
+        self._recoded.add(index)
 
     def close(self) -> None:
         """Give back threads and memory."""
@@ -264,5 +262,7 @@ class Feed:
         self._backend.close()
 
 
-def _stripped(image: EncodedImage) -> EncodedImage:
-    return EncodedImage(image.path, without_metadata(image.data, image.header), image.header)
+def _described_by_us(image: EncodedImage) -> EncodedImage:
+    """The image with no other metadata than the orientation that we read."""
+    data = plain(image.data, image.header, orientation=image.header.orientation)
+    return EncodedImage(image.path, data, image.header)

@@ -7,7 +7,6 @@ batch size, backend or restarts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from fastuft.config import AugmentConfig
-from fastuft.data.encoded import Header
 from fastuft.randomness import keyed_generator
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -184,31 +182,6 @@ def center_views(sizes: np.ndarray, size: int, resize: int) -> ViewParameters:
         sigma=zero,
         flip=np.zeros(n, np.int32),
     )
-
-
-def stored_regions(view: ViewParameters, headers: Sequence[Header]) -> tuple[Floats, Floats]:
-    """A view's regions in images as they are stored, for decoders that turn nothing.
-
-    An end before its start means that the region is to be mirrored along that axis; where the header says ``swapped``,
-    the cropped result is to be transposed afterwards.
-
-    Returns:
-        (start, end), [n, 2] (y, x) each.
-    """
-    start, end = view.roi_start, view.roi_end
-    turned = [row for row, header in enumerate(headers) if header.orientation > 1]
-    if turned:
-        start, end = start.copy(), end.copy()
-    for row in turned:
-        header = headers[row]
-        for corner in (start, end):
-            if header.swapped:
-                corner[row] = corner[row, ::-1]
-            if header.orientation in (3, 4, 6, 7):
-                corner[row, 0] = header.height - corner[row, 0]
-            if header.orientation in (2, 3, 7, 8):
-                corner[row, 1] = header.width - corner[row, 1]
-    return start, end
 
 
 def color_matrix(brightness: float, contrast: float, saturation: float, hue: float) -> tuple[np.ndarray, float]:

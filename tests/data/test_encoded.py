@@ -8,13 +8,14 @@ import zlib
 
 import numpy as np
 import pytest
+import stream_cases
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
-from stream_cases import LOADERS, plain, smooth_picture
+from stream_cases import LOADERS, smooth_picture
 
 from fastuft.data import BadImageError, EvalStream, image_size, open_rgb
-from fastuft.data.encoded import DamagedHeaderError, orientation_of, read_header, without_metadata
+from fastuft.data.encoded import DamagedHeaderError, orientation_of, plain, read_header
 
 WIDTH, HEIGHT = 80, 48
 TIFF = {"little": b"II*\0", "big": b"MM\0*"}
@@ -113,7 +114,9 @@ def test_each_orientation_turns_pixels_alike_in_both_loaders(tmp_path, kind):
         }[value]
         assert np.array_equal(upright, expected), value
         assert image_size(paths[-1]) == expected.shape[1::-1]
-    ours, theirs = (next(iter(EvalStream(paths, size=32, resize=40, loading=plain(loader))))[0] for loader in LOADERS)
+    ours, theirs = (
+        next(iter(EvalStream(paths, size=32, resize=40, loading=stream_cases.plain(loader))))[0] for loader in LOADERS
+    )
     assert (ours - theirs).abs().max() < 3 / 255
     by_pillow = [open_rgb(path) for path in paths]
     for image, row in zip(by_pillow, ours, strict=True):
@@ -130,18 +133,30 @@ def test_damaged_tags_and_other_metadata_turn_nothing_in_either_loader(tmp_path)
         paths.append(str(tmp_path / name))
         assert image_size(paths[-1]) == (WIDTH, HEIGHT), name
         assert open_rgb(paths[-1]).size == (WIDTH, HEIGHT), name
-    ours, theirs = (next(iter(EvalStream(paths, size=32, resize=40, loading=plain(loader))))[0] for loader in LOADERS)
+    ours, theirs = (
+        next(iter(EvalStream(paths, size=32, resize=40, loading=stream_cases.plain(loader))))[0] for loader in LOADERS
+    )
     assert (ours - theirs).abs().amax((1, 2, 3)).max() < 3 / 255
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_pixels_stay_without_metadata(kind):
+def test_pixels_stay_plain(kind):
     data = encode(kind) if kind == "BMP" else with_exif(kind, oriented(1))
-    bare = without_metadata(data, read_header(data))
+    bare = plain(data, read_header(data))
+    assert not read_header(bare).described
     assert (
         Image.open(io.BytesIO(bare)).convert("RGB").tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
     )
     assert kind == "BMP" or len(bare) < len(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("value", [1, 6])
+def test_the_tag_that_we_write_is_the_one_that_we_read(kind, value):
+    data = with_exif(kind, oriented(3))
+    again = plain(data, read_header(data), orientation=value)
+    assert read_header(again).orientation == value
+    assert Image.open(io.BytesIO(again)).getexif().get(0x0112, 1) == value
 
 
 def test_text_over_pillows_limit_is_not_damage(tmp_path):
@@ -151,7 +166,7 @@ def test_text_over_pillows_limit_is_not_damage(tmp_path):
     )
     assert open_rgb(str(tmp_path / "text.png")).size == (WIDTH, HEIGHT)
     for loader in LOADERS:
-        stream = EvalStream([str(tmp_path / "text.png")], size=32, loading=plain(loader))
+        stream = EvalStream([str(tmp_path / "text.png")], size=32, loading=stream_cases.plain(loader))
         assert next(iter(stream))[0].std() > 0.05
 
 
