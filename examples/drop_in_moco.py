@@ -7,7 +7,7 @@ In ``moco/builder.py``::
     -   self.register_buffer("queue", torch.randn(dim, K))
     -   self.queue = nn.functional.normalize(self.queue, dim=0)
     -   self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
-    +   self.queue = KeyQueue(K, dim)
+    +   self.queue = KeyQueue(K, dim, gather_distributed=True)
         ...
     -   q = nn.functional.normalize(q, dim=1)
         ...
@@ -21,7 +21,7 @@ In ``moco/builder.py``::
     -   self._dequeue_and_enqueue(k)
     -   return logits, labels
     +   loss = info_nce(q, k, self.queue.keys, self.T)
-    +   self.queue.enqueue_(concat_all_gather(k))
+    +   self.queue.enqueue_(k)
     +   return loss
 
 Any batch size may be enqueued, K need not be a multiple of it, and no step waits for the GPU.
@@ -39,13 +39,13 @@ from fastuft import KeyQueue, info_nce
 
 
 class MoCo(nn.Module):
-    """The builder with the change above, for one process."""
+    """The builder with the change above."""
 
     def __init__(self, encoder: nn.Module, dim: int, K: int = 4096, m: float = 0.99, T: float = 0.07) -> None:
         super().__init__()
         self.m, self.T = m, T
         self.encoder_q, self.encoder_k = encoder, copy.deepcopy(encoder).requires_grad_(False)
-        self.queue = KeyQueue(K, dim)
+        self.queue = KeyQueue(K, dim, gather_distributed=True)
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
         q = self.encoder_q(im_q)

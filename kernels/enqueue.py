@@ -5,6 +5,9 @@
 Of B > K keys the last K are written. Equals, for B <= K::
 
     queue[(pointer + torch.arange(B)) % K] = F.normalize(keys.float(), dim=1).to(queue.dtype)
+
+One launch. The pointer may move only when every program has read it: each adds 2^40 to it as it reads, so that its upper
+bits count the programs that came, and the last of them writes the new pointer. The rows do not depend on their order.
 """
 
 from __future__ import annotations
@@ -30,29 +33,24 @@ def enqueue_kernel(
     skipped,  # max(B - K, 0)
     size,  # K
     width,
-    NORMALIZE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """BLOCK_R rows of the keys that stay."""
+    ticket = tl.atomic_add(pointer_ptr, tl.full([], 1 << 40, tl.int64))
+    pointer, came_before = ticket & ((1 << 40) - 1), ticket >> 40
     rows = skipped + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_D)
-    key = load_rows(keys_ptr, keys_stride, rows, columns, num_rows, width)
-    if NORMALIZE:
-        key, _ = unit_rows(key)
-    places = (tl.load(pointer_ptr) + rows) % size
+    key, _ = unit_rows(load_rows(keys_ptr, keys_stride, rows, columns, num_rows, width))
+    places = (pointer + rows) % size
     inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
     p_out = queue_ptr + places[:, None] * queue_stride + columns[None, :]
     tl.store(p_out, key.to(queue_ptr.dtype.element_ty), inside)
+    if came_before == tl.num_programs(0) - 1:
+        tl.store(pointer_ptr, (pointer + num_rows) % size)
 
 
-@triton.jit
-def advance_kernel(pointer_ptr, num_rows, size):
-    """The pointer moves only when every program of the launch before has read it."""
-    tl.store(pointer_ptr, (tl.load(pointer_ptr) + num_rows) % size)
-
-
-def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool = True) -> None:
+def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     """Write keys [B, D] into queue [K, D] from ``pointer`` (int64 scalar on the device) on, and advance it."""
     num_rows, width = keys.shape
     if num_rows == 0:
@@ -63,7 +61,6 @@ def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor, normalize: bool = Tru
     skipped = max(num_rows - size, 0)
     with torch.cuda.device_of(queue):
         enqueue_kernel[(triton.cdiv(num_rows - skipped, _ROWS),)](
-            queue, pointer, keys, queue.stride(0), keys.stride(0), num_rows, skipped, size, width, normalize, _ROWS,
+            queue, pointer, keys, queue.stride(0), keys.stride(0), num_rows, skipped, size, width, _ROWS,
             triton.next_power_of_2(width), num_warps=4,
         )  # fmt: skip
-        advance_kernel[(1,)](pointer, num_rows, size, num_warps=1)

@@ -1,15 +1,36 @@
-"""How a sweep is shared out over a chip: which chip it is, and how many splits of the queue run side by side."""
+"""How a sweep is shared out over a chip: which chip it is, and how many units each program takes."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
-import triton
 
 from fastuft.kernels.launch_table import Launch
 
-PARTIAL_BYTES = 1 << 23  # most that the partial sums of several splits take: 64 splits at B=256, D=128
+# Rows of partial results that tiles of 64 rows or fewer leave, at most: 8.7 MB at D = 128.
+PARTIAL_ROWS = 264 * 64
+# Each tile of rows reads the whole queue from the L2 cache. Above this many bytes taller tiles halve them: 64 rows at
+# B = 4096, K = 65,536, D = 128 read 1.07 GB.
+TALL_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Units of a sweep: row tiles times key tiles, ``units_per_program`` to each of the programs, the last fewer."""
+
+    row_tiles: int
+    key_tiles: int
+    units_per_program: int
+
+    @property
+    def units(self) -> int:
+        return self.row_tiles * self.key_tiles
+
+    @property
+    def programs(self) -> int:
+        return -(-self.units // self.units_per_program)
 
 
 @functools.cache
@@ -22,18 +43,20 @@ def _cuda_chip(index: int) -> tuple[int, int]:
 def chip(device: torch.device) -> tuple[int, int]:
     """(arch, multiprocessors)."""
     if device.type != "cuda":
-        return 90, 4  # the interpreter runs anywhere; few splits keep it quick
+        return 90, 4  # the interpreter runs anywhere; few programs keep it quick
     return _cuda_chip(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def plan_splits(num_rows: int, num_keys: int, width: int, config: Launch, multiprocessors: int) -> tuple[int, int]:
-    """(splits, keys a split): as many programs as one wave holds, each a whole number of tiles.
+def tall_rows(num_rows: int, num_keys: int, width: int) -> bool:
+    """Whether tiles of 64 rows of a half-precision sweep would read more than TALL_BYTES."""
+    return -(-num_rows // 64) * num_keys * width * 2 > TALL_BYTES
 
-    Fewer where partial sums [splits, B, D] in fp32 would exceed PARTIAL_BYTES, whatever the chip.
-    """
-    row_tiles = triton.cdiv(num_rows, config.block_b)
-    key_tiles = max(1, triton.cdiv(num_keys, config.block_k))
-    affordable = PARTIAL_BYTES // (4 * num_rows * width)
-    splits = max(1, min(key_tiles, multiprocessors // row_tiles, affordable))
-    tiles_per_split = triton.cdiv(key_tiles, splits)
-    return triton.cdiv(key_tiles, tiles_per_split), tiles_per_split * config.block_k
+
+def plan_units(num_rows: int, num_keys: int, config: Launch, multiprocessors: int) -> Plan:
+    """The same number of units for each program of one full wave, however few or many rows there are."""
+    row_tiles = -(-num_rows // config.block_b)
+    key_tiles = max(1, -(-num_keys // config.block_k))
+    programs = multiprocessors * config.ctas
+    if config.block_b <= 64:
+        programs = min(programs, max(multiprocessors, PARTIAL_ROWS // min(config.block_b, num_rows)))
+    return Plan(row_tiles, key_tiles, -(-row_tiles * key_tiles // programs))

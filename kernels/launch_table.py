@@ -1,13 +1,14 @@
-"""Launch parameters of the sweep, by chip, element size, width and rows: what the launcher reads and the tests compile."""
+"""Launch parameters of the sweep, by chip, precision, width and rows: what the launcher reads and the tests compile."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 ARCHS = (80, 90, 100)
+PRECISIONS = ("bf16", "fp16", "tf32", "ieee")
 WIDTHS = (16, 32, 64, 128, 256, 512)  # padded widths; the kernels mask the rest
-ROWS = (64, 256)  # one entry for few rows, one for many
 # Shared memory a program may ask for. 80 also serves 8.6, 8.9 and 12.x, which allow less than an A100's 166,912.
 SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
 
@@ -17,52 +18,74 @@ class Launch:
     """One configuration.
 
     Args:
-        block_b: rows a program holds.
-        block_k: keys a program reads at a time.
-        num_warps: warps per program.
+        block_b: rows of a tile.
+        block_k: keys of a tile.
+        num_warps: warps of a program.
         num_stages: tiles of keys in flight.
-        branch: rescale accumulators behind a branch, taken when some row's maximum has grown; otherwise every tile
-            multiplies them, mostly by 1. Triton 3.7 cannot compile that branch for tensor memory (sm_100).
-        peel: read the whole tiles of a split in a loop without a mask and the rest after it. Half precision on sm_80
-            and sm_90 then has a fifth and a third fewer instructions a tile; single precision would spill.
+        ctas: programs that share a multiprocessor, as the plan counts on it.
+        descriptors: read tiles by the tensor memory accelerator where they are aligned; else by pointers.
+        max_registers: bound on a thread's registers, where ``ctas`` needs one.
     """
 
     block_b: int
     block_k: int
     num_warps: int
     num_stages: int
-    branch: bool = True
-    peel: bool = False
+    ctas: int
+    descriptors: bool = False
+    max_registers: int | None = None
 
 
-def launch(arch: int, itemsize: int, width: int, rows: int) -> Launch:
-    """The configuration for a chip (80, 90, 100, ...), bytes an element (2 or 4), padded width and number of rows.
+def _hopper(width: int, tall: bool) -> Launch:
+    """Half precision on sm_90: queries lie in shared memory, each warpgroup has 64 rows, products are never serialized."""
+    if width == 512:
+        return Launch(64, 64, 8, 2, 1, True)  # two warpgroups halve the width of one tile's sums
+    if width == 256:
+        return Launch(128, 64, 8, 2, 1, True) if tall else Launch(64, 64, 4, 2, 2, True)
+    if tall:
+        return Launch(128, 64 if width < 128 else 32, 8, 3, 2, True, max_registers=128)
+    return Launch(64, 64, 4, 3, 2 if width == 128 else 3, True)
 
-    Half precision: 128 rows share each tile of keys where there are that many, because the queue then crosses the L2
-    cache half as often as with 64; registers bound the width of a tile of keys (accumulators [block_b, width] and scores
-    [block_b, block_k], both fp32). Single precision multiplies on the CUDA cores in exact arithmetic, with small tiles.
-    """
-    if itemsize == 4:
-        if width <= 64:
-            return Launch(32, 32, 4, 2)
-        return Launch(16, 32, 4, 2) if width <= 256 else Launch(16, 16, 4, 1)
-    branch = peel = arch < 100
+
+def _half(arch: int, width: int, tall: bool) -> Launch:
     stages = 2 if arch < 90 else 3
-    if width <= 128:
-        if rows <= 64:
-            return Launch(64, 64, 4, stages + 1, branch, peel)
-        return Launch(128, 32 if arch < 90 and width == 128 else 64, 8, stages, branch, peel)
-    return Launch(64, 64, 8, 2, branch, peel) if width == 256 else Launch(32, 32, 8, 2, branch, peel)
+    if width == 512:
+        return Launch(32, 32, 8, 2, 1)
+    if width == 256:
+        return Launch(64, 64, 8, 2, 1)
+    if not tall:
+        return Launch(64, 64, 4, stages + 1, 1)
+    return Launch(128, 32 if arch < 90 and width == 128 else 64, 8, stages, 1)
 
 
-def table() -> Iterator[tuple[int, int, int, int, Launch]]:
-    """(arch, itemsize, width, rows, configuration), each distinct configuration of a width once."""
-    for arch in ARCHS:
-        for itemsize in (2, 4):
-            for width in WIDTHS:
-                seen = set()
-                for rows in ROWS:
-                    found = launch(arch, itemsize, width, rows)
-                    if found not in seen:
-                        seen.add(found)
-                        yield arch, itemsize, width, rows, found
+def _single(width: int) -> Launch:
+    """fp32 tiles: exact ones are multiplied on the CUDA cores, with small tiles."""
+    if width <= 64:
+        return Launch(32, 32, 4, 2, 2)
+    if width == 128:
+        return Launch(16, 32, 4, 2, 2)
+    return Launch(16, 16, 4, 2, 2) if width == 256 else Launch(16, 16, 4, 1, 1)
+
+
+def launch(arch: int, precision: str, width: int, tall: bool, direct: bool) -> Launch:
+    """The configuration for a chip (80, 90, 100, ...), precision and padded width.
+
+    Half precision: 128 rows share each tile of keys where there are many (``tall``), because the queue then crosses the L2
+    cache half as often as with 64; registers bound the width of a tile of keys (accumulators [block_b, width] and scores
+    [block_b, block_k], both fp32). ``direct``: tiles go from memory to the product as they are, by descriptors; where they
+    pass through registers, wide rows leave less room.
+    """
+    if precision in ("ieee", "tf32"):
+        return _single(width)
+    return _hopper(width, tall) if arch == 90 and (direct or width <= 128) else _half(arch, width, tall)
+
+
+def table() -> Iterator[tuple[int, str, int, bool, bool, Launch]]:
+    """(arch, precision, width, tall, direct, configuration), each distinct configuration of a width once."""
+    for arch, precision, width in itertools.product(ARCHS, PRECISIONS, WIDTHS):
+        seen = set()
+        for direct, tall in itertools.product((True, False), (False, True)):
+            found = launch(arch, precision, width, tall, direct)
+            if found not in seen:
+                seen.add(found)
+                yield arch, precision, width, tall, direct, found

@@ -2,11 +2,11 @@
 
 For a query h [D], z = h / |h|, queue rows x_j, c = log2(e) / tau, scores in log2 units s_j = c z.x_j:
 
-    (1)  m = max_j s_j            (lazily: a reference within 8 of it, so that 2^(s - m) <= 256)
+    (1)  m = max_j s_j            or the constant c, which bounds them, where |z| = 1 and the caller states |x_j| <= 1
     (2)  l = sum_j 2^(s_j - m),   acc = sum_j 2^(s_j - m) x_j
     (3)  lse = ln(2) (m + log2 l),   mu = acc / l
 
-Splits of the queue yield partial (m, l, acc), which combine in a fixed order:
+Parts of the queue yield partial (m, l, acc), which combine in a fixed order (``queue_combine``, as all that follows):
 
     (4)  M = max_p m_p,   l = sum_p l_p 2^(m_p - M),   acc = sum_p acc_p 2^(m_p - M)
 
@@ -20,8 +20,13 @@ Equals, for unit rows z and one positive::
 
     F.cross_entropy(torch.cat([(z * k).sum(1, keepdim=True), z @ queue.T], 1) / tau, torch.zeros(len(z)).long())
 
-Arithmetic: tiles are multiplied in the promoted dtype of query and queue (fp32 exactly, never tf32; small problems always
-in fp32) and accumulated in fp32. Two launches: sweep, then combine. Deterministic: no atomics.
+Queries and keys are multiplied in one precision (``problem.tile_precision``) and accumulated in fp32; the scale c meets the
+scores after the product. Launches: the queries as they are multiplied, where they are not so already; the sweep; combine.
+Deterministic: no atomics.
+
+Work is counted in units, one tile of rows against one tile of keys, rows slowest; each program takes the same number of
+consecutive ones, whatever B and K are, and writes one partial result for each tile of rows that it meets. Tile of rows t
+and program p share the slot t + p.
 """
 
 from __future__ import annotations
@@ -32,214 +37,149 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastuft.kernels.launch_plan import chip, plan_splits
-from fastuft.kernels.launch_table import launch
+from fastuft.kernels.launch_plan import Plan, chip, plan_units, tall_rows
+from fastuft.kernels.launch_table import Launch, launch
 from fastuft.kernels.problem import LseProblem, Problem, tile_precision
+from fastuft.kernels.queue_combine import Partials, combine
 from fastuft.kernels.rows import load_rows, unit_rows
 
 LOG2_E = math.log2(math.e)
 MAX_WIDTH = 512
-COMBINE_SPLITS = 16  # splits that a combine program reads at a time
-COMBINE_WARPS = 2  # with 4 or 8 the compiler spills in some widths on sm_80 and sm_100
+LEAST_UNIT_TEMPERATURE = 0.05  # below, 2^(s - c) of opposite rows leaves the range of fp32: 2^-(2 c) at tau = 0.02
+PREPARE_ROWS = 4
 _INTERPRETED = triton.knobs.runtime.interpret
+_TILE_DTYPES = {"ieee": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def prepare_kernel(
+    q_ptr,  # [B, D]
+    z_ptr,  # [B, D] in the dtype of the tiles
+    q_stride,
+    num_rows,
+    width,
+    NORMALIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """z of BLOCK_R rows."""
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.arange(0, BLOCK_D)
+    z = load_rows(q_ptr, q_stride, rows, columns, num_rows, width)
+    if NORMALIZE:
+        z, _ = unit_rows(z)
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
+    tl.store(z_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :], z.to(z_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def load_tile(
+    source, stride, start, limit, width, DESCRIPTOR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows [start, start + BLOCK) of a matrix with ``limit`` rows; rows and columns outside are 0."""
+    if DESCRIPTOR:
+        tile = source.load([start, 0])
+    else:
+        rows, columns = start + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+        inside = (rows[:, None] < limit) & (columns[None, :] < width)
+        tile = tl.load(source + rows.to(tl.int64)[:, None] * stride + columns[None, :], inside, 0.0)
+    return tile
 
 
 @triton.jit
 def fold_tile(
     b_z,  # [BLOCK_B, BLOCK_D]
-    b_x,  # [BLOCK_K, BLOCK_D]
-    m_keys,  # [BLOCK_K], read where MASKED
+    x,  # [BLOCK_K, BLOCK_D] as the queue holds them
+    left,  # keys from here on, read where MASKED
     m,
     l,  # noqa: E741 (the formula's name)
     acc,
     scale,
     MASKED: tl.constexpr,
+    UNIT: tl.constexpr,
     NEED_MU: tl.constexpr,
-    BRANCH: tl.constexpr,
+    TILE_DTYPE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """(m, l, acc) of (1), (2) with one more tile of keys."""
-    dots = tl.dot(b_z, tl.trans(b_x), input_precision="ieee")
+    b_x = x.to(TILE_DTYPE).to(DOT_DTYPE)
+    dots = tl.dot(b_z, tl.trans(b_x), input_precision=PRECISION)
     if MASKED:
-        dots = tl.where(m_keys[None, :], dots, -float("inf"))
-    m_tile = tl.max(dots, 1) * scale
-    if BRANCH:
-        if tl.max(m_tile - m, 0) > 8.0:  # (1): rescale only when some row outgrows its reference
-            m_new = tl.maximum(m, m_tile)
-            correction = tl.exp2(m - m_new)
-            m = m_new
-            l *= correction  # noqa: E741
-            if NEED_MU:
-                acc *= correction[:, None]
+        dots = tl.where(tl.arange(0, x.shape[0])[None, :] < left, dots, -float("inf"))
+    if UNIT:
+        p = tl.exp2(dots * scale - scale)
     else:
-        m_new = tl.where(m_tile - m > 8.0, m_tile, m)  # the same references, row by row
+        m_new = tl.maximum(m, tl.max(dots, 1) * scale)
         correction = tl.exp2(m - m_new)
         m = m_new
         l *= correction  # noqa: E741
         if NEED_MU:
             acc *= correction[:, None]
-    p = tl.exp2(dots * scale - m[:, None])  # scaled here: product and difference are one instruction
+        p = tl.exp2(dots * scale - m[:, None])  # scaled here: product and difference are one instruction
     l += tl.sum(p, 1)  # noqa: E741
     if NEED_MU:
-        acc = tl.dot(p.to(b_x.dtype), b_x, acc, input_precision="ieee")
+        acc = tl.dot(p.to(TILE_DTYPE).to(DOT_DTYPE), b_x, acc, input_precision=PRECISION)
     return m, l, acc
 
 
 @triton.jit
 def sweep_kernel(
-    q_ptr,  # [B, D]
-    queue_ptr,  # [K, D]
-    m_ptr,  # [S, B] fp32
-    l_ptr,  # [S, B] fp32
-    acc_ptr,  # [S, B, D] fp32
-    q_stride,
+    z,  # [B, D] in TILE_DTYPE, a descriptor or a pointer
+    queue,  # [K, D], likewise
+    m_ptr,  # [slots, slot_rows] fp32, unless UNIT
+    l_ptr,  # [slots, slot_rows] fp32
+    acc_ptr,  # [slots, slot_rows, D] fp32, where NEED_MU
+    z_stride,
     queue_stride,
     num_rows,
     num_keys,
-    keys_per_split,
+    key_tiles,
+    units,
+    units_per_program,
+    slot_rows,
     width,
     scale,  # c
-    NORMALIZE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UNIT: tl.constexpr,
     NEED_MU: tl.constexpr,
+    TAIL: tl.constexpr,  # whether K is not a whole number of tiles
     TILE_DTYPE: tl.constexpr,
-    BRANCH: tl.constexpr,
-    PEEL: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(1), (2) of BLOCK_B rows over one split of the queue."""
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    split = tl.program_id(1)
-    columns = tl.arange(0, BLOCK_D)
-    h = load_rows(q_ptr, q_stride, rows, columns, num_rows, width)
-    if NORMALIZE:
-        h, _ = unit_rows(h)
-    b_z = h.to(TILE_DTYPE)
-    m = tl.full([BLOCK_B], -float("inf"), tl.float32)
-    l = tl.zeros([BLOCK_B], tl.float32)  # noqa: E741 (the formula's name)
-    acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-    first = split.to(tl.int64) * keys_per_split
-    last = tl.minimum(first + keys_per_split, num_keys)
-    tile = tl.arange(0, BLOCK_K)
-    m_columns = columns[None, :] < width
-    whole = first
-    if PEEL:
-        whole += (last - first) // BLOCK_K * BLOCK_K
-        for start in range(first, whole, BLOCK_K):
-            p_x = queue_ptr + (start + tile).to(tl.int64)[:, None] * queue_stride + columns[None, :]
-            b_x = tl.load(p_x, m_columns, 0.0).to(TILE_DTYPE)
-            m, l, acc = fold_tile(b_z, b_x, tile, m, l, acc, scale, False, NEED_MU, BRANCH)  # noqa: E741
-    # Of a peeled loop at most one tile is left: with one stage it takes no registers for copies ahead.
-    for start in tl.range(whole, last, BLOCK_K, num_stages=1 if PEEL else None):
-        m_keys = start + tile < last
-        p_x = queue_ptr + (start + tile).to(tl.int64)[:, None] * queue_stride + columns[None, :]
-        b_x = tl.load(p_x, m_keys[:, None] & m_columns, 0.0).to(TILE_DTYPE)
-        m, l, acc = fold_tile(b_z, b_x, m_keys, m, l, acc, scale, True, NEED_MU, BRANCH)  # noqa: E741
-    inside = rows < num_rows
-    out = split.to(tl.int64) * num_rows + rows
-    tl.store(m_ptr + out, m, inside)
-    tl.store(l_ptr + out, l, inside)
-    if NEED_MU:
-        m_out = inside[:, None] & (columns[None, :] < width)
-        tl.store(acc_ptr + out[:, None] * width + columns[None, :], acc, m_out)
-
-
-@triton.jit
-def combine_kernel(
-    m_ptr,  # [S, B] fp32
-    l_ptr,  # [S, B] fp32
-    acc_ptr,  # [S, B, D] fp32
-    q_ptr,  # [B, D]
-    k_a_ptr,  # [B, D]
-    k_b_ptr,  # [B, D]
-    lam_ptr,  # [B] or [1] fp32
-    loss_ptr,  # [B] fp32
-    grad_ptr,  # [B, D] fp32: the gradient, or mu without HAS_LOSS
-    lse_ptr,  # [B] fp32: the alignment with HAS_LOSS
-    q_stride,
-    k_a_stride,
-    k_b_stride,
-    lam_stride,
-    num_rows,
-    num_splits,
-    width,
-    inverse_tau,
-    HAS_LOSS: tl.constexpr,
-    TWO_KEYS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    NEED_MU: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """(3) to (7) of one row, over its splits in order."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_D)
-    inside = columns < width
-    top = -float("inf")
-    for start in range(0, num_splits, BLOCK_S):
-        splits = start + tl.arange(0, BLOCK_S)
-        m = tl.load(m_ptr + splits.to(tl.int64) * num_rows + row, splits < num_splits, -float("inf"))
-        top = tl.maximum(top, tl.max(m, 0))
-    reference = tl.where(top == -float("inf"), 0.0, top)
-    total = 0.0
-    mu = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, num_splits, BLOCK_S):
-        splits = start + tl.arange(0, BLOCK_S)
-        m_splits = splits < num_splits
-        place = splits.to(tl.int64) * num_rows + row
-        weight = tl.exp2(tl.load(m_ptr + place, m_splits, -float("inf")) - reference)  # (4)
-        total += tl.sum(weight * tl.load(l_ptr + place, m_splits, 0.0), 0)
+    """(1), (2) of the units of one program."""
+    program = tl.program_id(0)
+    first_unit = program * units_per_program
+    last_unit = tl.minimum(first_unit + units_per_program, units)
+    for row_tile in range(first_unit // key_tiles, (last_unit - 1) // key_tiles + 1):
+        before = row_tile * key_tiles
+        first = tl.maximum(first_unit - before, 0) * BLOCK_K
+        last = tl.minimum(tl.minimum(last_unit - before, key_tiles) * BLOCK_K, num_keys)
+        b_z = load_tile(z, z_stride, row_tile * BLOCK_B, num_rows, width, DESCRIPTORS, BLOCK_B, BLOCK_D).to(DOT_DTYPE)
+        m = tl.full([BLOCK_B], -float("inf"), tl.float32)
+        l = tl.zeros([BLOCK_B], tl.float32)  # noqa: E741 (the formula's name)
+        acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+        for start in range(first, last, BLOCK_K):
+            x = load_tile(queue, queue_stride, start, num_keys, width, DESCRIPTORS, BLOCK_K, BLOCK_D)
+            m, l, acc = fold_tile(  # noqa: E741
+                b_z, x, last - start, m, l, acc, scale, TAIL, UNIT, NEED_MU, TILE_DTYPE, DOT_DTYPE, PRECISION
+            )
+        rows, columns = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_D)
+        out = (row_tile + program).to(tl.int64) * slot_rows + rows
+        inside = rows < slot_rows
+        tl.store(l_ptr + out, l, inside)
+        if not UNIT:
+            tl.store(m_ptr + out, m, inside)
         if NEED_MU:
-            m_acc = m_splits[:, None] & inside[None, :]
-            part = tl.load(acc_ptr + place[:, None] * width + columns[None, :], m_acc, 0.0)
-            mu += tl.sum(weight[:, None] * part, 0)
-    empty = total == 0.0  # K = 0; NaN where a query is, whose maxima are -inf too
-    lse = tl.where(empty, -float("inf"), (reference + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)  # (3)
-    mu = mu / tl.where(empty, 1.0, total)
-    if HAS_LOSS:
-        one = row + tl.arange(0, 1)
-        h = load_rows(q_ptr, q_stride, one, columns, num_rows, width)
-        key = load_rows(k_a_ptr, k_a_stride, one, columns, num_rows, width)
-        inverse_norm = tl.full([1], 1.0, tl.float32)
-        z = h
-        if NORMALIZE:
-            z, inverse_norm = unit_rows(h)
-            key, _ = unit_rows(key)
-        a = tl.sum(z * key, 1) * inverse_tau
-        lam = tl.full([1], 1.0, tl.float32)
-        if TWO_KEYS:
-            lam = tl.load(lam_ptr + one * lam_stride).to(tl.float32)
-            lam = tl.where((lam >= 0.0) & (lam <= 1.0), lam, float("nan"))
-        over_a = lse - a
-        # softplus(x) = max(x, 0) + log(1 + e^-|x|)
-        loss = lam * (tl.maximum(over_a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(over_a))))  # (5)
-        pull_a = lam * tl.sigmoid(over_a)
-        weight_mu = pull_a
-        pulled = pull_a[:, None] * key
-        alignment = -lam * a
-        if TWO_KEYS:
-            other = load_rows(k_b_ptr, k_b_stride, one, columns, num_rows, width)
-            if NORMALIZE:
-                other, _ = unit_rows(other)
-            b = tl.sum(z * other, 1) * inverse_tau
-            alignment -= (1.0 - lam) * b
-            over_b = lse - b
-            loss += (1.0 - lam) * (tl.maximum(over_b, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(over_b))))
-            pull_b = (1.0 - lam) * tl.sigmoid(over_b)
-            weight_mu += pull_b
-            pulled += pull_b[:, None] * other
-        tl.store(loss_ptr + one, loss)
-        tl.store(lse_ptr + one, alignment)
-        if NEED_MU:
-            g = (weight_mu[:, None] * mu[None, :] - pulled) * inverse_tau  # (6)
-            if NORMALIZE:
-                g = (g - tl.sum(g * z, 1)[:, None] * z) * inverse_norm[:, None]  # (7)
-            tl.store(grad_ptr + one[:, None] * width + columns[None, :], g, inside[None, :])
-    else:
-        tl.store(lse_ptr + row, lse)
-        if NEED_MU:
-            tl.store(grad_ptr + row * width + columns, mu, inside)
+            m_out = inside[:, None] & (columns[None, :] < width)
+            tl.store(acc_ptr + out[:, None] * width + columns[None, :], acc, m_out)
 
 
 def unsupported(q: Tensor, queue: Tensor) -> str | None:
@@ -260,61 +200,85 @@ def _rows(value: Tensor) -> Tensor:
     return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
 
 
-def _triton_dtype(precision: str) -> tl.dtype:
-    # The interpreter multiplies bf16 tiles wrongly; there they are widened first.
-    if precision in ("ieee", "tf32") or (_INTERPRETED and precision == "bf16"):
-        return tl.float32
-    return {"fp16": tl.float16, "bf16": tl.bfloat16}[precision]
+def _fits_a_descriptor(value: Tensor, width: int) -> bool:
+    """Whether the tensor memory accelerator can read rows of this padded width: addresses and strides of 16 bytes."""
+    aligned = value.data_ptr() % 16 == 0 and value.stride(0) * value.element_size() % 16 == 0
+    return aligned and value.shape[1] == width and value.shape[0] > 0
 
 
-def _run(problem: Problem, has_loss: bool, splits: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _prepared(q: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
+    """Queries as the sweep multiplies them, [B, D] in dtype."""
+    if q.dtype == dtype and not normalize:
+        return q
+    (num_rows, width), z = q.shape, torch.empty(q.shape, dtype=dtype, device=q.device)
+    prepare_kernel[(triton.cdiv(num_rows, PREPARE_ROWS),)](
+        q, z, q.stride(0), num_rows, width, normalize, PREPARE_ROWS, triton.next_power_of_2(width), num_warps=4
+    )
+    return z
+
+
+def is_unit(problem: Problem, precision: str) -> bool:
+    """Whether (1) takes the constant. fp16 tiles keep the maximum: they cannot hold 2^(s - c)."""
+    unit = problem.unit_queue and problem.normalize and precision != "fp16"
+    return unit and problem.temperature >= LEAST_UNIT_TEMPERATURE
+
+
+def _sweep(z: Tensor, queue: Tensor, problem: Problem, precision: str, config: Launch, plan: Plan) -> Partials:
+    """Launch the sweep over prepared queries."""
+    (num_rows, width), num_keys = z.shape, queue.shape[0]
+    block_d = max(16, triton.next_power_of_2(width))
+    slot_rows = min(config.block_b, num_rows)
+    slots, unit, dtype = plan.row_tiles + plan.programs, is_unit(problem, precision), _TILE_DTYPES[precision]
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=z.device)
+
+    total = new(slots, slot_rows)
+    m = total if unit else new(slots, slot_rows)
+    acc = new(slots, slot_rows, width) if problem.need_grad else total
+    descriptors = config.descriptors and _fits_a_descriptor(z, block_d) and _fits_a_descriptor(queue, block_d)
+    p_z, p_queue = z, queue
+    if descriptors:
+        p_z = TensorDescriptor.from_tensor(z, [config.block_b, block_d])
+        p_queue = TensorDescriptor.from_tensor(queue, [config.block_k, block_d])
+    tile = _TRITON_DTYPES[dtype]
+    # The interpreter multiplies bf16 tiles wrongly; there they are widened once rounded.
+    dot = tl.float32 if _INTERPRETED and dtype == torch.bfloat16 else tile
+    scale = LOG2_E / problem.temperature
+    sweep_kernel[(plan.programs,)](
+        p_z, p_queue, m, total, acc, z.stride(0), queue.stride(0), num_rows, num_keys, plan.key_tiles, plan.units,
+        plan.units_per_program, slot_rows, width, scale, descriptors, unit, problem.need_grad,
+        num_keys % config.block_k != 0, tile, dot, "tf32" if precision == "tf32" else "ieee", config.block_b,
+        config.block_k, block_d, num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
+    )  # fmt: skip
+    return Partials(m, total, acc, unit, scale, config.block_b, plan)
+
+
+def _run(problem: Problem, has_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient or mu, alignment or lse); the first is empty without a loss."""
     q, queue = _rows(problem.q), _rows(problem.queue)
     (num_rows, width), num_keys = q.shape, queue.shape[0]
-    block_d = max(16, triton.next_power_of_2(width))
-    precision = tile_precision(problem.precision, q.dtype, queue.dtype)
-    arch, multiprocessors = chip(q.device)
-    config = launch(arch, 4 if precision in ("ieee", "tf32") else 2, block_d, num_rows)
-    num_splits, keys_per_split = plan_splits(num_rows, num_keys, width, config, multiprocessors)
-    if splits is not None:
-        keys_per_split = max(1, triton.cdiv(num_keys, splits))
-        num_splits = max(1, triton.cdiv(num_keys, keys_per_split))
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=q.device)
-
-    need_mu = problem.need_grad
-    m, total = new(num_splits, num_rows), new(num_splits, num_rows)
-    acc = new(num_splits, num_rows, width) if need_mu else m
-    grad = new(num_rows, width if need_mu else 0)
-    loss, lse = new(num_rows if has_loss else 0), new(num_rows)
-    k_a = _rows(problem.k_a)
-    k_b = k_a if problem.k_b is None else _rows(problem.k_b)
-    weights = lse if problem.lam is None else problem.lam
-    lam_stride = weights.stride(0) if weights.numel() > 1 else 0
-    sweep_kernel[(triton.cdiv(num_rows, config.block_b), num_splits)](
-        q, queue, m, total, acc, q.stride(0), queue.stride(0), num_rows, num_keys, keys_per_split, width,
-        LOG2_E / problem.temperature, problem.normalize, need_mu, _triton_dtype(precision), config.branch, config.peel,
-        config.block_b, config.block_k, block_d, num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    combine_kernel[(num_rows,)](
-        m, total, acc, q, k_a, k_b, weights, loss, grad, lse, q.stride(0), k_a.stride(0), k_b.stride(0), lam_stride,
-        num_rows, num_splits, width, 1 / problem.temperature, has_loss, problem.lam is not None, problem.normalize,
-        need_mu, COMBINE_SPLITS, block_d, num_warps=COMBINE_WARPS,
-    )  # fmt: skip
-    return loss, grad, lse
+    with torch.cuda.device_of(q):
+        precision = tile_precision(problem.precision, q.dtype, queue.dtype)
+        arch, multiprocessors = chip(q.device)
+        dtype, block_d = _TILE_DTYPES[precision], max(16, triton.next_power_of_2(width))
+        z = _prepared(q, dtype, problem.normalize)
+        direct = queue.dtype == dtype and _fits_a_descriptor(z, block_d) and _fits_a_descriptor(queue, block_d)
+        config = launch(arch, precision, block_d, tall_rows(num_rows, num_keys, width), direct)
+        plan = plan_units(num_rows, num_keys, config, multiprocessors)
+        partials = _sweep(z, queue, problem, precision, config, plan)
+        k_a, k_b = _rows(problem.k_a), None if problem.k_b is None else _rows(problem.k_b)
+        return combine(problem._replace(q=q, k_a=k_a, k_b=k_b), partials, has_loss)
 
 
-def queue_lse(problem: LseProblem, *, splits: int | None = None) -> tuple[Tensor, Tensor]:
-    """(lse [B], mu [B, D] or [B, 0]) in fp32; ``splits`` of the queue overrides the plan."""
+def queue_lse(problem: LseProblem) -> tuple[Tensor, Tensor]:
+    """(lse [B], mu [B, D] or [B, 0]) in fp32."""
     z, queue, temperature, precision, need_mu, impl = problem
     loss = Problem(z, z, None, None, queue, temperature, False, False, precision, "none", need_mu, impl)
-    with torch.cuda.device_of(z):
-        _, mu, lse = _run(loss, False, splits)
+    _, mu, lse = _run(loss, False)
     return lse, mu
 
 
-def mixed_info_nce(problem: Problem, *, splits: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [B], dloss/dq [B, D] or [B, 0], alignment [B]) of each sample in fp32; ``splits`` overrides the plan."""
-    with torch.cuda.device_of(problem.q):
-        return _run(problem, True, splits)
+def mixed_info_nce(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [B], dloss/dq [B, D] or [B, 0], alignment [B]) of each sample in fp32."""
+    return _run(problem, True)

@@ -19,7 +19,6 @@ from fastuft.config.checks import (
     check_range,
     check_values,
 )
-from fastuft.config.embedding import EmbedConfig, SearchConfig
 from fastuft.config.evaluation import ClusteringConfig, EvalConfig, FewShotConfig, MapConfig, SemiConfig
 from fastuft.config.reproduction import DATASETS, FIGURES, TABLES, ReproduceConfig, WeightsConfig
 from fastuft.config.training import (
@@ -32,7 +31,6 @@ from fastuft.config.training import (
     OptimConfig,
     RuntimeConfig,
     TrainConfig,
-    VerdictConfig,
     WatchConfig,
 )
 
@@ -46,7 +44,6 @@ __all__ = [
     "BatchNormMode",
     "ClusteringConfig",
     "DataConfig",
-    "EmbedConfig",
     "EvalConfig",
     "FewShotConfig",
     "Fraction",
@@ -62,11 +59,9 @@ __all__ = [
     "Range",
     "ReproduceConfig",
     "RuntimeConfig",
-    "SearchConfig",
     "SemiConfig",
     "Span",
     "TrainConfig",
-    "VerdictConfig",
     "WatchConfig",
     "WeightsConfig",
     "as_paths",

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from fastuft.loss.functional import info_nce
 from fastuft.loss.options import Impl, LossOptions
@@ -53,25 +52,16 @@ class NTXentLoss(nn.Module):
             raise ValueError(
                 f"memory_bank_size={memory_bank_size} is not allowed: the bank needs both sizes; give (K, D), e.g. (65536, 128)"
             )
-        if gather_distributed and not distributed.is_available():
-            raise ValueError(
-                "gather_distributed=True needs torch.distributed, which this PyTorch lacks; set it to False"
-            )
         self.options = LossOptions(temperature, impl=impl, unit_queue=True)
-        self.gather_distributed = gather_distributed
-        self.memory_bank = KeyQueue(*sizes)
+        self.memory_bank = KeyQueue(*sizes, gather_distributed=gather_distributed)
 
     def extra_repr(self) -> str:
-        return f"temperature={self.options.temperature}, gather_distributed={self.gather_distributed}"
+        return f"temperature={self.options.temperature}, gather_distributed={self.memory_bank.gather_distributed}"
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Loss of queries out0 [B, D] with keys out1 [B, D]; then, if out0 requires grad, the bank takes out1."""
         keys = out1.detach()
         loss = info_nce(out0, keys, self.memory_bank.keys, **vars(self.options))
         if out0.requires_grad:
-            if self.gather_distributed and distributed.is_initialized():
-                parts = [torch.empty_like(keys) for _ in range(distributed.get_world_size())]
-                distributed.all_gather(parts, keys.contiguous())
-                keys = torch.cat(parts)
             self.memory_bank.enqueue_(keys)
         return loss

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.autograd import forward_ad
 
-from fastuft.kernels.problem import LseProblem, Problem, schema
+from fastuft.kernels.problem import LseProblem, Problem, schema, tile_precision
 from fastuft.loss import portable
 
 _library = torch.library.Library("fastuft", "FRAGMENT")
@@ -65,6 +67,23 @@ def _use_fused(impl: str, q: Tensor, queue: Tensor, *keys: Tensor | None) -> boo
     return reason is None
 
 
+@functools.cache
+def _tell_of_exact_products() -> None:
+    """Once per process."""
+    warnings.warn(
+        "query and queue are both float32, and precision='auto' multiplies them exactly, without tensor cores. Run the loss "
+        "under torch.autocast, keep the queue in half precision (KeyQueue(dtype=torch.bfloat16)), or pass precision='bf16' or "
+        "'tf32'; precision='ieee' keeps the exact products without this warning.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _warn_of_exact_products(precision: str, query: Tensor, queue: Tensor) -> None:
+    if precision == "auto" and tile_precision(precision, query.dtype, queue.dtype) == "ieee":
+        _tell_of_exact_products()
+
+
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run an implementation as written: an active autocast would lower the precision inside."""
 
@@ -91,6 +110,7 @@ def _queue_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
     if _use_fused(problem.impl, problem.z, problem.queue):
         from fastuft.kernels import queue_sweep
 
+        _warn_of_exact_products(problem.precision, problem.z, problem.queue)
         return queue_sweep.queue_lse(problem)
     compute = torch.float64 if torch.float64 in (problem.z.dtype, problem.queue.dtype) else torch.float32
     return portable.queue_lse(problem.z.to(compute), problem.queue, problem.temperature, problem.need_mu)
@@ -102,6 +122,7 @@ def _mixed_info_nce(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if _use_fused(problem.impl, problem.q, problem.queue, problem.k_a, problem.k_b):
         from fastuft.kernels import queue_sweep
 
+        _warn_of_exact_products(problem.precision, problem.q, problem.queue)
         loss, gradient, alignment = queue_sweep.mixed_info_nce(problem)
     else:
         loss, gradient, alignment = portable.mixed_info_nce(problem)
@@ -110,6 +131,10 @@ def _mixed_info_nce(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scaled_gradient(gradient: Tensor, upstream: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """gradient [B, D] * factor * upstream ([B], or one for all rows), computed before the cast to dtype."""
+    if gradient.is_cuda and gradient.dtype == torch.float32 and triton_installed():
+        from fastuft.kernels import queue_combine
+
+        return queue_combine.scaled_gradient(gradient, upstream, factor, dtype)
     return (gradient * (upstream.reshape(-1, 1) * factor)).to(dtype)
 
 
@@ -238,8 +263,21 @@ class _MixedInfoNCE(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+def _refuse_transforms(query: Tensor) -> None:
+    """The gradient comes out of the forward pass, which transforms of functions would differentiate instead."""
+    if torch.compiler.is_compiling():
+        return
+    forward_mode = forward_ad._current_level >= 0 and forward_ad.unpack_dual(query).tangent is not None
+    if forward_mode or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the queue losses work with backward() and torch.autograd.grad, not with torch.func's transforms (grad, vjp, jvp, "
+            "jacrev, jacfwd, vmap) and forward-mode differentiation. Use fastuft.loss.reference for those."
+        )
+
+
 def queue_lse(problem: LseProblem) -> tuple[Tensor, Tensor]:
     """(lse [B], mu [B, D], or [B, 0] where it is not needed); lse is differentiable in z when mu is computed."""
+    _refuse_transforms(problem.z)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and problem.z.requires_grad):
         return _queue_lse_op(*problem)
     return _QueueLse.apply(*problem)
@@ -250,6 +288,7 @@ def mixed_info_nce(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
     alignment = -(lam a + (1 - lam) b); loss alone is differentiable, in q.
     """
+    _refuse_transforms(problem.q)
     if torch.compiler.is_compiling() or not problem.need_grad:
         return _mixed_info_nce_op(*problem)
     return _MixedInfoNCE.apply(*problem)

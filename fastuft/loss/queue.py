@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from fastuft.loss import ops
 from fastuft.loss.portable import normalize_rows
@@ -21,13 +21,18 @@ class KeyQueue(nn.Module):
         generator: of the random start.
         dtype: of the rows. Half precision halves the sweep's traffic; unit rows lose little by it.
         device: of the buffers.
+        gather_distributed: beside other processes (torch.distributed), whether :meth:`enqueue_` takes the keys of all of
+            them, each of which must bring as many (True), or the given ones alone, because the caller has gathered them or
+            each process is to have its own queue (False). DistributedDataParallel makes every queue the first process's
+            before each forward pass (``broadcast_buffers``), so that keys which were not gathered are lost.
 
     Attributes:
         keys: [K, D] unit rows.
         pointer: int64 scalar, the row that the next key is written to.
 
     Raises:
-        ValueError: a size that is not a positive integer, or a dtype that is not a floating-point one.
+        ValueError: a size that is not a positive integer, a dtype that is not a floating-point one, or
+            ``gather_distributed=True`` where PyTorch has no torch.distributed.
     """
 
     keys: Tensor
@@ -41,8 +46,14 @@ class KeyQueue(nn.Module):
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        gather_distributed: bool | None = None,
     ) -> None:
         super().__init__()
+        if gather_distributed and not distributed.is_available():
+            raise ValueError(
+                "gather_distributed=True needs torch.distributed, which this PyTorch lacks; set it to False"
+            )
+        self.gather_distributed = gather_distributed
         for name, value in (("size", size), ("dim", dim)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is out of range; it must be a positive integer")
@@ -65,7 +76,8 @@ class KeyQueue(nn.Module):
         No host synchronization: the pointer lives on the device.
 
         Raises:
-            ValueError: not a float matrix, or another width or device than the queue's.
+            ValueError: not a float matrix, another width or device than the queue's, or several processes and no word on
+                them (``gather_distributed``).
         """
         dim = self.keys.shape[1]
         if keys.ndim != 2 or keys.shape[1] != dim:
@@ -74,4 +86,19 @@ class KeyQueue(nn.Module):
             raise ValueError(f"keys has dtype {keys.dtype}; it must be a floating-point one")
         if keys.device != self.keys.device:
             raise ValueError(f"keys is on {keys.device} and the queue on {self.keys.device}; move one of them")
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            keys = self._of_all_processes(keys)
         ops.enqueue_(self.keys, self.pointer, keys)
+
+    def _of_all_processes(self, keys: Tensor) -> Tensor:
+        if self.gather_distributed is None:
+            raise ValueError(
+                f"gather_distributed=None is not allowed beside other processes, of which there are "
+                f"{distributed.get_world_size()}: build the KeyQueue with gather_distributed=True to take the keys of all of "
+                "them, or False where the keys that it is given are gathered already"
+            )
+        if not self.gather_distributed:
+            return keys
+        parts = [torch.empty_like(keys) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, keys.contiguous())
+        return torch.cat(parts)

@@ -155,7 +155,7 @@ def resolve_bn(config: TrainConfig, world_size: int, backbone: nn.Module) -> Use
 
 
 def local_batch(config: TrainConfig, world_size: int) -> int:
-    """Images of one process per step.
+    """Images of one process a step.
 
     Raises:
         ValueError: a global batch that does not divide, or too few images of one process to mix.
@@ -230,6 +230,7 @@ def build_learner(
         generator=torch.Generator().manual_seed(keyed_seed(config.seed, "queue")),
         # On a GPU the queue is kept in the dtype that its matrix products run in.
         dtype=DTYPES[precision] if device.type == "cuda" else torch.float32,
+        gather_distributed=False,  # keys come from all ranks already, in the order that their shuffle restores
     ).to(device)
     # From here on draws (a timm backbone's dropout) may differ between ranks.
     torch.manual_seed(keyed_seed(config.seed, "rank", ranks.rank))

@@ -39,7 +39,7 @@ def public_objects():
 
 OBJECTS = public_objects()
 PUBLIC = {
-    f"{value.__module__}.{value.__qualname__}" for name in fastuft.__all__ if callable(value := getattr(fastuft, name))
+    f"{value.__module__}.{value.__qualname__}" for name in dir(fastuft) if callable(value := getattr(fastuft, name))
 }
 FUNCTIONS = [(name, value) for name, value in OBJECTS if inspect.isfunction(value)]
 

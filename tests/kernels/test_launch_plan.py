@@ -11,29 +11,59 @@ import torch
 pytest.importorskip("triton")
 
 
+def short_and_tall(arch, precision, width):
+    from fastuft.kernels.launch_table import launch
+
+    return {launch(arch, precision, width, tall, True) for tall in (False, True)}
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 58, 108, 132, 148, 192])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_splits_cover_the_queue_once_and_bound_the_partials(multiprocessors, itemsize):
-    from fastuft.kernels.launch_plan import PARTIAL_BYTES, plan_splits
-    from fastuft.kernels.launch_table import ARCHS, WIDTHS, launch
+@pytest.mark.parametrize("precision", ["bf16", "ieee"])
+def test_programs_take_every_unit_once_in_one_wave(multiprocessors, precision):
+    from fastuft.kernels.launch_plan import plan_units
+    from fastuft.kernels.launch_table import ARCHS, WIDTHS
 
     rows, keys = (1, 64, 65, 256, 384, 4096, 65536), (0, 1, 63, 64, 65, 507, 65536, 2**22)
     for arch, width, num_rows, num_keys in itertools.product(ARCHS, WIDTHS, rows, keys):
-        config = launch(arch, itemsize, width, num_rows)
-        splits, keys_per_split = plan_splits(num_rows, num_keys, width, config, multiprocessors)
-        assert splits >= 1 and keys_per_split % config.block_k == 0
-        assert (splits - 1) * keys_per_split <= max(num_keys - 1, 0) < splits * keys_per_split
-        if splits > 1:
-            assert splits * -(-num_rows // config.block_b) <= multiprocessors
-            assert splits * num_rows * width * 4 <= PARTIAL_BYTES
+        for config in short_and_tall(arch, precision, width):
+            plan = plan_units(num_rows, num_keys, config, multiprocessors)
+            assert plan.row_tiles * config.block_b >= num_rows > (plan.row_tiles - 1) * config.block_b
+            assert plan.key_tiles == max(1, -(-num_keys // config.block_k))
+            assert plan.programs * plan.units_per_program >= plan.units > (plan.programs - 1) * plan.units_per_program
+            assert plan.programs <= multiprocessors * config.ctas and plan.units < 2**31
 
 
-def test_the_claimed_size_takes_the_same_memory_on_larger_chips():
-    from fastuft.kernels.launch_plan import plan_splits
+def test_no_batch_size_leaves_the_chip_idle():
+    """At least 85% of a whole wave works, for every batch above one tile of rows; no cliff between batch sizes."""
+    from fastuft.kernels.launch_plan import plan_units, tall_rows
     from fastuft.kernels.launch_table import launch
 
-    for arch, multiprocessors in ((90, 132), (100, 148), (100, 160)):
-        assert plan_splits(256, 65536, 128, launch(arch, 2, 128, 256), multiprocessors) == (64, 1024)
+    keys, multiprocessors, least = 65536, 132, {}
+    for rows in range(1, 20_481):
+        config = launch(90, "bf16", 128, tall_rows(rows, keys, 128), True)
+        plan = plan_units(rows, keys, config, multiprocessors)
+        least[rows] = plan.units / (multiprocessors * config.ctas * plan.units_per_program)
+    assert min(share for rows, share in least.items() if rows > 64) >= 0.85
+    assert min(least.values()) >= 0.75
+
+
+def test_rows_of_a_tile_follow_the_bytes_that_cross_the_cache():
+    from fastuft.kernels.launch_plan import tall_rows
+
+    assert not tall_rows(256, 65536, 128)  # 67 MB with 64 rows
+    assert tall_rows(4096, 65536, 128)  # 1.07 GB
+    assert not tall_rows(4096, 4096, 128)
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 148, 160])
+def test_the_claimed_size_stays_below_ten_megabytes(multiprocessors):
+    from fastuft.kernels.launch_plan import plan_units
+    from fastuft.kernels.launch_table import launch
+
+    for arch in (90, 100):
+        config = launch(arch, "bf16", 128, False, True)
+        plan = plan_units(256, 65536, config, multiprocessors)
+        assert (plan.row_tiles + plan.programs) * config.block_b * (128 + 2) * 4 < 9e6
 
 
 @pytest.mark.parametrize(("major", "arch"), [(8, 80), (9, 90), (10, 100), (12, 80)])

@@ -1,19 +1,17 @@
-"""Every configuration of the launch table compiles for each chip: no spills, shared memory that fits, matrix units used.
+"""Every configuration of the launch table compiles for each chip as the launcher's plan counts on.
 
-Runs without a GPU. Compilation happens in a few processes, each test reads its result.
+Runs without a GPU. Compilation happens in a few processes, each test reads its result; the table goes to the log.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-import re
-import subprocess
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
+from compiled import Compiled, Job, compile_job, config_of
 
 pytestmark = [
     pytest.mark.compile,
@@ -21,137 +19,74 @@ pytestmark = [
 ]
 
 ARCHS = (80, 90, 100)
-# Pointers and strides as a typical call passes them: aligned, so that 16-byte copies are allowed.
-ALIGNED = {"q_stride", "k_a_stride", "k_b_stride", "queue_stride", "keys_stride", "width", "channels", "rows_per_split"}
-BATCHNORM = ("statistics", "normalize", "gradient_sums", "gradient")  # kernels of grouped_batchnorm
-ACTIVATIONS = ("x_ptr", "residual_ptr", "out_ptr", "grad_ptr", "grad_x_ptr", "grad_residual_ptr")
 
 
-@dataclass(frozen=True)
-class Job:
-    """One kernel with its constants for one chip."""
+def sweep_jobs() -> list[Job]:
+    """Every entry of the table, and on sm_90 each variant of the entries in bf16."""
+    from fastuft.kernels.launch_table import table
 
-    name: str
-    arch: int
-    dtype: str
-    width: int
-    rows: int
-    need_mu: bool
-
-    def __str__(self) -> str:
-        return f"{self.name}-sm{self.arch}-{self.dtype}-D{self.width}-B{self.rows}-{'grad' if self.need_mu else 'loss'}"
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a job."""
-
-    registers: int
-    stack: int
-    shared: int
-    block_b: int
-    instructions: dict[str, int]
+    found: dict[Job, None] = {}
+    for arch, precision, width, tall, direct, config in table():
+        if precision == "fp16" and width != 128:
+            continue
+        job = Job("sweep", arch, precision, width, tall=tall, descriptors=config.descriptors and direct)
+        variants = [job]
+        if width in (128, 512):
+            variants.append(replace(job, need_mu=False))
+        if precision == "ieee":
+            variants.append(replace(job, tail=True))
+        if arch == 90 and precision == "bf16":
+            variants.append(replace(job, unit=True, descriptors=config.descriptors, queue="fp32"))
+            variants.append(replace(job, descriptors=False))
+            if direct:
+                variants += [replace(job, unit=True), replace(job, unit=True, tail=True)]
+        found |= dict.fromkeys(variants)
+    return list(found)
 
 
 def jobs() -> list[Job]:
-    from fastuft.kernels.launch_table import WIDTHS, table
+    from fastuft.kernels.launch_table import WIDTHS
 
-    found = []
-    for arch, itemsize, width, rows, _ in table():
-        for dtype in ("bf16", "fp16") if itemsize == 2 and width == 128 else ("bf16",) if itemsize == 2 else ("fp32",):
-            found += [Job("sweep", arch, dtype, width, rows, need_mu) for need_mu in (True, False)]
+    found = sweep_jobs()
     for arch in ARCHS:
         for width in WIDTHS:
-            found += [Job(name, arch, "bf16", width, 0, True) for name in ("combine", "combine-one-key")]
-            found.append(Job("lse", arch, "fp32", width, 0, True))
-        found += [Job(name, arch, "fp32", 128, 0, False) for name in ("combine", "combine-one-key", "lse")]
-        found += [Job("enqueue", arch, dtype, 128, 0, False) for dtype in ("bf16", "fp32")]
-        found.append(Job("advance", arch, "fp32", 0, 0, False))
-        found += [Job(name, arch, dtype, 64, 0, False) for name in BATCHNORM for dtype in ("bf16", "fp32")]
+            found += [Job(name, arch, "bf16", width) for name in ("combine", "combine-one-key", "lse", "prepare")]
+            found.append(Job("combine", arch, "bf16", width, unit=True))
+        found += [Job(name, arch, "fp32", 128, need_mu=False) for name in ("combine", "combine-one-key", "lse")]
+        found += [
+            Job(name, arch, dtype, 128, need_mu=False) for dtype in ("bf16", "fp32") for name in ("enqueue", "scale")
+        ]
     return found
-
-
-def compile_job(job: Job) -> Compiled:
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from fastuft.kernels import enqueue, grouped_batchnorm, queue_sweep
-    from fastuft.kernels.launch_table import launch
-
-    types = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-    element, block_b = f"*{job.dtype}", 0
-    options = {"num_warps": 4, "num_stages": 3}
-    constants: dict[str, object] = {}
-    if job.name == "sweep":
-        kernel = queue_sweep.sweep_kernel
-        config = launch(job.arch, 4 if job.dtype == "fp32" else 2, job.width, job.rows)
-        block_b = config.block_b
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        constants = {"NORMALIZE": True, "NEED_MU": job.need_mu, "TILE_DTYPE": types[job.dtype]}
-        constants |= {"BRANCH": config.branch, "PEEL": config.peel}
-        constants |= {"BLOCK_B": config.block_b, "BLOCK_K": config.block_k, "BLOCK_D": job.width}
-    elif job.name in ("combine", "combine-one-key", "lse"):
-        kernel = queue_sweep.combine_kernel
-        has_loss = job.name != "lse"
-        options["num_warps"] = queue_sweep.COMBINE_WARPS
-        constants = {"HAS_LOSS": has_loss, "TWO_KEYS": job.name == "combine", "NORMALIZE": has_loss}
-        constants |= {"NEED_MU": job.need_mu, "BLOCK_S": queue_sweep.COMBINE_SPLITS, "BLOCK_D": job.width}
-    elif job.name in BATCHNORM:
-        kernel = getattr(grouped_batchnorm, f"{job.name}_kernel")
-        options["num_warps"] = grouped_batchnorm.NUM_WARPS
-        constants = {"AFFINE": True, "RESIDUAL": True, "RELU": True, "BLOCK_R": grouped_batchnorm.BLOCK_ROWS}
-        constants |= {"BLOCK_C": job.width, "BLOCK_S": grouped_batchnorm.BLOCK_SPLITS}
-        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    elif job.name == "enqueue":
-        kernel = enqueue.enqueue_kernel
-        constants = {"NORMALIZE": True, "BLOCK_R": 4, "BLOCK_D": job.width}
-    else:
-        kernel = enqueue.advance_kernel
-    signature, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name == "pointer_ptr":
-            signature[name] = "*i64"
-        elif name.endswith("_ptr"):
-            inputs = ("q_ptr", "k_a_ptr", "k_b_ptr", "queue_ptr", "keys_ptr")
-            inputs = ACTIVATIONS if job.name in BATCHNORM else inputs
-            signature[name] = element if name in inputs else "*fp32"
-        else:
-            signature[name] = "fp32" if name in ("scale", "inverse_tau", "eps") else "i32"
-        if name.endswith("_ptr") or name in ALIGNED:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    ptx = compiled.asm["ptx"]
-    kinds = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async", "cp.async.bulk")
-    return Compiled(registers, stack, compiled.metadata.shared, block_b, {kind: ptx.count(kind) for kind in kinds})
 
 
 @pytest.fixture(scope="module")
-def results():
-    """All jobs, compiled once; the readable table goes to the log."""
-    from fastuft.kernels.launch_table import SHARED_BYTES
-
+def results() -> dict[Job, Compiled]:
+    """All jobs, compiled once."""
     todo = jobs()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(todo, pool.map(compile_job, todo, chunksize=4), strict=True))
-    print(f"\n{'kernel':40} registers  stack   shared (limit)  matrix instructions")
+    print(
+        f"\n{'kernel':52} registers  stack   shared  CTAs  matrix  in loop: waits barriers LDSM shuffles all  warnings"
+    )
     for job, result in found.items():
-        kinds = ", ".join(f"{kind} {count}" for kind, count in result.instructions.items() if count)
-        limit = SHARED_BYTES[job.arch]
-        print(f"{job!s:40} {result.registers:9}  {result.stack:5}  {result.shared:7} ({limit})  {kinds}")
+        loop = result.loop
+        print(
+            f"{job!s:52} {result.registers:9}  {result.stack:5}  {result.shared:7}  {result.ctas:4}  {result.matrix:6} "
+            f"{loop.get(result.matrix, 0):8} {loop['wait']:5} {loop['barrier']:8} {loop['ldsm']:4} {loop['shuffle']:8} "
+            f"{loop['all']:4}  {' '.join(result.warnings)}"
+        )
     return found
+
+
+def of_sweep(results: dict[Job, Compiled], **fields: object) -> dict[Job, Compiled]:
+    """Results of the sweep whose jobs have these fields."""
+    chosen = {
+        job: result
+        for job, result in results.items()
+        if job.name == "sweep" and all(getattr(job, name) == value for name, value in fields.items())
+    }
+    assert chosen
+    return chosen
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -164,33 +99,49 @@ def test_nothing_spills_and_shared_memory_fits(results, arch):
     assert {str(job): r.shared for job, r in mine.items() if r.shared > SHARED_BYTES[arch]} == {}
 
 
-def test_half_precision_tiles_use_the_matrix_units(results):
-    for job, result in results.items():
-        if job.name != "sweep" or job.dtype == "fp32":
-            continue
-        kinds = result.instructions
-        if job.arch == 90 and result.block_b >= 64:
-            assert kinds["wgmma.mma_async"], str(job)
-        elif job.arch == 100:
-            assert kinds["tcgen05.mma"] or kinds["mma.sync"], str(job)
-        else:
-            assert kinds["mma.sync"], str(job)
+def test_the_plan_counts_on_as_many_programs_per_multiprocessor_as_fit(results):
+    for job, result in of_sweep(results).items():
+        planned = config_of(job).ctas
+        assert result.ctas >= planned, f"{job}: {result.ctas} fit, {planned} are planned"
 
 
-def test_single_precision_never_takes_tf32(results):
-    for job, result in results.items():
-        if job.name == "sweep" and job.dtype == "fp32":
-            kinds = result.instructions
-            assert not (kinds["wgmma.mma_async"] or kinds["tcgen05.mma"] or kinds["mma.sync"]), str(job)
+def test_products_on_sm_90_are_never_serialized(results):
+    """No C75xx of ptxas (serialized or waited-for wgmma), as few waits as a loop with two products needs."""
+    assert not of_sweep(results, arch=90).keys() - {
+        job for job, result in of_sweep(results, arch=90).items() if not result.warnings
+    }
+    for job, result in of_sweep(results, arch=90, precision="bf16", descriptors=True).items():
+        assert result.matrix == "HGMMA", str(job)
+        assert result.loop["wait"] <= 2 and result.loop["barrier"] <= 3, f"{job}: {result.loop}"
+        assert job.queue or result.loop["ldsm"] == 0, f"{job}: the query is in shared memory"
+
+
+def test_unit_rows_need_no_maximum(results):
+    """Four shuffles fewer in the loop, and fewer instructions."""
+    for job, result in of_sweep(results, unit=True, tail=False, queue="").items():
+        other = results[replace(job, unit=False)]
+        assert result.loop["shuffle"] < other.loop["shuffle"] and result.loop["all"] < other.loop["all"], str(job)
+
+
+def test_half_precision_uses_the_matrix_units(results):
+    for job, result in of_sweep(results).items():
+        if job.precision != "ieee":
+            assert result.matrix in ({90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA"), 80: ("HMMA",)}[job.arch]), str(
+                job
+            )
+
+
+def test_exact_single_precision_takes_none_of_them(results):
+    assert {result.matrix for result in of_sweep(results, precision="ieee").values()} == {"FFMA"}
 
 
 def test_every_launch_is_in_the_table():
     """What the launcher would take for any shape is one of the compiled configurations."""
-    from fastuft.kernels.launch_table import WIDTHS, launch, table
+    from fastuft.kernels.launch_table import PRECISIONS, WIDTHS, launch, table
 
-    compiled = {(arch, size, width, config) for arch, size, width, _, config in table()}
+    compiled = {(arch, precision, width, config) for arch, precision, width, _, _, config in table()}
     for arch in ARCHS:
-        for itemsize in (2, 4):
+        for precision in PRECISIONS:
             for width in WIDTHS:
-                for rows in (1, 16, 63, 64, 65, 128, 255, 4096, 65536):
-                    assert (arch, itemsize, width, launch(arch, itemsize, width, rows)) in compiled
+                for tall, direct in itertools.product((False, True), repeat=2):
+                    assert (arch, precision, width, launch(arch, precision, width, tall, direct)) in compiled

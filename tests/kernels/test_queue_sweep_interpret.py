@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SIZES = [(1, 1, 16), (3, 5, 64), (252, 507, 128), (5, 130, 48), (70, 2000, 32)]
+SIZES = [(1, 1, 16), (3, 5, 64), (66, 130, 128), (5, 130, 48), (10, 1000, 32)]
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -51,12 +51,12 @@ def make(batch, keys, width, dtype, *, queue_dtype=None, seed=0):
     return q, k_a, k_b, torch.rand(batch, generator=generator), queue
 
 
-def run(q, k_a, k_b, lam, queue, temperature=0.2, normalize=True, need_grad=True, splits=None, **changes):
+def run(q, k_a, k_b, lam, queue, temperature=0.2, normalize=True, need_grad=True, **changes):
     """(loss [B], gradient [B, D], alignment [B]) of the kernels."""
     problem = Problem(
         q, k_a, k_b, lam, queue, temperature, normalize, False, "auto", "none", need_grad, "triton"
     )._replace(**changes)
-    return sweep().mixed_info_nce(problem, splits=splits)
+    return sweep().mixed_info_nce(problem)
 
 
 def run_lse(z, queue, need_mu=True):
@@ -131,36 +131,69 @@ def test_queries_in_the_queue_and_unnormalised_rows():
 
 
 @pytest.fixture
-def force_launch(monkeypatch):
-    """Sets fields of the launch, whatever the table says for the chip."""
-    launch = sweep().launch
+def force(monkeypatch):
+    """Sets fields of the launch or the number of programs, whatever table and plan say for the chip."""
+    launch, plan_units = sweep().launch, sweep().plan_units
 
-    def force(**fields):
-        monkeypatch.setattr(sweep(), "launch", lambda *chip: dataclasses.replace(launch(*chip), **fields))
+    def force(programs=None, **fields):
+        def planned(*arguments):
+            plan = plan_units(*arguments)
+            return replace(plan, units_per_program=-(-plan.units // programs)) if programs else plan
+
+        monkeypatch.setattr(sweep(), "launch", lambda *chip: replace(launch(*chip), **fields))
+        monkeypatch.setattr(sweep(), "plan_units", planned)
 
     return force
 
 
-@pytest.mark.parametrize("peel", [True, False], ids=["peeled", "one loop"])
-@pytest.mark.parametrize("branch", [True, False], ids=["branch", "row by row"])
-def test_growing_maxima_are_rescaled(branch, peel, force_launch):
-    """Later keys dominate by far more than the lazy bound, tile after tile; both ways to rescale, whatever the chip."""
-    force_launch(branch=branch, peel=peel)
+def test_growing_maxima_are_rescaled():
+    """Later keys dominate by far, tile after tile."""
     q, k_a, k_b, lam, queue = make(8, 256, 32, torch.float32)
     check(q, k_a, k_b, lam, queue * torch.linspace(0.1, 60, 256)[:, None])
 
 
 @pytest.mark.parametrize("keys", [1, 31, 32, 33, 64, 90])
-def test_a_peeled_loop_changes_no_bit(keys, force_launch):
-    """Queues below, at and above whole tiles of 32 keys, in splits that end within a tile too."""
+def test_queues_around_whole_tiles(keys, force):
     inputs = make(9, keys, 32, torch.float32)
-    for splits in (None, 1, 2):
-        found = []
-        for peel in (True, False):
-            force_launch(block_k=32, peel=peel)
-            check(*inputs, splits=splits)
-            found.append(run(*inputs[:5], splits=splits))
-        assert all(map(torch.equal, *found))
+    for programs in (1, 2):
+        force(programs, block_k=32)
+        check(*inputs)
+
+
+@pytest.mark.parametrize("unit", [False, True], ids=["maximum", "unit"])
+@pytest.mark.parametrize("keys", [64, 70])
+def test_descriptors_and_pointers_agree_bit_for_bit(keys, unit, force):
+    inputs = make(9, keys, 32, torch.bfloat16)
+    found = []
+    for descriptors in (True, False):
+        force(descriptors=descriptors)
+        check(*inputs, unit_queue=unit)
+        found.append(run(*inputs, unit_queue=unit))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16", "fp16"])
+@pytest.mark.parametrize("temperature", [0.03, 0.05, 0.2])
+def test_unit_rows_at_any_temperature(temperature, precision):
+    """Opposite, equal and random rows: the constant of (1) holds down to tau = 0.05, below it and for fp16 the maximum does."""
+    q, k_a, k_b, lam, queue = make(6, 70, 32, torch.float32)
+    queue[:6], queue[6:12] = F.normalize(q, dim=1), -F.normalize(q, dim=1)
+    check(q, k_a, k_b, lam, queue, temperature, precision=precision, unit_queue=True)
+    check(q, k_a, k_b, lam, queue[6:12], temperature, precision=precision, unit_queue=True)
+
+
+def test_where_the_maximum_is_needed():
+    problem = Problem(*make(2, 3, 16, torch.float32), 0.05, True, True, "auto", "none", True, "triton")
+    is_unit = sweep().is_unit
+    assert is_unit(problem, "ieee") and is_unit(problem, "bf16") and not is_unit(problem, "fp16")
+    for change in ({"temperature": 0.049}, {"normalize": False}, {"unit_queue": False}):
+        assert not is_unit(problem._replace(**change), "bf16")
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16", "fp16"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+def test_every_precision_of_every_input(dtypes, precision):
+    check(*make(7, 70, 32, dtypes[0], queue_dtype=dtypes[1]), precision=precision)
 
 
 def test_zero_and_extreme_vectors():
@@ -206,7 +239,7 @@ def test_weights_with_gaps():
     assert all(map(torch.equal, found, dense))
 
 
-def test_a_query_that_is_not_a_number_gives_none():
+def test_a_query_that_is_no_number_gives_none():
     z, _, _, _, queue = make(5, 60, 32, torch.float32)
     expected = run_lse(z, queue)
     z[2] = torch.nan
@@ -215,21 +248,34 @@ def test_a_query_that_is_not_a_number_gives_none():
         torch.testing.assert_close(found[[0, 1, 3, 4]], good[[0, 1, 3, 4]], rtol=1e-6, atol=1e-6)
 
 
-def test_every_number_of_splits_agrees(force_launch):
-    force_launch(peel=True)
-    inputs = make(2, 130, 16, torch.float32)
+def test_every_number_of_programs_agrees(force):
+    """Programs that end within a tile of rows, at its end and beyond it."""
+    inputs = make(70, 130, 16, torch.float32)
     exact, same = (in_dtype(inputs, dtype) for dtype in (torch.float64, torch.float32))
-    for splits in range(1, 65):
-        loss, grad, *_ = run(*inputs, splits=splits)
+    for programs in (1, 2, 3, 5, 7, 12):
+        force(programs)
+        loss, grad, _ = run(*inputs)
         assert_as_good(loss, exact[0], same[0], VALUE)
         assert_as_good(grad, exact[1], same[1], GRADIENT)
 
 
-def test_reruns_are_bitwise_equal():
+def test_reruns_are_bitwise_equal(force):
     inputs = make(20, 640, 32, torch.float32)
-    for splits in (None, 1, 7, 64):
-        first, second = (run(*inputs, splits=splits) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for programs in (1, 7):
+        force(programs)
+        assert all(map(torch.equal, run(*inputs), run(*inputs)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("rows", [True, False], ids=["a row each", "one for all"])
+def test_backward_scales_in_fp32_and_casts_last(rows, dtype):
+    from fastuft.kernels import queue_combine
+
+    gradient, upstream = torch.randn(70, 40), torch.randn(70) if rows else torch.tensor(1e-6)
+    found = queue_combine.scaled_gradient(gradient, upstream, 1e4, dtype)
+    expected = (gradient * (upstream * 1e4).reshape(-1, 1)).to(dtype)
+    # The interpreter cuts bf16 off where a chip rounds.
+    torch.testing.assert_close(found, expected, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
 
 
 def test_loss_alone_skips_the_gradient():

@@ -116,7 +116,7 @@ class Learner(nn.Module):
     def __init__(self):
         super().__init__()
         self.encoder = nn.Linear(12, 8)
-        self.queue = fastuft.KeyQueue(32, 8)
+        self.queue = fastuft.KeyQueue(32, 8, gather_distributed=True)
         self.loss = fastuft.InfoNCELoss()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -160,6 +160,18 @@ def test_training_goes_on_from_a_lightning_style_checkpoint(tmp_path):
     assert train(other, other_optimizer, range(5, 10)) == expected
 
 
+def refusal(queue: fastuft.KeyQueue) -> str:
+    with pytest.raises(ValueError, match="gather_distributed") as caught:
+        queue.enqueue_(torch.ones(1, 8))
+    return str(caught.value)
+
+
+def own_keys(rank: int) -> torch.Tensor:
+    queue = fastuft.KeyQueue(4, 8, gather_distributed=False)
+    queue.enqueue_(F.one_hot(torch.full((4,), rank), 8).float())
+    return queue.keys
+
+
 def run_rank(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -183,6 +195,9 @@ def run_rank(rank: int, port: int, folder: str) -> None:
         "gradient": model.module.encoder.weight.grad,
         "loss": loss.detach(),
         "bank": gathering.state_dict(),
+        "queue": model.module.queue.state_dict(),
+        "silent": refusal(fastuft.KeyQueue(4, 8)),
+        "own": own_keys(rank),
     }
     torch.save(state, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -194,6 +209,10 @@ def test_distributed_data_parallel(tmp_path):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(run_rank, (port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(first["queue"]["keys"], second["queue"]["keys"]) and first["queue"]["pointer"] == 24
+    for rank, state in enumerate((first, second)):
+        assert "of which there are 2: build the KeyQueue with gather_distributed=True" in state["silent"]
+        assert torch.equal(state["own"], F.one_hot(torch.full((4,), rank), 8).float())
     assert torch.equal(first["weight"], second["weight"]) and torch.equal(first["gradient"], second["gradient"])
     for state in (first, second):
         keys, pointer = state["bank"]["memory_bank.keys"], state["bank"]["memory_bank.pointer"]

@@ -113,6 +113,32 @@ def test_double_backward_of_the_operator_itself_raises():
         gradient.sum().backward()
 
 
+TRANSFORMS = {
+    "grad": lambda f, q: torch.func.grad(f)(q),
+    "vjp": lambda f, q: torch.func.vjp(f, q),
+    "jvp": lambda f, q: torch.func.jvp(f, (q,), (q,)),
+    "jacrev": lambda f, q: torch.func.jacrev(f)(q),
+    "jacfwd": lambda f, q: torch.func.jacfwd(f)(q),
+    "vmap": lambda f, q: torch.func.vmap(f)(torch.stack([q, q])),
+}
+
+
+@pytest.mark.parametrize("name", ["info_nce", "mixed_info_nce", "queue_lse", "terms"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms_are_refused(transform, name):
+    case = Case.random(4, 20, 8)
+    with pytest.raises(RuntimeError, match=r"not with torch\.func's transforms.*Use fastuft\.loss\.reference"):
+        TRANSFORMS[transform](lambda q: outputs(q, case, "torch")[name], case.q)
+
+
+def test_forward_mode_is_refused():
+    case = Case.random(4, 20, 8)
+    with torch.autograd.forward_ad.dual_level():
+        q = torch.autograd.forward_ad.make_dual(case.q, case.q)
+        with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+            fastuft.info_nce(q, case.k_a, case.queue)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_without_gradients(place):
     device, impl = place
@@ -168,7 +194,7 @@ CALLS = [(2, True, True, "mean"), (1, False, True, "none"), (0, True, False, "su
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize(("weights", "normalize", "need_grad", "reduction"), CALLS)
 def test_opcheck_of_the_loss(weights, normalize, need_grad, reduction, dtype, place):
-    """weights: 0 is Eq. 4, 1 one weight for all rows, 2 one per row."""
+    """weights: 0 is Eq. 4, 1 one weight for all rows, 2 one a row."""
     device, impl = place
     case = Case.random(6, 40, 16, dtype, device=device)
     k_b, lam = (None, None) if weights == 0 else (case.k_b, case.lam if weights == 2 else case.lam[:1])
@@ -222,7 +248,7 @@ def compiled_agrees(device: str, impl: str, backend: str) -> None:
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, backend=backend)
-    for lam in (0.3, 0.4, 0.6, case.lam):  # a number that changes is not a new graph each time
+    for lam in (0.3, 0.4, 0.6, case.lam):  # a number that changes is no new graph each time
         results = []
         for function, which in ((step, eager_queue), (compiled, queue)):
             q = case.q.detach().requires_grad_()

@@ -48,6 +48,7 @@ def mixed(**changes):
         ({"lam": torch.rand(4, device="meta")}, "lam is on meta and the query on cpu"),
         ({"reduction": "max"}, "reduction='max' is not allowed; choose one of 'mean', 'sum', 'none'"),
         ({"impl": "cuda"}, "impl='cuda' is not allowed; choose one of 'auto', 'triton', 'torch'"),
+        ({"precision": "fp8"}, "precision='fp8' is not allowed; choose one of 'auto', 'ieee', 'tf32', 'bf16'"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
