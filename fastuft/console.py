@@ -34,3 +34,17 @@ def silence(stream: TextIO) -> None:
             os.close(nowhere)
     with suppress(OSError, ValueError):
         stream.flush()
+
+
+def ensure_standard_streams() -> None:
+    """Give a process that was started with closed standard streams ones that lead nowhere.
+
+    Otherwise the next files that it opens take their numbers, and what a library writes to standard error ends in them.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115

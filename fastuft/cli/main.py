@@ -15,7 +15,7 @@ from fastuft.cli.commands import COMMANDS, EXIT_FAILED
 from fastuft.cli.described import allowed_values
 from fastuft.cli.help import command_help, front_page
 from fastuft.cli.parsing import UsageError, build_parser, normalized, one_line
-from fastuft.console import say
+from fastuft.console import ensure_standard_streams, say
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors that a user can cause are one line on stderr: status 2 for input that is refused, 1 for a file that cannot be
     read or written. Anything else is a defect of the program and keeps its traceback.
     """
+    ensure_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     helped = _help(arguments)
     if helped is not None:

@@ -497,3 +497,13 @@ def test_a_resumed_run_does_not_keep_the_checkpoint_in_memory(tiny):
         run = run_module._Run(config, ranks, signals, None, Callbacks(), closing)
         held = [value for value in vars(run).values() if isinstance(value, dict)]
     assert run.progress.global_step == 1 and not any("optimizer" in value for value in held)
+
+
+def test_a_run_goes_on_with_the_same_images_in_another_place(tiny, folders, tmp_path):
+    train(tiny(max_steps=1))
+    target, source = (str(shutil.copytree(folder, tmp_path / "moved" / Path(folder).name)) for folder in folders)
+    moved = {"target": target, "source": source, "data": {"replay_cache": str(tmp_path / "cache")}, "resume": "auto"}
+    assert train(tiny(max_steps=2, **moved)).steps == 2
+    next(Path(target).rglob("*.png")).unlink()
+    with pytest.raises(ValueError, match="content_hash was"):
+        train(tiny(max_steps=3, **moved))
