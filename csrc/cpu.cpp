@@ -7,12 +7,6 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <emmintrin.h>
-#include <unistd.h>
-#define FASTUFT_STREAMS 1
-#endif
-
 #include "tensors.h"
 
 // Arithmetic is compiled twice on x86-64, for any processor and for those with AVX2, and chosen when loaded.
@@ -27,47 +21,6 @@ namespace {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-
-// How an output is written. A store to memory that is not in a cache first reads it, which costs a third of a copy's
-// traffic; streaming stores do not, and pay where the output would not stay in the cache anyway.
-#ifdef FASTUFT_STREAMS
-bool outgrows_cache(int64_t bytes) {
-  static const int64_t cache = [] {
-    const int64_t told = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return told > 0 ? told : int64_t{32} << 20;
-  }();
-  return bytes > cache / 4 * 3;
-}
-
-void stream(char* to, const char* from, int64_t size) {
-  constexpr int64_t kLine = 64;
-  const int64_t head = (kLine - reinterpret_cast<uintptr_t>(to) % kLine) % kLine;
-  if (size < head + 4 * kLine) {
-    std::memcpy(to, from, size);
-    return;
-  }
-  std::memcpy(to, from, head);
-  int64_t at = head;
-  for (; at + kLine <= size; at += kLine) {
-    const __m128i* source = reinterpret_cast<const __m128i*>(from + at);
-    __m128i* target = reinterpret_cast<__m128i*>(to + at);
-    const __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
-    const __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
-    _mm_stream_si128(target, a);
-    _mm_stream_si128(target + 1, b);
-    _mm_stream_si128(target + 2, c);
-    _mm_stream_si128(target + 3, d);
-  }
-  std::memcpy(to + at, from + at, size - at);
-}
-
-// Streaming stores become visible to other threads in order after this.
-void finish_streaming() { _mm_sfence(); }
-#else
-bool outgrows_cache(int64_t) { return false; }
-void stream(char* to, const char* from, int64_t size) { std::memcpy(to, from, size); }
-void finish_streaming() {}
-#endif
 
 Box box_at(const int32_t* boxes, int64_t row) {
   return Box{boxes[4 * row], boxes[4 * row + 1], boxes[4 * row + 2], boxes[4 * row + 3]};
@@ -96,28 +49,56 @@ void check_weights(const float* lam, int64_t rows) {
   }
 }
 
+// A run of any length by whole vectors, the last of which overlaps the one before. Faster than memcpy, whose calls count
+// beside runs of some hundred bytes, and which may store long runs past the cache: output comes in memory that is at hand,
+// or that the kernel has just cleared.
+inline void copy_run(char* __restrict to, const char* __restrict from, int64_t size) {
+  constexpr int64_t kVector = 64;
+  if (size < kVector) {
+    std::memcpy(to, from, size);
+    return;
+  }
+  for (int64_t at = 0; at < size - kVector; at += kVector) {
+    std::memcpy(to + at, from + at, kVector);
+  }
+  std::memcpy(to + size - kVector, from + size - kVector, kVector);
+}
+
+// Rows of a box lie apart in the partner, and so does what follows them in the sample: the processor's own prefetching
+// starts anew at each.
+constexpr int kPrefetchRows = 16;
+constexpr int64_t kPrefetchBytes = 2048, kPrefetchBehind = 256;
+
+inline void prefetch(const char* from, int64_t size) {
+  for (int64_t at = 0; at < size; at += 64) {
+    __builtin_prefetch(from + at);
+  }
+}
+
 // One pass over a sample in memory order: runs of its own pixels and runs of the partner's alternate, so that each
 // element is written once.
-void compose(char* to, const char* own, const char* other, const Region<int64_t>& all, const Region<int64_t>& box,
-             int64_t itemsize, bool streaming) {
-  const auto copy = [&](const char* from, int64_t begin, int64_t end) {
-    const int64_t at = begin * itemsize, size = (end - begin) * itemsize;
-    if (streaming) {
-      stream(to + at, from + at, size);
-    } else {
-      std::memcpy(to + at, from + at, size);
-    }
-  };
-  RowWalk boxed(box);
+FASTUFT_VECTORIZED void compose(char* to, const char* own, const char* other, const Region<int64_t>& all,
+                                const Region<int64_t>& box, int64_t itemsize) {
+  const int64_t run = box.run * itemsize, fetched = std::min(run, kPrefetchBytes);
+  RowWalk boxed(box), ahead(box);
+  for (int row = 0; row < kPrefetchRows && !ahead.done(); ++row, ahead.advance()) {
+    prefetch(other + ahead.start() * itemsize, fetched);
+  }
   for (RowWalk rows(all); !rows.done(); rows.advance()) {
-    int64_t cursor = rows.start();
-    const int64_t end = cursor + all.run;
-    for (; !boxed.done() && boxed.start() < end; boxed.advance()) {
-      copy(own, cursor, boxed.start());
-      cursor = boxed.start() + box.run;
-      copy(other, boxed.start(), cursor);
+    int64_t cursor = rows.start() * itemsize;
+    const int64_t end = cursor + all.run * itemsize;
+    for (; !boxed.done() && boxed.start() * itemsize < end; boxed.advance()) {
+      if (!ahead.done()) {
+        prefetch(other + ahead.start() * itemsize, fetched);
+        prefetch(own + ahead.start() * itemsize + run, kPrefetchBehind);
+        ahead.advance();
+      }
+      const int64_t begin = boxed.start() * itemsize;
+      copy_run(to + cursor, own + cursor, begin - cursor);
+      copy_run(to + begin, other + begin, run);
+      cursor = begin + run;
     }
-    copy(own, cursor, end);
+    copy_run(to + cursor, own + cursor, end - cursor);
   }
 }
 
@@ -161,20 +142,19 @@ Tensor cutmix(const Tensor& given, const Tensor& boxes, const Tensor& partner) {
   const char* source = static_cast<const char*>(images.const_data_ptr());
   char* target = static_cast<char*>(out.mutable_data_ptr());
   const Region<int64_t> all = region_of<int64_t>(layout, whole(layout));
-  const bool streaming = outgrows_cache(images.numel() * itemsize);
   torch::stable::parallel_for(0, layout.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Region<int64_t> region = region_of<int64_t>(layout, box_at(box, i));
-      compose(target + i * sample, source + i * sample, source + other[i] * sample, all, region, itemsize, streaming);
+      compose(target + i * sample, source + i * sample, source + other[i] * sample, all, region, itemsize);
     }
-    finish_streaming();
   });
   return out;
 }
 
-void cutmix_(Tensor images, const Tensor& boxes) {
+void cutmix_(Tensor images, const Tensor& boxes, int64_t group) {
   const Layout layout = layout_of(images);
-  const int64_t pairs = layout.batch / 2;
+  const Pairing pairing = pairing_of(layout, group);
+  const int64_t pairs = pairing.pairs;
   check_companion(boxes, ScalarType::Int, 4 * pairs, "boxes");
   const int32_t* box = boxes.const_data_ptr<int32_t>();
   check_boxes(box, pairs, layout);
@@ -187,7 +167,7 @@ void cutmix_(Tensor images, const Tensor& boxes) {
   torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Region<int64_t> region = region_of<int64_t>(layout, box_at(box, i));
-      swap_regions(data + i * sample, data + (layout.batch - 1 - i) * sample, region, itemsize);
+      swap_regions(data + pairing.first(i) * sample, data + pairing.last(i) * sample, region, itemsize);
     }
   });
 }
@@ -236,10 +216,7 @@ void mixup_samples(const Tensor& images, Tensor& out, const Layout& layout, cons
   const Region<int64_t> all = region_of<int64_t>(layout, whole(layout));
   const T* source = static_cast<const T*>(images.const_data_ptr());
   T* target = static_cast<T*>(out.mutable_data_ptr());
-  const bool streaming = outgrows_cache(images.numel() * sizeof(T));
   torch::stable::parallel_for(0, layout.batch, 1, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kBuffer = 8192 / sizeof(T);
-    T buffer[kBuffer];
     for (int64_t i = begin; i < end; ++i) {
       const Compute<T> weight = lam[i];
       const T* own = source + i * layout.batch_stride;
@@ -247,32 +224,24 @@ void mixup_samples(const Tensor& images, Tensor& out, const Layout& layout, cons
       T* result = target + i * layout.batch_stride;
       for (RowWalk rows(all); !rows.done(); rows.advance()) {
         const int64_t start = rows.start();
-        if (!streaming) {
-          blend_run(own + start, partner + start, result + start, all.run, weight, 1 - weight);
-          continue;
-        }
-        for (int64_t at = start; at < start + all.run; at += kBuffer) {
-          const int64_t count = std::min(kBuffer, start + all.run - at);
-          blend_run(own + at, partner + at, buffer, count, weight, 1 - weight);
-          stream(reinterpret_cast<char*>(result + at), reinterpret_cast<const char*>(buffer), count * sizeof(T));
-        }
+        blend_run(own + start, partner + start, result + start, all.run, weight, 1 - weight);
       }
     }
-    finish_streaming();
   });
 }
 
 template <class T>
-void mixup_pairs(Tensor& images, const Layout& layout, const float* lam) {
+void mixup_pairs(Tensor& images, const Layout& layout, const Pairing& pairing, const float* lam) {
   const Region<int64_t> all = region_of<int64_t>(layout, whole(layout));
   T* data = static_cast<T*>(images.mutable_data_ptr());
-  torch::stable::parallel_for(0, layout.batch / 2, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, pairing.pairs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Compute<T> weight = lam[i];
+      T* first = data + pairing.first(i) * layout.batch_stride;
+      T* last = data + pairing.last(i) * layout.batch_stride;
       for (RowWalk rows(all); !rows.done(); rows.advance()) {
         const int64_t start = rows.start();
-        blend_run_pair(data + i * layout.batch_stride + start, data + (layout.batch - 1 - i) * layout.batch_stride + start,
-                       all.run, weight, 1 - weight);
+        blend_run_pair(first + start, last + start, all.run, weight, 1 - weight);
       }
     }
   });
@@ -313,13 +282,14 @@ Tensor mixup(const Tensor& given, const Tensor& lam, const Tensor& partner) {
   return out;
 }
 
-void mixup_(Tensor images, const Tensor& lam) {
+void mixup_(Tensor images, const Tensor& lam, int64_t group) {
   const Layout layout = layout_of(images);
-  check_companion(lam, ScalarType::Float, layout.batch / 2, "lam");
+  const Pairing pairing = pairing_of(layout, group);
+  check_companion(lam, ScalarType::Float, pairing.pairs, "lam");
   const float* weights = lam.const_data_ptr<float>();
-  check_weights(weights, layout.batch / 2);
+  check_weights(weights, pairing.pairs);
   if (images.numel() > 0) {
-    dispatch(images.scalar_type(), [&](auto zero) { mixup_pairs<decltype(zero)>(images, layout, weights); });
+    dispatch(images.scalar_type(), [&](auto zero) { mixup_pairs<decltype(zero)>(images, layout, pairing, weights); });
   }
 }
 
@@ -328,9 +298,9 @@ void mixup_(Tensor images, const Tensor& lam) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastuft, m) {
   m.def("cutmix(Tensor images, Tensor boxes, Tensor partner) -> Tensor");
-  m.def("cutmix_(Tensor(a!) images, Tensor boxes) -> ()");
+  m.def("cutmix_(Tensor(a!) images, Tensor boxes, int group=0) -> ()");
   m.def("mixup(Tensor images, Tensor lam, Tensor partner) -> Tensor");
-  m.def("mixup_(Tensor(a!) images, Tensor lam) -> ()");
+  m.def("mixup_(Tensor(a!) images, Tensor lam, int group=0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastuft, CPU, m) {

@@ -223,11 +223,12 @@ __device__ void for_each_piece(const Region<Index>& region, Function function) {
 
 template <class T, int N, class Index>
 __global__ void __launch_bounds__(kThreads, swap_blocks(N))
-    cutmix_swap_kernel(T* __restrict__ data, const int32_t* __restrict__ boxes, const Layout layout) {
+    cutmix_swap_kernel(T* __restrict__ data, const int32_t* __restrict__ boxes, const Layout layout,
+                       const Pairing pairing) {
   const Index extent = static_cast<Index>(layout.extent());
-  for (int64_t pair = blockIdx.y; pair < layout.batch / 2; pair += gridDim.y) {
-    T* a = data + pair * layout.batch_stride;
-    T* b = data + (layout.batch - 1 - pair) * layout.batch_stride;
+  for (int64_t pair = blockIdx.y; pair < pairing.pairs; pair += gridDim.y) {
+    T* a = data + pairing.first(pair) * layout.batch_stride;
+    T* b = data + pairing.last(pair) * layout.batch_stride;
     for_each_piece<N>(region_of<Index>(layout, clamped(boxes, pair, layout)), [&](const Piece<Index>& piece) {
       const Values<T, N> x = load<T, N>(a, piece, extent);
       const Values<T, N> y = load<T, N>(b, piece, extent);
@@ -343,13 +344,13 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, int N, class Index>
 __global__ void __launch_bounds__(kThreads)
-    mixup_pair_kernel(T* __restrict__ data, const float* __restrict__ lam, const Layout layout) {
+    mixup_pair_kernel(T* __restrict__ data, const float* __restrict__ lam, const Layout layout, const Pairing pairing) {
   const Region<Index> all = region_of<Index>(layout, whole(layout));
   const Index extent = static_cast<Index>(layout.extent());
-  for (int64_t pair = blockIdx.y; pair < layout.batch / 2; pair += gridDim.y) {
+  for (int64_t pair = blockIdx.y; pair < pairing.pairs; pair += gridDim.y) {
     const auto weight = weight_of<T>(lam[pair], true);
-    T* a = data + pair * layout.batch_stride;
-    T* b = data + (layout.batch - 1 - pair) * layout.batch_stride;
+    T* a = data + pairing.first(pair) * layout.batch_stride;
+    T* b = data + pairing.last(pair) * layout.batch_stride;
     for_each_piece<N>(all, [&](const Piece<Index>& piece) {
       const Values<T, N> x = load<T, N>(a, piece, extent);
       const Values<T, N> y = load<T, N>(b, piece, extent);
@@ -451,11 +452,12 @@ Tensor cutmix(const Tensor& given, const Tensor& boxes, const Tensor& partner) {
   return out;
 }
 
-void cutmix_(Tensor images, const Tensor& boxes) {
+void cutmix_(Tensor images, const Tensor& boxes, int64_t group) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Layout layout = layout_of(images);
-  check_companion(boxes, ScalarType::Int, 4 * (layout.batch / 2), "boxes");
-  if (images.numel() == 0 || layout.batch < 2) {
+  const Pairing pairing = pairing_of(layout, group);
+  check_companion(boxes, ScalarType::Int, 4 * pairing.pairs, "boxes");
+  if (images.numel() == 0 || pairing.pairs == 0) {
     return;
   }
   by_size(images, [&](auto zero) {
@@ -463,8 +465,8 @@ void cutmix_(Tensor images, const Tensor& boxes) {
     T* data = static_cast<T*>(images.mutable_data_ptr());
     by_access<T>(data, data, layout, [&](auto vector, auto index) {
       constexpr int N = decltype(vector)::value;
-      launch("cutmix_", cutmix_swap_kernel<T, N, decltype(index)>, grid_of(images, layout.batch / 2, N), images, data,
-             boxes.const_data_ptr<int32_t>(), layout);
+      launch("cutmix_", cutmix_swap_kernel<T, N, decltype(index)>, grid_of(images, pairing.pairs, N), images, data,
+             boxes.const_data_ptr<int32_t>(), layout, pairing);
     });
   });
 }
@@ -492,11 +494,12 @@ Tensor mixup(const Tensor& given, const Tensor& lam, const Tensor& partner) {
   return out;
 }
 
-void mixup_(Tensor images, const Tensor& lam) {
+void mixup_(Tensor images, const Tensor& lam, int64_t group) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const Layout layout = layout_of(images);
-  check_companion(lam, ScalarType::Float, layout.batch / 2, "lam");
-  if (images.numel() == 0 || layout.batch < 2) {
+  const Pairing pairing = pairing_of(layout, group);
+  check_companion(lam, ScalarType::Float, pairing.pairs, "lam");
+  if (images.numel() == 0 || pairing.pairs == 0) {
     return;
   }
   by_type(images, [&](auto zero) {
@@ -504,8 +507,8 @@ void mixup_(Tensor images, const Tensor& lam) {
     T* data = static_cast<T*>(images.mutable_data_ptr());
     by_access<T>(data, data, layout, [&](auto vector, auto index) {
       constexpr int N = decltype(vector)::value;
-      launch("mixup_", mixup_pair_kernel<T, N, decltype(index)>, grid_of(images, layout.batch / 2, N), images, data,
-             lam.const_data_ptr<float>(), layout);
+      launch("mixup_", mixup_pair_kernel<T, N, decltype(index)>, grid_of(images, pairing.pairs, N), images, data,
+             lam.const_data_ptr<float>(), layout, pairing);
     });
   });
 }

@@ -118,6 +118,21 @@ class RowWalk {
   int64_t left_, start_, inner_ = 0, middle_ = 0;
 };
 
+// Pairs of an in-place form: within each group of `group` samples, the first with the last, and so on inwards.
+struct Pairing {
+  int64_t pairs;
+  uint32_t group;  // 32 bits divide faster on a GPU, in fewer registers
+
+  FASTUFT_HOST_DEVICE int64_t first(int64_t pair) const { return start(pair) + place(pair); }
+  FASTUFT_HOST_DEVICE int64_t last(int64_t pair) const { return start(pair) + (group - 1 - place(pair)); }
+
+ private:
+  FASTUFT_HOST_DEVICE int64_t start(int64_t pair) const {
+    return static_cast<int64_t>(static_cast<uint32_t>(pair) / (group / 2)) * group;
+  }
+  FASTUFT_HOST_DEVICE uint32_t place(int64_t pair) const { return static_cast<uint32_t>(pair) % (group / 2); }
+};
+
 FASTUFT_HOST_DEVICE inline Box whole(const Layout& layout) { return Box{0, 0, layout.height, layout.width}; }
 
 }  // namespace fastuft

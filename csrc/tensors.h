@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "geometry.h"
 
@@ -28,6 +29,14 @@ inline Layout layout_of(const Tensor& images) {
     return a.stride != b.stride ? a.stride < b.stride : a.size < b.size;
   });
   return layout;
+}
+
+// `group` samples pair among themselves; 0 stands for the whole batch.
+inline Pairing pairing_of(const Layout& layout, int64_t group) {
+  const int64_t size = group == 0 ? layout.batch : group;
+  STD_TORCH_CHECK(size >= 0 && (size == 0 || layout.batch % size == 0), "group does not divide the batch");
+  STD_TORCH_CHECK(layout.batch <= std::numeric_limits<uint32_t>::max(), "the batch is too large");
+  return Pairing{size == 0 ? 0 : layout.batch / size * (size / 2), static_cast<uint32_t>(size)};
 }
 
 // Whether the elements fill a block of memory, each once, in any order of dimensions.

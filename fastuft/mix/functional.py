@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastuft.mix import ops  # noqa: F401 (registers torch.ops.fastuft.cutmix and its kin)
+from fastuft.mix import ops
 from fastuft.values import visible
 
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,35 +47,67 @@ def _check_companion(name: str, value: Tensor, shape: tuple[int, ...], dtype: to
         raise ValueError(f"{name} is on {value.device} and images on {images.device}; move it there")
 
 
-def _check_boxes(boxes: Tensor, rows: int, images: Tensor) -> None:
-    _check_companion("boxes", boxes, (rows, 4), torch.int32, images)
-    if visible(boxes) and rows:
-        top, left, bottom, right = boxes.unbind(1)
-        height, width = images.shape[2:]
-        good = (top >= 0) & (top <= bottom) & (bottom <= height) & (left >= 0) & (left <= right) & (right <= width)
-        if not bool(good.all()):
-            worst = int((~good).nonzero()[0])
-            raise ValueError(
-                f"boxes[{worst}]={boxes[worst].tolist()} does not fit images of {height} x {width}; "
-                "allowed: 0 <= top <= bottom <= height, 0 <= left <= right <= width"
-            )
+def _check_box_values(boxes: Tensor, images: Tensor) -> None:
+    top, left, bottom, right = boxes.unbind(1)
+    height, width = images.shape[2:]
+    good = (top >= 0) & (top <= bottom) & (bottom <= height) & (left >= 0) & (left <= right) & (right <= width)
+    if not bool(good.all()):
+        worst = int((~good).nonzero()[0])
+        raise ValueError(
+            f"boxes[{worst}]={boxes[worst].tolist()} does not fit images of {height} x {width}; "
+            "allowed: 0 <= top <= bottom <= height, 0 <= left <= right <= width"
+        )
 
 
-def _check_partner(partner: Tensor, images: Tensor) -> None:
+def _check_partner_values(partner: Tensor, images: Tensor) -> None:
     count = images.shape[0]
-    _check_companion("partner", partner, (count,), torch.int64, images)
-    if visible(partner) and count and not bool(((partner >= 0) & (partner < count)).all()):
+    if count and not bool(((partner >= 0) & (partner < count)).all()):
         raise ValueError(
             f"partner has values from {int(partner.min())} to {int(partner.max())}; allowed: 0 to {count - 1}"
         )
 
 
-def _check_lam(lam: Tensor, rows: int, images: Tensor) -> None:
-    _check_companion("lam", lam, (rows,), torch.float32, images)
+def _check_lam_values(lam: Tensor, images: Tensor) -> None:
+    if len(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"lam has values from {float(lam.min()):g} to {float(lam.max()):g}; allowed: 0 to 1")
+
+
+def _check_constant(lam: Tensor) -> None:
     if lam.requires_grad:
         raise ValueError("lam requires grad; the mixing weight is a constant: pass lam.detach()")
-    if visible(lam) and rows and not bool(((lam >= 0) & (lam <= 1)).all()):
-        raise ValueError(f"lam has values from {float(lam.min()):g} to {float(lam.max()):g}; allowed: 0 to 1")
+
+
+Check = Callable[[Tensor, Tensor], None]
+
+
+def _run(operator: Callable[..., Any], images: Tensor, companions: Sequence[tuple[Tensor, Check]], *more: int) -> Any:
+    """Call an operator; the companions' values are checked where the host may look at them.
+
+    The extension checks them itself before it writes anything: here they are looked at only to say what is wrong.
+    """
+    seen = [(value, check) for value, check in companions if visible(value)]
+    values = [value for value, _ in companions]
+    if not ops.HAS_CPU_EXTENSION:
+        for value, check in seen:
+            check(value, images)
+    if not seen:
+        return operator(images, *values, *more)
+    try:
+        return operator(images, *values, *more)
+    except RuntimeError:
+        for value, check in seen:
+            check(value, images)
+        raise
+
+
+def _pairs(images: Tensor, group: int | None) -> tuple[int, int]:
+    """(samples that pair among themselves, pairs)."""
+    count = images.shape[0]
+    if group is None:
+        return count, count // 2
+    if not isinstance(group, int) or group < 1 or count % group:
+        raise ValueError(f"group={group!r} does not divide the batch of {count} images; choose a divisor of it")
+    return group, count // group * (group // 2)
 
 
 def _announce_write(images: Tensor) -> None:
@@ -96,20 +131,23 @@ def cutmix(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit; on the CPU also values out of range.
     """
     _check_images(images, in_place=False)
-    _check_boxes(boxes, images.shape[0], images)
-    _check_partner(partner, images)
-    mixed: Tensor = torch.ops.fastuft.cutmix(images, boxes, partner)
+    _check_companion("boxes", boxes, (images.shape[0], 4), torch.int32, images)
+    _check_companion("partner", partner, (images.shape[0],), torch.int64, images)
+    companions = [(boxes, _check_box_values), (partner, _check_partner_values)]
+    mixed: Tensor = _run(torch.ops.fastuft.cutmix.default, images, companions)
     return mixed
 
 
-def cutmix_(images: Tensor, boxes: Tensor) -> Tensor:
+def cutmix_(images: Tensor, boxes: Tensor, group: int | None = None) -> Tensor:
     """CutMix in place: sample i swaps its box with sample B - 1 - i; with B odd the middle one stays.
 
-    Both samples of a pair keep the same share, 1 - area / (H W), of themselves. Only the boxes are written.
+    Both samples of a pair keep the same share, 1 - area / (H W), of themselves. Only the boxes are written. With ``group``,
+    samples pair in the same way within each ``group`` consecutive ones.
 
     Args:
         images: [B, C, H, W] in any layout without overlap, not requiring grad.
-        boxes: int32 [B // 2, 4], as for :func:`cutmix`.
+        boxes: int32 [B // 2, 4], as for :func:`cutmix`; with ``group``, [B / group (group // 2), 4], group by group.
+        group: samples that pair among themselves, a divisor of B; by default all.
 
     Returns:
         ``images``.
@@ -118,9 +156,10 @@ def cutmix_(images: Tensor, boxes: Tensor) -> Tensor:
         ValueError: as :func:`cutmix`, before anything is written.
     """
     _check_images(images, in_place=True)
-    _check_boxes(boxes, images.shape[0] // 2, images)
+    size, pairs = _pairs(images, group)
+    _check_companion("boxes", boxes, (pairs, 4), torch.int32, images)
+    _run(torch.ops.fastuft.cutmix_.default, images, [(boxes, _check_box_values)], size)
     _announce_write(images)
-    torch.ops.fastuft.cutmix_(images, boxes)
     return images
 
 
@@ -139,18 +178,23 @@ def mixup(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
         ValueError: as :func:`cutmix`.
     """
     _check_images(images, in_place=False)
-    _check_lam(lam, images.shape[0], images)
-    _check_partner(partner, images)
-    mixed: Tensor = torch.ops.fastuft.mixup(images, lam, partner)
+    _check_companion("lam", lam, (images.shape[0],), torch.float32, images)
+    _check_constant(lam)
+    _check_companion("partner", partner, (images.shape[0],), torch.int64, images)
+    companions = [(lam, _check_lam_values), (partner, _check_partner_values)]
+    mixed: Tensor = _run(torch.ops.fastuft.mixup.default, images, companions)
     return mixed
 
 
-def mixup_(images: Tensor, lam: Tensor) -> Tensor:
+def mixup_(images: Tensor, lam: Tensor, group: int | None = None) -> Tensor:
     """MixUp in place: samples i and B - 1 - i both become their mix, each weighing itself by lam[i].
+
+    With ``group``, samples pair in the same way within each ``group`` consecutive ones.
 
     Args:
         images: as for :func:`cutmix_`.
-        lam: float32 [B // 2] in [0, 1]; on CUDA other values give NaN.
+        lam: float32 [B // 2] in [0, 1]; on CUDA other values give NaN. With ``group``, [B / group (group // 2)].
+        group: as for :func:`cutmix_`.
 
     Returns:
         ``images``.
@@ -159,7 +203,9 @@ def mixup_(images: Tensor, lam: Tensor) -> Tensor:
         ValueError: as :func:`cutmix`, before anything is written.
     """
     _check_images(images, in_place=True)
-    _check_lam(lam, images.shape[0] // 2, images)
+    size, pairs = _pairs(images, group)
+    _check_companion("lam", lam, (pairs,), torch.float32, images)
+    _check_constant(lam)
+    _run(torch.ops.fastuft.mixup_.default, images, [(lam, _check_lam_values)], size)
     _announce_write(images)
-    torch.ops.fastuft.mixup_(images, lam)
     return images

@@ -70,14 +70,15 @@ def _with_warning(function: Callable[..., Any]) -> Callable[..., Any]:
 def reference_schema(name: str) -> str:
     """The operator's schema, read off the reference function; the extension's says the same."""
     mutated = {"images"} if name.endswith("_") else ()
-    return f"{name}{library.infer_schema(getattr(reference, name), mutates_args=mutated)}"
+    schema = library.infer_schema(getattr(reference, name), mutates_args=mutated)
+    return f"{name}{schema.replace('SymInt', 'int')}"  # the extension takes plain numbers
 
 
-def _new_images(images: Tensor, *_: Tensor) -> Tensor:
+def _new_images(images: Tensor, *_: object) -> Tensor:
     return torch.empty_like(images)
 
 
-def _nothing(*_: Tensor) -> None:
+def _nothing(*_: object) -> None:
     return None
 
 

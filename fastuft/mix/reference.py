@@ -32,20 +32,28 @@ def cutmix(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
     return torch.where(mask, gather_partners(images, partner), images)
 
 
-def cutmix_(images: Tensor, boxes: Tensor) -> None:
-    """In place: sample i swaps its box with sample B - 1 - i."""
-    half = images.shape[0] // 2
-    mask = box_mask(boxes, images.shape[2], images.shape[3])
-    first, last = images[:half], images[images.shape[0] - half :].flip(0)
-    swapped = torch.where(mask, first, last)
-    first.copy_(torch.where(mask, last, first))
-    images[images.shape[0] - half :].copy_(swapped.flip(0))
+def _halves(images: Tensor, companion: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(view of the first half of each group, view of its last half, that half's partners in order, companion by group)."""
+    groups = images.unflatten(0, (-1, group or images.shape[0]))
+    half = groups.shape[1] // 2
+    last = groups[:, groups.shape[1] - half :]
+    return groups[:, :half], last, last.flip(1), companion.unflatten(0, (groups.shape[0], half))
+
+
+def cutmix_(images: Tensor, boxes: Tensor, group: int = 0) -> None:
+    """In place: within each ``group`` of samples (0: the whole batch), sample i swaps its box with the last but i."""
+    if len(boxes):
+        mask = box_mask(boxes, images.shape[2], images.shape[3])
+        first, place, last, mask = _halves(images, mask, group)
+        swapped = torch.where(mask, first, last)
+        first.copy_(torch.where(mask, last, first))
+        place.copy_(swapped.flip(1))
 
 
 def _blend(first: Tensor, last: Tensor, lam: Tensor) -> Tensor:
     """lam first + (1 - lam) last in fp32 (fp64 for fp64), rounded once; bytes round half to even."""
     compute = torch.float64 if first.dtype == torch.float64 else torch.float32
-    weight = lam.to(compute).view(-1, 1, 1, 1)
+    weight = lam.to(compute)[..., None, None, None]
     mixed = weight * first.to(compute) + (1 - weight) * last.to(compute)
     return mixed.to(first.dtype) if first.is_floating_point() else mixed.round().to(first.dtype)
 
@@ -55,10 +63,13 @@ def mixup(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
     return _blend(images, gather_partners(images, partner), lam)
 
 
-def mixup_(images: Tensor, lam: Tensor) -> None:
-    """In place: samples i and B - 1 - i are both replaced by their mix, each weighing itself by lam[i]."""
-    half = images.shape[0] // 2
-    first, last = images[:half], images[images.shape[0] - half :].flip(0)
-    mixed = _blend(first, last, lam), _blend(last, first, lam)
-    first.copy_(mixed[0])
-    images[images.shape[0] - half :].copy_(mixed[1].flip(0))
+def mixup_(images: Tensor, lam: Tensor, group: int = 0) -> None:
+    """In place: within each ``group`` of samples (0: the whole batch), samples i and the last but i become their mix.
+
+    Each weighs itself by lam[i].
+    """
+    if len(lam):
+        first, place, last, weight = _halves(images, lam, group)
+        mixed = _blend(first, last, weight), _blend(last, first, weight)
+        first.copy_(mixed[0])
+        place.copy_(mixed[1].flip(1))

@@ -99,11 +99,11 @@ class Learner:
             lambda [b], the share that each image keeps of itself. An odd group's middle image keeps all.
         """
         size = min(self.mix_group, len(images))  # the last batch of an epoch may be smaller
-        groups, half = images.split(size), size // 2
+        groups, half = len(images) // size, size // 2
         height, width = images.shape[2:]
         keys: list[tuple[int, ...]] = [(epoch, step)]
         if self.method.mix_per == "pair":
-            keys = [(epoch, step, self.ranks.rank * len(groups) + number) for number in range(len(groups))]
+            keys = [(epoch, step, self.ranks.rank * groups + number) for number in range(groups)]
         regions, lams = [], []
         for key in keys:
             generator = torch.Generator().manual_seed(keyed_seed(self.seed, "mix", *key))
@@ -115,12 +115,12 @@ class Learner:
             regions.append(region.expand(half, *region.shape[1:]))
             lams.append(lam.expand(half))
         mix_ = cutmix_ if self.method.mix == "cutmix" else mixup_
-        region = upload(torch.stack(regions), images.device)  # [1 or groups, half, ...]
-        for group, part in zip(groups, region.expand(len(groups), *region.shape[1:]), strict=True):
-            mix_(group, part)
+        region = torch.stack(regions)  # [1 or groups, half, ...]
+        region = region.expand(groups, *region.shape[1:]).flatten(0, 1).contiguous()
+        mix_(images, upload(region, images.device), size)
         kept = torch.stack(lams)
         kept = torch.cat([kept, torch.ones(len(kept), size % 2), kept.flip(1)], 1)  # both of a pair keep the same share
-        return upload(kept.expand(len(groups), size).flatten(), images.device)
+        return upload(kept.expand(groups, size).flatten(), images.device)
 
     def partners(self, keys: Tensor) -> Tensor:
         """Keys of each image's partner in the mix [b, D]."""

@@ -68,6 +68,19 @@ def test_samples_beyond_the_largest_grid():
     assert torch.equal(images, expected)
 
 
+@pytest.mark.parametrize("group", [2, 3, 6])
+def test_pairs_stay_within_groups(group):
+    images = torch.rand(6, 3, 5, 16)
+    pairs = 6 // group * (group // 2)
+    boxes, lam = fastuft.sample_boxes(pairs, 5, 16, generator=torch.Generator().manual_seed(group))
+    expected = images.clone()
+    reference.cutmix_(expected, boxes, group)
+    reference.mixup_(expected, lam, group)
+    OPS.cutmix_(images, boxes, group)
+    OPS.mixup_(images, lam, group)
+    assert torch.equal(images, expected)
+
+
 def test_nothing_to_do():
     for shape in ((0, 3, 4, 4), (1, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)):
         x = torch.rand(shape)

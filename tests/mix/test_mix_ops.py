@@ -98,6 +98,33 @@ def test_mixup_in_place_rounds_once(batch):
     torch.testing.assert_close(images, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+def test_pairs_within_groups_are_those_of_each_group_alone(group, form):
+    images = torch.rand(12, 3, 9, 7).contiguous(memory_format=form)
+    pairs = 12 // group * (group // 2)
+    boxes, lam = fastuft.sample_boxes(pairs, 9, 7, generator=torch.Generator().manual_seed(group))
+    mixed, expected, plain = images.clone(), images.clone(), images.clone()
+    for part, own in zip(expected.split(group), boxes.split(group // 2) if pairs else [boxes] * 12, strict=True):
+        fastuft.cutmix_(part, own)
+    fastuft.cutmix_(mixed, boxes, group)
+    reference.cutmix_(plain, boxes, group)
+    assert torch.equal(mixed, expected) and torch.equal(plain, expected)
+    for part, own in zip(expected.split(group), lam.split(group // 2) if pairs else [lam] * 12, strict=True):
+        fastuft.mixup_(part, own)
+    fastuft.mixup_(mixed, lam, group)
+    reference.mixup_(plain, lam, group)
+    assert torch.equal(mixed, expected) and torch.equal(plain, expected)
+
+
+def test_a_failed_check_leaves_autograds_version_alone():
+    images = torch.rand(4, 3, 4, 4)
+    before = images._version
+    with pytest.raises(ValueError, match="does not fit"):
+        fastuft.cutmix_(images, BOX[:2] + 9)
+    assert images._version == before
+
+
 def brute_force_cutmix(images, boxes, partner):
     """Pixel by pixel, as the definition says."""
     mixed = images.clone()
@@ -248,6 +275,9 @@ LAM = torch.full((4,), 0.5)
         (lambda x: fastuft.mixup(x, LAM.requires_grad_(), PARTNER), "lam requires grad"),
         (lambda x: fastuft.mixup_(x, torch.tensor([0.5, float("nan")])), "lam has values"),
         (lambda x: fastuft.mixup_(x, LAM), r"lam is \(4,\)"),
+        (lambda x: fastuft.cutmix_(x, BOX, group=3), "group=3 does not divide the batch of 4 images"),
+        (lambda x: fastuft.mixup_(x, LAM, group=0), "group=0 does not divide the batch of 4 images"),
+        (lambda x: fastuft.cutmix_(x, BOX, group=2), r"boxes is \(4, 4\) of torch.int32; it must be a tensor \[2, 4\]"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(call, message):
