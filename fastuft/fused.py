@@ -1,9 +1,14 @@
-"""Fused kernels that gave wrong figures on this machine's chip: from then on their portable paths run.
+"""Which fused kernels may be used on this machine's chip; where one may not, its portable path runs.
 
-Rooms ask here before they use a kernel; whoever checked one on the chip writes here.
+Rooms ask here before they use a kernel; whoever compared one with its portable path on the chip writes here.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOSS, GRADIENT, ENQUEUE, MIXING, BATCHNORM = "loss", "loss gradient", "enqueue", "mixing", "grouped BatchNorm"
 
 _refusals: dict[str, str] = {}
 
@@ -13,14 +18,27 @@ def refuse(kernel: str, reason: str) -> None:
     _refusals[kernel] = reason
 
 
-def refusal(kernel: str) -> str | None:
-    """Why ``kernel`` may not be used here, or None."""
-    return _refusals.get(kernel)
+def refusal(*kernels: str) -> str | None:
+    """Why one of ``kernels`` may not be used here, or None."""
+    return next((_refusals[kernel] for kernel in kernels if kernel in _refusals), None)
 
 
 def refusals() -> dict[str, str]:
     """Every kernel that may not be used here, and why."""
     return dict(_refusals)
+
+
+@contextmanager
+def without(kernel: str) -> Iterator[None]:
+    """The portable path of ``kernel`` for a while."""
+    before = _refusals.get(kernel)
+    refuse(kernel, "the portable path is asked for")
+    try:
+        yield
+    finally:
+        del _refusals[kernel]
+        if before is not None:
+            refuse(kernel, before)
 
 
 def trust_again() -> None:

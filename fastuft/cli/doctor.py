@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fastuft
+from fastuft.cli.kernels import wrong_kernels
 
 State = Literal["ok", "missing", "problem"]
 
@@ -229,6 +230,18 @@ def check_nvcc(answer: str | None, torch_cuda: str | None) -> Finding:
     return Finding("nvcc", "ok", found)
 
 
+def check_kernels(torch: Any | None) -> Iterator[Finding]:
+    """The fused kernels against their portable paths on the GPU."""
+    if torch is None or not torch.cuda.is_available():
+        return
+    wrong = wrong_kernels()
+    for what, why in wrong:
+        remedy = "training uses the portable path instead, which is slower; please report this line"
+        yield Finding("fused kernel", "problem", f"{what}: {why}", remedy)
+    if not wrong:
+        yield Finding("fused kernels", "ok", "as the portable paths, in fp32, fp16 and bf16")
+
+
 def check_dali(torch: Any | None) -> Iterator[Finding]:
     """DALI, its CUDA against torch's and the driver's, and the decoy of that name."""
     wheels = [wheel for wheel in ("nvidia-dali-cuda120", "nvidia-dali-cuda130") if version(wheel)]
@@ -299,6 +312,7 @@ def examine() -> list[Finding]:
         *check_torch(torch),
         *check_triton(torch),
         *check_extension(torch),
+        *check_kernels(torch),
         *check_dali(torch),
         *check_apex(),
         *check_packages(),

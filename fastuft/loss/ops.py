@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, library
 from torch.autograd import forward_ad
 
+from fastuft import fused
 from fastuft.kernels.problem import LseProblem, Problem, schema, tile_precision
 from fastuft.loss import portable
 
@@ -59,7 +60,7 @@ def _use_fused(impl: str, q: Tensor, queue: Tensor, *keys: Tensor | None) -> boo
     """
     if impl == "torch" or (impl == "auto" and not q.is_cuda):
         return False
-    reason = _fused_reason(q, queue)
+    reason = fused.refusal(fused.LOSS, fused.GRADIENT) or _fused_reason(q, queue)
     if reason is None and any(key is not None and key.dtype == torch.float64 for key in keys):
         reason = "a key is float64"
     if reason is not None and impl == "triton":
@@ -131,7 +132,8 @@ def _mixed_info_nce(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scaled_gradient(gradient: Tensor, upstream: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """gradient [B, D] * factor * upstream ([B], or one for all rows), computed before the cast to dtype."""
-    if gradient.is_cuda and gradient.dtype == torch.float32 and triton_installed():
+    usable = triton_installed() and fused.refusal(fused.LOSS, fused.GRADIENT) is None
+    if gradient.is_cuda and gradient.dtype == torch.float32 and usable:
         from fastuft.kernels import queue_combine
 
         return queue_combine.scaled_gradient(gradient, upstream, factor, dtype)
@@ -139,7 +141,8 @@ def _scaled_gradient(gradient: Tensor, upstream: Tensor, factor: float, dtype: t
 
 
 def _enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
-    if keys.is_cuda and queue.dtype != torch.float64 and triton_installed():
+    usable = triton_installed() and fused.refusal(fused.ENQUEUE) is None
+    if keys.is_cuda and queue.dtype != torch.float64 and usable:
         from fastuft.kernels import enqueue
 
         enqueue.enqueue_(queue, pointer, keys)

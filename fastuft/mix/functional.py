@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastuft.mix import ops
+from fastuft import fused
+from fastuft.mix import ops, reference
 from fastuft.values import visible
 
 _DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -80,11 +81,14 @@ def _check_constant(lam: Tensor) -> None:
 Check = Callable[[Tensor, Tensor], None]
 
 
-def _run(operator: Callable[..., Any], images: Tensor, companions: Sequence[tuple[Tensor, Check]], *more: int) -> Any:
-    """Call an operator; the companions' values are checked where the host may look at them.
+def _run(name: str, images: Tensor, companions: Sequence[tuple[Tensor, Check]], *more: int) -> Any:
+    """Call an operator by name; the companions' values are checked where the host may look at them.
 
     The extension checks them itself before it writes anything: here they are looked at only to say what is wrong.
     """
+    operator: Callable[..., Any] = getattr(torch.ops.fastuft, name).default
+    if images.is_cuda and fused.refusal(fused.MIXING) is not None:
+        operator = getattr(reference, name)
     seen = [(value, check) for value, check in companions if visible(value)]
     values = [value for value, _ in companions]
     if not ops.HAS_CPU_EXTENSION:
@@ -134,7 +138,7 @@ def cutmix(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
     _check_companion("boxes", boxes, (images.shape[0], 4), torch.int32, images)
     _check_companion("partner", partner, (images.shape[0],), torch.int64, images)
     companions = [(boxes, _check_box_values), (partner, _check_partner_values)]
-    mixed: Tensor = _run(torch.ops.fastuft.cutmix.default, images, companions)
+    mixed: Tensor = _run("cutmix", images, companions)
     return mixed
 
 
@@ -158,7 +162,7 @@ def cutmix_(images: Tensor, boxes: Tensor, group: int | None = None) -> Tensor:
     _check_images(images, in_place=True)
     size, pairs = _pairs(images, group)
     _check_companion("boxes", boxes, (pairs, 4), torch.int32, images)
-    _run(torch.ops.fastuft.cutmix_.default, images, [(boxes, _check_box_values)], size)
+    _run("cutmix_", images, [(boxes, _check_box_values)], size)
     _announce_write(images)
     return images
 
@@ -182,7 +186,7 @@ def mixup(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
     _check_constant(lam)
     _check_companion("partner", partner, (images.shape[0],), torch.int64, images)
     companions = [(lam, _check_lam_values), (partner, _check_partner_values)]
-    mixed: Tensor = _run(torch.ops.fastuft.mixup.default, images, companions)
+    mixed: Tensor = _run("mixup", images, companions)
     return mixed
 
 
@@ -206,6 +210,6 @@ def mixup_(images: Tensor, lam: Tensor, group: int | None = None) -> Tensor:
     size, pairs = _pairs(images, group)
     _check_companion("lam", lam, (pairs,), torch.float32, images)
     _check_constant(lam)
-    _run(torch.ops.fastuft.mixup_.default, images, [(lam, _check_lam_values)], size)
+    _run("mixup_", images, [(lam, _check_lam_values)], size)
     _announce_write(images)
     return images

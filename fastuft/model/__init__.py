@@ -13,6 +13,7 @@ from fastuft.model.checkpoint import (
     open_backbone,
     traits_from,
 )
+from fastuft.model.grouped_batchnorm import grouped_batch_norm
 from fastuft.model.moco import Encoder, MoCo, ProjectionHead
 from fastuft.model.networks import ARCHS, build_backbone
 from fastuft.model.resnet import ResNet
@@ -37,6 +38,7 @@ __all__ = [
     "export",
     "export_backbone",
     "export_state_dict",
+    "grouped_batch_norm",
     "has_batchnorm",
     "load_backbone",
     "load_init",

@@ -20,8 +20,6 @@ from fastuft import fused
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # output, means, variances, scales
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, weight, bias and residual; empty where there is none
 
-KERNEL = "grouped BatchNorm"  # its name in fastuft.fused
-
 library.define(
     "fastuft::grouped_batch_norm",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, int group, float eps, bool relu) "
@@ -40,7 +38,7 @@ def _triton_installed() -> bool:
 
 
 def _use_fused(x: Tensor) -> bool:
-    if not x.is_cuda or not _triton_installed() or fused.refusal(KERNEL) is not None:
+    if not x.is_cuda or not _triton_installed() or fused.refusal(fused.BATCHNORM) is not None:
         return False
     from fastuft.kernels import grouped_batchnorm
 

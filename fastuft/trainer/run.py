@@ -17,6 +17,7 @@ from fastuft.runfolder import Progress, RunFolder, RunLock
 from fastuft.trainer import watch
 from fastuft.trainer.distributed import Ranks, StopVote, naming_lost_ranks, start_ranks, stop_ranks
 from fastuft.trainer.hold import hold
+from fastuft.trainer.kernel_check import check_before_training
 from fastuft.trainer.learner import build_learner
 from fastuft.trainer.learner_state import restore
 from fastuft.trainer.memory import check_memory
@@ -214,6 +215,7 @@ class _Run:
     def _start(self) -> str | None:
         """What comes before the first step, and an evaluation that the run was stopped before."""
         progress, config = self.progress, self.config
+        check_before_training(self.ranks, DTYPES[self.learner.precision], config.model.head_dim, self.recorder.say)
         fill = progress.global_step == 0 and config.method.queue_prefill
         if fill and prefill(self.learner, self.stream, self.manifest, self._stop, self.recorder.say):
             return self._signal()

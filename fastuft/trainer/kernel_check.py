@@ -1,0 +1,172 @@
+"""Fused kernels against their portable paths on the chip at hand, once before their first use.
+
+Each probe runs one operation on small inputs twice, fused and portable; a kernel that raises or differs by more than
+rounding is not used by this process. It takes milliseconds once the kernels are compiled.
+
+``python -m fastuft.trainer.kernel_check`` prints what it finds as JSON, for a process that must survive a crash of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from fastuft import fused
+from fastuft.loss import KeyQueue, mixed_info_nce
+from fastuft.mix import cutmix_, mixup_, sample_boxes
+from fastuft.model import grouped_batch_norm
+from fastuft.trainer.distributed import Ranks
+
+# Largest difference over the largest magnitude: a few units in the last place, and what a sum reorders.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_GROUP = 4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An operation whose kernel is compared.
+
+    Args:
+        kernel: its name in :mod:`fastuft.fused`.
+        run: makes its inputs, the same at each call, and returns what the operation gives.
+    """
+
+    kernel: str
+    run: Callable[[], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison found.
+
+    Args:
+        kernel: its name.
+        chip: the device.
+        reason: why it may not be used, or None.
+    """
+
+    kernel: str
+    chip: str
+    reason: str | None
+
+    def line(self) -> str:
+        return f"{self.kernel} on {self.chip}: {self.reason}; its portable path runs instead, which is slower"
+
+
+def probes(device: torch.device, dtype: torch.dtype, width: int) -> list[Probe]:
+    """One for each kernel of a step, at the dtype and embedding width of the run."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
+
+    generator = torch.Generator()
+
+    def loss(gradient: bool) -> Sequence[Tensor]:
+        generator.manual_seed(0)
+        q, k_a, k_b = (draw(48, width).to(dtype) for _ in range(3))
+        queue = torch.nn.functional.normalize(draw(1000, width), dim=1).to(dtype)
+        lam = torch.rand(48, generator=generator).to(device)
+        q.requires_grad_(gradient)
+        value = mixed_info_nce(q, k_a, k_b, lam, queue, reduction="none", unit_queue=True)
+        return torch.autograd.grad(value.sum(), q) if gradient else [value]
+
+    def enqueue() -> Sequence[Tensor]:
+        generator.manual_seed(0)
+        queue = KeyQueue(20, width, generator=generator, dtype=dtype).to(device)
+        for _ in range(2):  # the second wraps
+            queue.enqueue_(draw(12, width).to(dtype))
+        return queue.keys, queue.pointer
+
+    def mixing() -> Sequence[Tensor]:
+        generator.manual_seed(0)
+        images = draw(8, 3, 33, 40).to(dtype=dtype, memory_format=torch.channels_last)
+        boxes, lam = sample_boxes(4, 33, 40, generator=generator)
+        return cutmix_(images.clone(), boxes.to(device), _GROUP), mixup_(images, lam.to(device), _GROUP)
+
+    def batchnorm() -> Sequence[Tensor]:
+        generator.manual_seed(0)
+        x, residual, upstream = (draw(8, 96, 9, 7).to(dtype=dtype, memory_format=torch.channels_last) for _ in range(3))
+        leaves = [tensor.requires_grad_() for tensor in (x + 1, draw(96), draw(96), residual)]
+        x, weight, bias, residual = leaves
+        out, *statistics = grouped_batch_norm(x, weight, bias, residual, _GROUP, 1e-5, relu=True)
+        return out.detach(), *statistics, *torch.autograd.grad(out, leaves, upstream)
+
+    return [
+        Probe(fused.LOSS, lambda: loss(False)),
+        Probe(fused.GRADIENT, lambda: loss(True)),
+        Probe(fused.ENQUEUE, enqueue),
+        Probe(fused.MIXING, mixing),
+        Probe(fused.BATCHNORM, batchnorm),
+    ]
+
+
+def compare(probe: Probe, tolerance: float) -> str | None:
+    """Why the kernel of a probe may not be used, or None."""
+    try:
+        found = probe.run()
+    except Exception as error:  # whatever a compiler, a launch or a driver raises: the run goes on without the kernel
+        return f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    with fused.without(probe.kernel):
+        expected = probe.run()
+    worst = max(_difference(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    if worst <= tolerance:
+        return None
+    return f"it differs from the portable path by {worst:.2g} of the largest value, more than {tolerance:.2g}"
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest deviation over the largest magnitude; infinite where one is not finite."""
+    found, expected = found.double(), expected.double()
+    deviation = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return deviation if deviation == deviation else float("inf")
+
+
+def check_kernels(
+    candidates: Sequence[Probe], dtype: torch.dtype, chip: str, gather: Callable[[object], list[dict[str, str]]]
+) -> list[Verdict]:
+    """Compare every candidate and refuse those that fail on any process.
+
+    Args:
+        candidates: what is compared.
+        dtype: of the inputs.
+        chip: name of the device, for the message.
+        gather: what each process found, from what this one did.
+
+    Returns:
+        Those that are refused, the same on every process.
+    """
+    own = {probe.kernel: reason for probe in candidates if (reason := compare(probe, TOLERANCE[dtype]))}
+    common: dict[str, str] = {}
+    for found in gather(own):
+        common = found | common
+    for kernel, reason in common.items():
+        fused.refuse(kernel, reason)
+    return [Verdict(kernel, chip, reason) for kernel, reason in common.items()]
+
+
+def check_before_training(ranks: Ranks, dtype: torch.dtype, width: int, say: Callable[[str], None]) -> None:
+    """Compare the kernels of a run on a GPU, before its first step; one line says which are not used, and why."""
+    if ranks.device.type != "cuda":
+        return
+    chip = torch.cuda.get_device_name(ranks.device)
+    for verdict in check_kernels(probes(ranks.device, dtype, width), dtype, chip, ranks.gather_objects):
+        say(verdict.line())
+
+
+def main(device: torch.device, chip: str) -> None:
+    """Print, as JSON, what every kernel is like at the dtypes of training."""
+    verdicts = []
+    for dtype in TOLERANCE:
+        for probe in probes(device, dtype, 128):
+            name = f"{probe.kernel} ({str(dtype).removeprefix('torch.')})"
+            verdicts.append(asdict(Verdict(name, chip, compare(probe, TOLERANCE[dtype]))))
+    json.dump(verdicts, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(torch.device("cuda", 0), torch.cuda.get_device_name(0))
