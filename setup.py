@@ -95,7 +95,7 @@ class CMakeBuild(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """One wheel a platform: the libraries use the stable ABI of LibTorch and none of Python's."""
+    """One wheel per platform: the libraries use the stable ABI of LibTorch and none of Python's."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -4,7 +4,7 @@ Claim: on one CPU thread CutMix out of place takes 1.1 to 1.3 times the processo
 float32, and 1.1 to 1.7 times in bytes, whose runs within a box are short; PyTorch's expression takes 3 times and more.
 In place it writes only the boxes, so that its time follows their area, and allocates nothing. Ratios are to the plain
 copy. On a GPU the targets are 1.3 times the bandwidth's bound for what is moved. The libraries draw their own boxes (one
-for the batch, or one an image or pair), so their rows move about the same bytes, not the same ones, and include the
+for the batch, or one per image or pair), so their rows move about the same bytes, not the same ones, and include the
 drawing; what they do on the host cannot be captured in a CUDA graph.
 """
 
@@ -53,7 +53,7 @@ def form(request, scale):
 
 @pytest.fixture
 def make(scale, device, form):
-    """Makes fresh batches with one box and lambda an image (or pair)."""
+    """Makes fresh batches with one box and lambda per image (or pair)."""
     count, side, _ = SIZES[scale]
     _, layout, dtype = form
 

@@ -413,7 +413,7 @@ def test_images_a_second(benchmark, device, scale, photos, part):
         measure(
             benchmark,
             one_epoch,
-            group=f"images a second, {size}, {learner.precision}, with mixing, split BatchNorm",
+            group=f"images per second, {size}, {learner.precision}, with mixing, split BatchNorm",
             baseline=part == "encoders_alone",
             graph=False,
             memory=False,

@@ -1,7 +1,7 @@
 """Two MoCoV2 views of each image on one core, beside other ways to make them; the stream on a GPU.
 
 Claim: with every part of the stream switched on (order, keyed random numbers, checks of each file, replaying) one core
-makes more than 100 images a second from JPEGs of 500 x 375; the aim, 1.6 times what the best peer makes, was missed by
+makes more than 100 images per second from JPEGs of 500 x 375; the aim, 1.6 times what the best peer makes, was missed by
 a little where it was measured last (1.57). The stages show what each operator costs. Time on the CPU is processor time
 of all threads, so that a rate is one a core, whatever else the machine does. On a GPU the rate of the loader alone is
 measured at two shares of the hardware decoder, and the pixels must not depend on how busy the GPU is.
@@ -307,7 +307,7 @@ def gpu_stream(manifest: Manifest, device: torch.device, hw_decoder_load: float)
 @pytest.mark.gpu
 @pytest.mark.parametrize("hw_decoder_load", [0.65, 0.9])
 def test_gpu_loader(benchmark, device, many, hw_decoder_load):
-    """The loader alone, to be held against the images a second that a training step takes."""
+    """The loader alone, to be held against the images per second that a training step takes."""
     stream = gpu_stream(many, device, hw_decoder_load)
     epochs = iter(range(10**9))
 

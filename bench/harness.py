@@ -13,7 +13,7 @@ A benchmark file is ``bench/bench_NAME.py``, holds one claim, and compares with 
         torch.testing.assert_close(ours(*(x := inputs())), theirs(*x))
         measure(benchmark, ours, inputs, group=f"scale n={n}", ceilings=ceilings, bytes_moved=8 * n)
 
-The row that others are compared with says ``baseline=True``; one a group. A peer that may be absent is imported with
+The row that others are compared with says ``baseline=True``; one per group. A peer that may be absent is imported with
 ``peer("lightly")``: the benchmark is then skipped, and the summary says what was left out. A ratio that is to hold in
 continuous integration comes from :func:`interleaved_ratio` or :func:`peak_extra_bytes`: never assert a time.
 

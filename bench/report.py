@@ -203,7 +203,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _sweep_plot(entries: list[dict[str, Any]], along: str, value: str, path: Path, title: str, unit: str) -> bool:
-    """``value`` against ``along`` (B or K) at the most frequent other sizes, one line an implementation."""
+    """``value`` against ``along`` (B or K) at the most frequent other sizes, one line per implementation."""
     import matplotlib.pyplot as plt
 
     others = [name for name in ("B", "K", "D") if name != along]
@@ -241,7 +241,7 @@ def _ceiling_plot(entries: list[dict[str, Any]], path: Path) -> bool:
     if not rows:
         return False
     best: dict[tuple[str, str], dict[str, Any]] = {}
-    for entry in rows:  # one bar a benchmark: its largest size is its last group
+    for entry in rows:  # one bar per benchmark: its largest size is its last group
         best[entry["file"], label(entry).split("[")[0]] = entry
     names = [f"{label(e).split('[')[0]} ({e['ceiling']})" for e in best.values()]
     figure, axes = plt.subplots(figsize=(5.5, 0.3 * len(best) + 0.8))
@@ -258,7 +258,7 @@ def _throughput_plot(entries: list[dict[str, Any]], path: Path) -> bool:
     """Images a second of the loader, the encoders, the step on synthetic images, and end to end."""
     import matplotlib.pyplot as plt
 
-    groups = by_group(entry for entry in entries if (entry["group"] or "").startswith("images a second"))
+    groups = by_group(entry for entry in entries if (entry["group"] or "").startswith("images per second"))
     if not groups:
         return False
     figure, panels = plt.subplots(len(groups), squeeze=False, figsize=(5.5, 1.7 * len(groups)))
@@ -268,7 +268,7 @@ def _throughput_plot(entries: list[dict[str, Any]], path: Path) -> bool:
         axes.bar_label(bars, fmt="{:,.0f}", padding=3)
         axes.invert_yaxis()
         axes.set_title(group, fontsize=8)
-        axes.set(xlabel="images a second")
+        axes.set(xlabel="images per second")
     figure.tight_layout()
     _save(figure, path)
     plt.close(figure)

@@ -7,6 +7,7 @@ DALI and the compiled extension are touched only by what needs them.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -25,12 +26,30 @@ _EXPORTS = {
     "sample_boxes": "fastuft.mix",
     "bcubed_precision": "fastuft.evaluate",
     "retrieval_accuracy": "fastuft.evaluate",
+    "load_backbone": "fastuft.api",
+    "finetune": "fastuft.api",
+    "embed": "fastuft.api",
+    "export": "fastuft.api",
 }
 
-# A star import takes what needs torch alone; the rest is there by name.
-__all__ = ["__version__", *(name for name, room in _EXPORTS.items() if room in ("fastuft.loss", "fastuft.mix"))]
+
+def _has_numpy() -> bool:
+    try:
+        return find_spec("numpy") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+# ``from fastuft import *`` works with torch alone: the metrics, which need NumPy, are left out where it is missing.
+_STARRED = [name for name, room in _EXPORTS.items() if room != "fastuft.evaluate" or _has_numpy()]
+__all__ = ["__version__", "evaluate", *_STARRED]
 
 if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
+    from fastuft.api import embed as embed
+    from fastuft.api import evaluate as evaluate
+    from fastuft.api import export as export
+    from fastuft.api import finetune as finetune
+    from fastuft.api import load_backbone as load_backbone
     from fastuft.evaluate import bcubed_precision as bcubed_precision
     from fastuft.evaluate import retrieval_accuracy as retrieval_accuracy
     from fastuft.loss import InfoNCELoss as InfoNCELoss
@@ -47,6 +66,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
 
 
 def __getattr__(name: str) -> Any:
+    if name == "evaluate":  # a room that can be called
+        return import_module("fastuft.evaluate")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'fastuft' has no attribute {name!r}")
     value = getattr(import_module(_EXPORTS[name]), name)

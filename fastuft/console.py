@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 
 def say(text: str, *, error: bool = False) -> None:
@@ -34,6 +35,38 @@ def silence(stream: TextIO) -> None:
             os.close(nowhere)
     with suppress(OSError, ValueError):
         stream.flush()
+
+
+def watched() -> bool:
+    """Whether somebody sees a bar move: at a terminal, or in a notebook."""
+    if sys.stderr.isatty():
+        return True
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def progress_bar(total: int, *, unit: str, initial: int = 0) -> Any:
+    """A tqdm bar, of the notebook's own kind there; silent where nobody watches."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True, disable=not watched())
+
+
+@contextmanager
+def shown_progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of (done, in all), whose calls move a bar."""
+    bars: list[Any] = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(progress_bar(total, unit=unit))
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def ensure_standard_streams() -> None:

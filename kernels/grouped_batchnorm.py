@@ -251,7 +251,7 @@ def gradient_kernel(
 
 @functools.cache
 def plan_positions(groups: int, num_rows: int, channels: int, multiprocessors: int) -> tuple[int, int, int]:
-    """(channels a program takes, splits of the positions of a group, positions a split): whole tiles, no empty split."""
+    """(channels a program takes, splits of the positions of a group, positions per split): whole tiles, no empty split."""
     block_channels = min(BLOCK_CHANNELS, max(16, triton.next_power_of_2(channels)))
     tiles = triton.cdiv(num_rows, BLOCK_ROWS)
     programs = groups * triton.cdiv(channels, block_channels)

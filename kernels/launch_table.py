@@ -20,7 +20,7 @@ class Launch:
     Args:
         block_b: rows of a tile.
         block_k: keys of a tile.
-        num_warps: warps of a program.
+        num_warps: warps per program.
         num_stages: tiles of keys in flight.
         ctas: programs that share a multiprocessor, as the plan counts on it.
         descriptors: read tiles by the tensor memory accelerator where they are aligned; else by pointers.

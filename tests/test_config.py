@@ -24,13 +24,14 @@ from fastuft.config import (
     RuntimeConfig,
     SemiConfig,
     TrainConfig,
+    VerdictConfig,
     WatchConfig,
     as_paths,
     check_values,
 )
 
 EVALUATION_GROUPS = (FewShotConfig, SemiConfig, ClusteringConfig, MapConfig)
-GROUPS = (ModelConfig, MethodConfig, AugmentConfig, DataConfig, OptimConfig, RuntimeConfig, WatchConfig)
+GROUPS = (ModelConfig, MethodConfig, AugmentConfig, DataConfig, OptimConfig, RuntimeConfig, VerdictConfig, WatchConfig)
 
 
 def test_defaults_are_the_papers_finetuning_recipe():
@@ -111,6 +112,7 @@ def test_impossible_values(config, values, words):
         ({"source": ["a", " "]}, ["source=['a', ' ']", "empty path"]),
         ({"out": ""}, ["out=''", "empty path"]),
         ({"allow_missing": ["fc.*"]}, ["allow_missing=['fc.*']", "init"]),
+        ({"select": "judged"}, ["select='judged'", "init", "verdict.looks"]),
         ({"max_steps": 0}, ["max_steps=0"]),
         ({"data": DataConfig(replay_mode="balanced")}, ["data.replay_mode", "source"]),
         ({"model": ModelConfig(bn="split"), "data": DataConfig(drop_last=False)}, ["model.bn", "data.drop_last"]),

@@ -25,7 +25,9 @@ ALLOWED = {
     "report": set(),
     "demo": {"data", "model", "evaluate", "trainer", "report"},
     "reproduce": {"data", "model", "evaluate", "trainer", "report", "demo"},
-    "cli": {"data", "model", "evaluate", "trainer", "report", "demo", "reproduce"},
+    "jobs": {"data", "model", "evaluate", "report"},
+    "cli": {"data", "model", "evaluate", "trainer", "report", "demo", "reproduce", "jobs"},
+    "api": {"model", "evaluate", "trainer", "jobs", "cli"},
 }
 # Leaves are for everyone, and import at most other leaves.
 LEAVES = {"atomic", "config", "messages", "console", "device", "fused", "names", "randomness", "runfolder", "values"}
@@ -99,7 +101,7 @@ def test_kernels_import_torch_and_triton_only():
         assert tops - standard <= {"torch", "triton", "fastuft"}, f"{path.name} imports {tops - standard}"
 
 
-def test_kernels_folder_is_no_regular_package():
+def test_kernels_folder_is_not_a_regular_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -138,6 +140,7 @@ def test_import_works_without_triton_dali_numpy_and_extension():
         ("triton", "nvidia", "numpy", "jsonargparse", "PIL", "sklearn", "matplotlib", "yaml"),
         "import fastuft, torch\n"
         "from fastuft import *\n"
+        "assert callable(finetune) and callable(evaluate) and callable(info_nce)\n"
         "assert mixed_info_nce is fastuft.mixed_info_nce and 'bcubed_precision' in dir(fastuft)\n"
         "q, k = torch.randn(4, 16), torch.randn(4, 16)\n"
         "queue = fastuft.KeyQueue(32, 16)\n"

@@ -1,8 +1,8 @@
 """The command line.
 
-``fastuft finetune | pretrain | eval | report | export | verify-data | bench | demo | doctor``
+``fastuft finetune | pretrain | eval | embed | search | reproduce | report | export | verify-data | bench | demo | doctor``
 """
 
-from fastuft.cli.main import main
+from fastuft.cli.main import configured, main
 
-__all__ = ["main"]
+__all__ = ["configured", "main"]

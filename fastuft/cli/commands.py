@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fastuft.cli import options
-from fastuft.config import EvalConfig, ReproduceConfig, TrainConfig
-from fastuft.console import say
+from fastuft.config import EmbedConfig, EvalConfig, ReproduceConfig, SearchConfig, TrainConfig
+from fastuft.console import progress_bar, say, shown_progress
+from fastuft.names import printable
 
 EXIT_FAILED = 1
 
@@ -41,13 +42,6 @@ class Command:
     positional: str | None = None
     first: tuple[str, ...] = ()
     more_examples: tuple[str, ...] = ()
-
-
-def _check_checkpoint(name: str, path: str) -> None:
-    if not Path(path).exists():
-        raise ValueError(
-            f"{name}={path!r} does not exist; name a run folder or a checkpoint (.pth, .safetensors, .npz)"
-        )
 
 
 def _finetune(config: TrainConfig) -> int:
@@ -79,40 +73,47 @@ def _train(config: TrainConfig) -> int:
 
 
 def _evaluate(config: EvalConfig) -> int:
-    _check_checkpoint("checkpoint", config.checkpoint)
-    if config.before is not None:
-        _check_checkpoint("before", config.before)
+    from fastuft.jobs import evaluate_checkpoint
+    from fastuft.report import table
 
-    from fastuft.evaluate import evaluate_backbone, write_evaluation
-    from fastuft.model import open_backbone
-    from fastuft.report import load_run, table, write_report
-
-    backbone, taken = open_backbone(
-        config.checkpoint, config.arch, config.stem, key=config.init_key, channels=config.init_channels
-    )
-    print(taken)
-    before = None
-    if config.before is not None:
-        before, taken = open_backbone(config.before, backbone.arch, backbone.stem, key=config.before_key)
-        print(taken)
-    result = evaluate_backbone(backbone, config, before)
-    write_evaluation(config.out, result)
-    trained = Path(config.checkpoint)
-    # The curves of a run join its evaluation.
-    runs = [load_run(trained.name or "checkpoint", [config.out, trained] if trained.is_dir() else config.out)]
-    print(table(runs))
-    for statement in result.metrics["statements"]:
+    done = evaluate_checkpoint(config)
+    for line in done.taken:
+        print(line)
+    print(table([done.run]))
+    for statement in done.evaluation.metrics["statements"]:
         print(statement)
-    write_report(Path(config.out) / "report.html", runs)
-    print(f"report: {Path(config.out) / 'report.html'}")
+    print(f"report: {done.report}")
+    return 0
+
+
+def _embed(config: EmbedConfig) -> int:
+    from fastuft.jobs import embed_images
+
+    with shown_progress("image") as show:
+        embeddings = embed_images(config, progress=show)
+    for name, reason in list(embeddings.bad_files.items())[:20]:
+        say(f"{name}: {reason}", error=True)
+    count, width = embeddings.features.shape
+    left = f", {len(embeddings.bad_files)} bad files left out" if embeddings.bad_files else ""
+    say(f"{config.out}: {count} images, {width} features each{left}")
+    return 0
+
+
+def _search(config: SearchConfig) -> int:
+    from fastuft.jobs import search
+
+    for found in search(config):
+        say(printable(found.query))
+        for path, similarity in zip(found.paths, found.similarities, strict=True):
+            say(f"  {similarity:.4f}  {printable(path)}")
     return 0
 
 
 def _export(config: options.ExportOptions) -> int:
-    _check_checkpoint("checkpoint", config.checkpoint)
-
+    from fastuft.jobs import check_checkpoint
     from fastuft.model import export
 
+    check_checkpoint("checkpoint", config.checkpoint)
     taken = export(
         config.checkpoint,
         config.out,
@@ -129,12 +130,10 @@ def _export(config: options.ExportOptions) -> int:
 
 
 def _verify(config: options.VerifyOptions) -> int:
-    from tqdm import tqdm
-
     from fastuft.data import list_images, verify_files, write_bad_list
 
     paths = list_images(config.paths)
-    with tqdm(total=len(paths), unit="file", disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(len(paths), unit="file") as bar:
         bad = verify_files(
             paths,
             decode=config.decode,
@@ -302,6 +301,23 @@ COMMANDS = {
         {},
         first=("checkpoint", "before", "train", "test", "source", "out", "size", "fewshot.shots", "trials", "device"),
         more_examples=("fastuft eval --checkpoint runs/photos --before start.pth --train photos/  # without labels",),
+    ),
+    "embed": Command(
+        EmbedConfig,
+        _embed,
+        "features of images as a file (.npz, .parquet), with the network's own preprocessing",
+        "fastuft embed photos/ --checkpoint runs/photos --out photos.npz",
+        {},
+        "images",
+        first=("images", "checkpoint", "out", "size", "batch_size", "on_bad_file", "device"),
+    ),
+    "search": Command(
+        SearchConfig,
+        _search,
+        "the images of a file of embeddings that are nearest to a query",
+        "fastuft search query.jpg --in photos.npz --top 20",
+        {},
+        "query",
     ),
     "reproduce": Command(
         ReproduceConfig,

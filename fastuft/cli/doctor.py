@@ -27,6 +27,7 @@ OPTIONAL = {
     "torchvision": "for checking exports; the program itself does not need it",
     "openTSNE": "for faster t-SNE maps: pip install openTSNE",
     "wandb": "for runtime.wandb=true: pip install wandb",
+    "pyarrow": "for fastuft embed --out FILE.parquet: pip install pyarrow",
 }
 # Lowest versions, as pyproject.toml has them.
 NEEDED = {

@@ -57,7 +57,7 @@ def _entries(
         kind, full = kinds[option.name], prefix + option.name
         if not is_dataclass(kind):
             default = value_text(changed[full]) if full in changed else default_of(option)
-            shown = option.name.upper() if full == positional else f"--{full}"
+            shown = option.name.upper() if full == positional else f"--{full.rstrip('_')}"
             yield full, _entry(shown, kind, default, texts.get(option.name, ""))
 
 

@@ -5,25 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from fastuft.cli.commands import COMMANDS, EXIT_FAILED
 from fastuft.cli.described import allowed_values
 from fastuft.cli.help import command_help, front_page
-from fastuft.cli.parsing import UsageError, build_parser, normalized, one_line
+from fastuft.cli.parsing import UsageError, build_parser, normalized, one_line, words
 from fastuft.console import ensure_standard_streams, say
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
 PACKAGE = Path(__file__).resolve().parents[1]
-
-# Read when torch loads its threading runtime: threads that spin while they wait make a CPU run many times slower as soon
-# as decoding threads or other processes want the same cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _without_parser(arguments: Sequence[str]) -> int:
@@ -85,12 +81,46 @@ def _help(arguments: Sequence[str]) -> int | None:
     return 0
 
 
+def _instance(parser: Any, parsed: Any, name: str) -> Any:
+    """The command's configuration; a ValueError where its values do not go together."""
+    from jsonargparse import Namespace
+
+    command = COMMANDS[name]
+    for option, kind in get_type_hints(command.config).items():
+        if is_dataclass(kind) and not isinstance(parsed[name][option], Namespace):
+            raise ValueError(f"{option}={parsed[name][option]!r} is not allowed; it takes {allowed_values(kind)}")
+    config = parser.instantiate(parsed)[name]
+    return command.config(**{field.name: config[field.name] for field in fields(command.config)})
+
+
+def configured(name: str, options: Mapping[str, Any]) -> Any:
+    """A command's configuration from Python values: the same defaults, checks and messages as on the command line.
+
+    Args:
+        name: of the command.
+        options: by name, nested or dotted; None where the option is left out or takes none.
+
+    Raises:
+        ValueError: an option that there is not, or a value that is not allowed.
+    """
+    command = COMMANDS[name]
+    parser = build_parser([name])
+    try:
+        parsed = parser.parse_args([name, *words(options, command)])
+    except UsageError as error:
+        raise ValueError(one_line(error, command)) from error
+    return _instance(parser, parsed, name)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status.
 
     Errors that a user can cause are one line on stderr: status 2 for input that is refused, 1 for a file that cannot be
     read or written. Anything else is a defect of the program and keeps its traceback.
     """
+    # Read when torch loads its threading runtime: threads that spin while they wait make a CPU run many times slower as
+    # soon as decoding threads or other processes want the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     ensure_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     helped = _help(arguments)
@@ -99,8 +129,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
     command = COMMANDS.get(named or "")
     try:
-        from jsonargparse import Namespace
-
         parser = build_parser([named] if named is not None and command is not None else tuple(COMMANDS))
     except ModuleNotFoundError as error:
         if error.name != "jsonargparse":
@@ -112,15 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"{label}: error: {one_line(error, command)}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    assert command is not None  # without a command only help and version parse, and they exit
+    assert named is not None and command is not None  # without a command only help and version parse, and they exit
     try:
-        for name, kind in get_type_hints(command.config).items():
-            if is_dataclass(kind) and not isinstance(parsed[named][name], Namespace):
-                raise ValueError(f"{name}={parsed[named][name]!r} is not allowed; it takes {allowed_values(kind)}")
-        config = parser.instantiate(parsed)[named]
-        values = {field.name: config[field.name] for field in fields(command.config)}
+        config = _instance(parser, parsed, named)
         with _short_warnings():
-            return command.run(command.config(**values))
+            return command.run(config)
     except ValueError as error:
         say(f"{label}: error: {' '.join(str(error).splitlines())}", error=True)
         return EXIT_BAD_INPUT

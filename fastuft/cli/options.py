@@ -1,4 +1,4 @@
-"""Options of the sub-commands that are no training or evaluation configuration."""
+"""Options of the sub-commands that do not belong to a training or evaluation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class VerifyOptions:
         paths: folders, list files or images.
         decode: also decode every image (slower; finds damage inside).
         bad_list: file to write bad files and reasons to.
-        workers: threads; 0 takes four a processor, at most 32.
+        workers: threads; 0 takes four per processor, at most 32.
         max_megapixels: larger images count as bad.
     """
 
@@ -147,8 +147,8 @@ class DemoOptions:
         first_seed: seed of the first.
         pretrain_epochs: epochs on the glyphs.
         finetune_epochs: epochs of each arm over its union.
-        shots: labeled images a class of the few-shot runs.
-        trials: draws a few-shot figure.
+        shots: labeled images per class of the few-shot runs.
+        trials: draws per few-shot figure.
         num_glyphs: images of the source set.
     """
 

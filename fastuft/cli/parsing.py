@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NoReturn, get_args, get_origin
 
@@ -96,6 +97,36 @@ def one_line(error: Exception, command: Command | None) -> str:
     return text
 
 
+def words(options: Mapping[str, Any], command: Command) -> list[str]:
+    """Python values as the words of the command line that say the same."""
+    flags: list[str] = []
+    placed: list[str] = []
+    for name, value in _flat(options):
+        if name == command.positional:
+            placed += value if isinstance(value, list) else [value]
+        else:
+            flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return [*map(str, placed), *flags]
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, plain value) of each option; paths are texts."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list | tuple | set | range):
+        return [_plain(item) for item in value]
+    # Numbers of NumPy and torch are numbers.
+    return value.item() if hasattr(value, "item") else value
+
+
 def normalized(arguments: Sequence[str], command: Command | None) -> list[str]:
     """Arguments as the parser takes them.
 
@@ -112,6 +143,7 @@ def normalized(arguments: Sequence[str], command: Command | None) -> list[str]:
             continue
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
+        name = f"{name}_" if f"{name}_" in types else name  # where the name is a word of Python
         kind = types.get(name)
         if kind is bool and not equals:
             positional = command is not None and command.positional is not None

@@ -19,6 +19,7 @@ from fastuft.config.checks import (
     check_range,
     check_values,
 )
+from fastuft.config.embedding import EmbedConfig, SearchConfig
 from fastuft.config.evaluation import ClusteringConfig, EvalConfig, FewShotConfig, MapConfig, SemiConfig
 from fastuft.config.reproduction import DATASETS, FIGURES, TABLES, ReproduceConfig, WeightsConfig
 from fastuft.config.training import (
@@ -31,6 +32,7 @@ from fastuft.config.training import (
     OptimConfig,
     RuntimeConfig,
     TrainConfig,
+    VerdictConfig,
     WatchConfig,
 )
 
@@ -44,6 +46,7 @@ __all__ = [
     "BatchNormMode",
     "ClusteringConfig",
     "DataConfig",
+    "EmbedConfig",
     "EvalConfig",
     "FewShotConfig",
     "Fraction",
@@ -59,9 +62,11 @@ __all__ = [
     "Range",
     "ReproduceConfig",
     "RuntimeConfig",
+    "SearchConfig",
     "SemiConfig",
     "Span",
     "TrainConfig",
+    "VerdictConfig",
     "WatchConfig",
     "WeightsConfig",
     "as_paths",

@@ -44,14 +44,14 @@ class ReproduceConfig:
         forgetting: labeled source images that are clustered; by default all of the source.
         weights: pretrained checkpoints.
         scale: paper, or tiny: the same grid on embedded images, on a CPU.
-        trials: draws and starts a figure.
-        seeds: trainings a backbone; trials multiply.
-        processes: processes of each training on this machine, one a GPU.
+        trials: draws and starts per figure.
+        seeds: trainings per backbone; trials multiply.
+        processes: processes of each training on this machine, one per GPU.
         stage: pretrain (pretrained backbones only), runs (trainings and evaluations), tables (from what is there), all.
         task: index of this task in a job array, which shares the work of a stage.
         tasks: tasks of the job array.
         dry_run: print the plan and stop.
-        rate: training images a second that `fastuft bench step` measured; the plan then shows hours.
+        rate: training images per second that `fastuft bench step` measured; the plan then shows hours.
         loader: dali, torch or auto.
     """
 

@@ -67,7 +67,7 @@ class MethodConfig:
         mix_weight: w in L = L_q + w L_m.
         mix_only: train on L_m alone (about 2/3 of the cost).
         alpha: lambda ~ Beta(alpha, alpha).
-        mix_per: one lambda and box for the whole batch, or one a pair.
+        mix_per: one lambda and box for the whole batch, or one per pair.
     """
 
     temperature: Positive = 0.2
@@ -129,7 +129,7 @@ class DataConfig:
     """Streams of training images.
 
     Args:
-        batch_size: global batch, images a step over all ranks.
+        batch_size: global batch, images per step over all ranks.
         replay_fraction: share of the source set that joins training (sparse source data replaying).
         replay_seed: seed of the one fixed draw of that share.
         replay_mode: union (one shuffled pass over target and replay) or balanced (fixed source share a batch).
@@ -258,6 +258,22 @@ class WatchConfig:
 
 
 @dataclass(frozen=True)
+class VerdictConfig:
+    """Looks at the features while finetuning, and the verdict without labels that they give.
+
+    Args:
+        looks: looks over the run, beside the one at its start; 0 leaves the verdict out.
+        images: of the fixed sample that is looked at, of the target and of the source each.
+    """
+
+    looks: AtLeast0 = 5
+    images: AtLeast1 = 256
+
+    def __post_init__(self) -> None:
+        check_values(self, "verdict")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run: finetuning (with ``init``) or pretraining (without).
 
@@ -276,6 +292,9 @@ class TrainConfig:
         resume: no starts afresh and refuses a folder that holds a run; auto goes on from the newest good
             checkpoint in ``out`` or starts afresh; a path names the checkpoint.
         max_steps: stop after this many steps (the schedule still spans all epochs).
+        select: which weights are exported: last, those of the last step, or judged, those that the verdict without labels
+            finds best; the start's where none is better.
+        stop: never, or judged: end early where the verdict sees no use in going on.
         model: the network.
         method: the loss and its additions.
         augment: the views.
@@ -283,6 +302,7 @@ class TrainConfig:
         optim: the optimizer.
         runtime: the machine.
         watch: evaluation while training.
+        verdict: looks without labels while finetuning.
     """
 
     target: Paths
@@ -295,6 +315,8 @@ class TrainConfig:
     seed: int = 0
     resume: PathName = "no"
     max_steps: AtLeast1 | None = None
+    select: Literal["last", "judged"] = "last"
+    stop: Literal["never", "judged"] = "never"
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -302,6 +324,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    verdict: VerdictConfig = field(default_factory=VerdictConfig)
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -313,6 +336,11 @@ class TrainConfig:
                     f"{name}={getattr(self, name)!r} says how to take a checkpoint and there is none; set init, or leave "
                     f"{name} out"
                 )
+        if "judged" in (self.select, self.stop) and (self.init is None or not self.verdict.looks):
+            raise ValueError(
+                f"select={self.select!r} and stop={self.stop!r}: a verdict compares with the start; set init and "
+                "verdict.looks, or use select last and stop never"
+            )
         if self.data.replay_mode == "balanced" and not as_paths(self.source):
             raise ValueError("data.replay_mode='balanced' needs source images; set source, or use replay_mode union")
         if self.model.bn == "split" and not self.data.drop_last:

@@ -62,8 +62,8 @@ class Demo:
         folders: the images.
         pretrain_epochs: epochs on the source.
         finetune_epochs: epochs of each arm.
-        shots: labeled images a class of the few-shot runs.
-        trials: draws a few-shot figure.
+        shots: labeled images per class of the few-shot runs.
+        trials: draws per few-shot figure.
     """
 
     root: Path

@@ -51,8 +51,8 @@ def run_demo(
         first_seed: seed of the first.
         pretrain_epochs: epochs on the source.
         finetune_epochs: epochs of each arm.
-        shots: labeled images a class of the few-shot runs.
-        trials: draws a few-shot figure.
+        shots: labeled images per class of the few-shot runs.
+        trials: draws per few-shot figure.
         num_glyphs: source images.
 
     Returns:

@@ -6,7 +6,9 @@ reports turn them into per cent. The metrics over features need NumPy and torch 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
@@ -37,6 +39,17 @@ _EXPORTS = {
     "mean_cosine": "unlabeled",
     "neighbor_overlap": "unlabeled",
     "uniformity": "unlabeled",
+    "Sample": "looks",
+    "look_at": "looks",
+    "effective_rank": "unlabeled",
+    "lidar": "unlabeled",
+    "view_agreement": "unlabeled",
+    "Look": "verdict",
+    "Rule": "verdict",
+    "Verdict": "verdict",
+    "best_look": "verdict",
+    "judge": "verdict",
+    "should_stop": "verdict",
 }
 
 __all__ = sorted(_EXPORTS)
@@ -57,6 +70,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.features import weights_hash as weights_hash
     from fastuft.evaluate.folders import read_images as read_images
     from fastuft.evaluate.inputs import UndefinedError as UndefinedError
+    from fastuft.evaluate.looks import Sample as Sample
+    from fastuft.evaluate.looks import look_at as look_at
     from fastuft.evaluate.retrieval import nearest_neighbors as nearest_neighbors
     from fastuft.evaluate.retrieval import retrieval_accuracy as retrieval_accuracy
     from fastuft.evaluate.semi import FixMatchResult as FixMatchResult
@@ -64,10 +79,19 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.shots import FewShotResult as FewShotResult
     from fastuft.evaluate.shots import draw_shots as draw_shots
     from fastuft.evaluate.unlabeled import alignment as alignment
+    from fastuft.evaluate.unlabeled import effective_rank as effective_rank
+    from fastuft.evaluate.unlabeled import lidar as lidar
     from fastuft.evaluate.unlabeled import linear_cka as linear_cka
     from fastuft.evaluate.unlabeled import mean_cosine as mean_cosine
     from fastuft.evaluate.unlabeled import neighbor_overlap as neighbor_overlap
     from fastuft.evaluate.unlabeled import uniformity as uniformity
+    from fastuft.evaluate.unlabeled import view_agreement as view_agreement
+    from fastuft.evaluate.verdict import Look as Look
+    from fastuft.evaluate.verdict import Rule as Rule
+    from fastuft.evaluate.verdict import Verdict as Verdict
+    from fastuft.evaluate.verdict import best_look as best_look
+    from fastuft.evaluate.verdict import judge as judge
+    from fastuft.evaluate.verdict import should_stop as should_stop
 
 
 def __getattr__(name: str) -> Any:
@@ -76,3 +100,13 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"fastuft.evaluate.{_EXPORTS[name]}"), name)
     globals()[name] = value
     return value
+
+
+class _Room(ModuleType):
+    """``fastuft.evaluate(...)`` is a call of the Python interface, and this room has the same name."""
+
+    def __call__(self, **options: Any) -> Any:
+        return import_module("fastuft.api").evaluate(**options)
+
+
+sys.modules[__name__].__class__ = _Room

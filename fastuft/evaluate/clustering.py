@@ -71,7 +71,7 @@ def _squared_distances(x: Tensor, norms: Tensor, centers: Tensor) -> Tensor:
 
 
 def kmeans_plus_plus(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
-    """Initial centers [K, F] by greedy k-means++ (Arthur and Vassilvitskii 2007, several candidates a step).
+    """Initial centers [K, F] by greedy k-means++ (Arthur and Vassilvitskii 2007, several candidates per step).
 
     Draws come from a host generator, so the choice depends on the seed and the data, not on the device.
     """

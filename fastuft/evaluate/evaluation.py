@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastuft.atomic import remove_leftovers, whole_file
 from fastuft.config import EvalConfig
 from fastuft.device import choose_device
-from fastuft.evaluate.features import module_device, weights_hash
+from fastuft.evaluate.features import at_work, weights_hash
 from fastuft.evaluate.folders import read_folders
 from fastuft.evaluate.sections import AFTER, BEFORE, Context, run_sections
 from fastuft.model import Backbone
@@ -40,19 +39,6 @@ class Evaluation:
     metrics: dict[str, Any]
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     draws: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-
-
-@contextmanager
-def _at_work(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """The modules on ``device`` in eval mode; afterwards where and as they were."""
-    states = [(module, module_device(module), module.training) for module in modules]
-    for module in modules:
-        module.to(device).eval()
-    try:
-        yield
-    finally:
-        for module, home, training in states:
-            module.to(home).train(training)
 
 
 def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone | None = None) -> Evaluation:
@@ -78,7 +64,7 @@ def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone |
     backbones = {AFTER: backbone} if before is None else {AFTER: backbone, BEFORE: before}
     device = choose_device(config.device)
     context = Context(config, folders, backbones)
-    with _at_work(list(backbones.values()), device):
+    with at_work(list(backbones.values()), device):
         context.extract()
         part = run_sections(context)
     metrics = {

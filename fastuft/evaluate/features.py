@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -16,11 +18,69 @@ from torch import Tensor, nn
 
 from fastuft.atomic import write_whole
 from fastuft.device import Precision, autocast
+from fastuft.evaluate.images import random_views
+from fastuft.model import Backbone
 
 
 def module_device(module: nn.Module) -> torch.device:
     """Device of a module's first parameter."""
     return next(module.parameters()).device
+
+
+@contextmanager
+def at_work(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """The modules on ``device`` in eval mode; afterwards where and as they were."""
+    homes = [(module, module_device(module)) for module in modules]
+    states = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.to(device).eval()
+    try:
+        yield
+    finally:
+        for module, home in homes:
+            module.to(home)
+        for part, training in states:  # each its own: some may stay in eval mode while others train
+            part.training = training
+
+
+@torch.no_grad()
+def features_of_views(
+    backbone: Backbone,
+    images: Sequence[Tensor],
+    views: int,
+    *,
+    generator: np.random.Generator,
+    size: int,
+    scale: tuple[float, float],
+    flip_p: float,
+    batch_size: int,
+    device: torch.device,
+    precision: Precision = "auto",
+) -> list[Tensor]:
+    """Features [N, F] of several random crops of each image, on the CPU; the backbone runs as it is.
+
+    Args:
+        backbone: on ``device``.
+        images: uint8 [3, H, W] each.
+        views: crops of each image.
+        generator: of crops and flips; equal ones give every backbone the same views.
+        size: side of the crops, pixels.
+        scale: area range of the crops; (1, 1) takes the largest centered square.
+        flip_p: probability of the horizontal flip.
+        batch_size: images per forward pass.
+        device: where to compute.
+        precision: auto (bf16 on a GPU), bf16 or fp32.
+    """
+    found: list[list[Tensor]] = [[] for _ in range(views)]
+    for start in range(0, len(images), batch_size):
+        part = [image.to(device) for image in images[start : start + batch_size]]
+        for features in found:
+            batch = random_views(
+                part, size, generator, scale=scale, flip_p=flip_p, mean=backbone.mean, std=backbone.std
+            )
+            with autocast(device, precision):
+                features.append(backbone(batch).float().cpu())
+    return [torch.cat(features) for features in found]
 
 
 @torch.no_grad()
@@ -45,21 +105,16 @@ def extract_features(
     Raises:
         ValueError: the stream yields no image.
     """
-    home = module_device(backbone)
-    where = torch.device(device) if device is not None else home
-    training = backbone.training
+    where = torch.device(device) if device is not None else module_device(backbone)
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    backbone.eval().to(where)
-    try:
+    with at_work([backbone], where):
         for images, target in stream:
             with autocast(where, precision):
                 out = backbone(images.to(where, non_blocking=True))
             features.append(out.float().cpu())
             if target is not None:
                 labels.append(target.cpu())
-    finally:
-        backbone.train(training).to(home)
     if not features:
         raise ValueError("the stream yielded no images, so there are no features to evaluate")
     return torch.cat(features), torch.cat(labels) if labels else None

@@ -27,7 +27,7 @@ def nearest_neighbors(
         queries: [Q, F].
         gallery: [N, F].
         k: neighbors, 1 <= k <= N (N - 1 with ``own``).
-        own: row of the gallery that each query is and must not find, [Q]; None where queries are no gallery rows.
+        own: row of the gallery that each query is and must not find, [Q]; None where queries are not gallery rows.
         device: where to compute; None stays with the queries.
 
     Returns:

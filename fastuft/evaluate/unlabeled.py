@@ -74,3 +74,64 @@ def neighbor_overlap(before: ArrayLike, after: ArrayLike, k: int = 5) -> float:
     rows = torch.arange(len(a))
     old, new = (nearest_neighbors(x, x, k, own=rows)[1] for x in (a, b))
     return float((old[:, :, None] == new[:, None, :]).any(dim=2).double().mean())
+
+
+def view_agreement(first: ArrayLike, second: ArrayLike, k: int = 5) -> float:
+    """Mean share of an image's ``k`` nearest other images that its two views agree on, [N, F] each.
+
+    The neighbors of a first view are looked for among the first views, those of a second view among the second. 1 where
+    augmentation moves no image out of its neighborhood; training for agreement of views raises it by itself.
+    """
+    return neighbor_overlap(first, second, k)
+
+
+def effective_rank(features: ArrayLike) -> float:
+    """RankMe (Garrido et al. 2023, Eq. 1): exp of the entropy of the normalized singular values of [N, F].
+
+    From 1 (all features on one line: collapse) to min(N, F) (all directions alike); it depends on N, so compare equal
+    samples.
+    """
+    x = as_features("features", features).double()
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    return _entropy_rank("features", torch.linalg.eigvalsh(gram).clamp(min=0).sqrt())
+
+
+def lidar(first: ArrayLike, second: ArrayLike, *, delta: float = 1e-4) -> float:
+    """LiDAR (Thilak et al. 2023, Eq. 5) of two views of each image, [N, F] each.
+
+    The effective rank of the linear discriminant matrix W^(-1/2) B W^(-1/2), where B is the covariance of the images'
+    means and W that of views around their image's mean plus ``delta`` times the identity: how many directions tell
+    images apart beyond what augmentation varies. The
+    features are scaled to unit mean square first, so that ``delta`` means the same for every network.
+    """
+    a, b = _paired("first", first, "second", second)
+    views = torch.stack([a, b]).double()  # [2, N, F]
+    views = views - views.mean((0, 1))
+    scale = views.square().mean().sqrt()
+    if float(scale) == 0:
+        raise UndefinedError("LiDAR compares how features vary over the images, and they are constant")
+    means = views.mean(0) / scale
+    within = (views[0] - views[1]).div(2 * scale)  # of both views, up to the sign
+    means, within = _in_their_span(torch.cat([means, within])).chunk(2)
+    between, noise = (x.T @ x / len(x) for x in (means, within))
+    values, vectors = torch.linalg.eigh(noise)
+    whitening = vectors / (values.clamp(min=0) + delta).sqrt()
+    return _entropy_rank("features", torch.linalg.eigvalsh(whitening.T @ between @ whitening).clamp(min=0))
+
+
+def _in_their_span(rows: torch.Tensor) -> torch.Tensor:
+    """Coordinates [M, R] of rows [M, F] in an orthonormal basis of their span, R <= min(M, F)."""
+    if len(rows) >= rows.shape[1]:
+        return rows
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    kept = values > values[-1] * 1e-12
+    found: torch.Tensor = vectors[:, kept] * values[kept].sqrt()
+    return found
+
+
+def _entropy_rank(name: str, spectrum: torch.Tensor) -> float:
+    total = float(spectrum.sum())
+    if total <= 0:
+        raise UndefinedError(f"{name} are all zero, so they have no rank")
+    shares = spectrum / total
+    return float(torch.special.entr(shares).sum().exp())

@@ -20,7 +20,12 @@ from fastuft.report.files import RunFiles
 # Okabe and Ito's colors, told apart by color-blind readers; lines also differ in style once they repeat.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F5F5F")
 STYLES = ("-", "--", ":", "-.")
-CURVES = (("loss", "loss"), ("alignment", "alignment"), ("distribution", "distribution"), ("lr", "learning rate"))
+CURVES = (
+    ("loss", "loss"),
+    ("loss_alignment", "alignment term of the loss"),
+    ("loss_distribution", "distribution term of the loss"),
+    ("lr", "learning rate"),
+)
 WATCHED = (("retrieval", "retrieval %"), ("source_clustering", "source clustering %"))
 _LABEL = 40  # characters of a name beside a chart
 
@@ -76,7 +81,7 @@ def _legend(owner: Canvas | Axes, handles: Sequence[Artist], names: Sequence[str
 
 
 def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | None:
-    """Loss, alignment, distribution and learning rate of the first run of the named arms against steps.
+    """Loss, its two terms and learning rate of the first run of the named arms against steps.
 
     Colors are those of the arms' places in ``arms``. None without metrics.
     """

@@ -169,9 +169,9 @@ def _remarks(groups: dict[str, list[RunFiles]]) -> list[str]:
             "The runs took different numbers of steps (see Timings): part of a difference may be training length."
         )
     if any(lookup(run.evaluation, "fewshot") for runs in groups.values() for run in runs):
-        remarks.append("K-shot figures are mean class accuracies after finetuning on K labeled images a class.")
+        remarks.append("K-shot figures are mean class accuracies after finetuning on K labeled images per class.")
     if sum(1 for runs in groups.values() if any(run.evaluation for run in runs)) > 1:
-        remarks.append("Bold marks the highest mean of a column as printed; it is no test of significance.")
+        remarks.append("Bold marks the highest mean of a column as printed; it is not a test of significance.")
     return remarks
 
 

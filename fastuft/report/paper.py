@@ -128,7 +128,7 @@ def _averages(cells: Sequence[Comparison]) -> list[Comparison]:
 def comparison_table(
     cells: Sequence[Comparison], format: Format = "text", links: Mapping[str, str] | None = None
 ) -> str:
-    """All cells, one a row: mean, std over trials, number of trials, the paper's figure and the difference.
+    """All cells, one per row: mean, std over trials, number of trials, the paper's figure and the difference.
 
     Args:
         cells: see :func:`compare_with_paper`.

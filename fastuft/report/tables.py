@@ -171,7 +171,7 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
 
 
 def _side_by_side(groups: dict[str, list[RunFiles]], columns: Sequence[Column]) -> Table | None:
-    """A row an arm that has any of these figures; None without any."""
+    """A row per arm that has any of these figures; None without any."""
     rows = []
     for name, group in groups.items():
         found = [column.get(group) for column in columns]

@@ -70,8 +70,8 @@ class Measurement:
         backbone: what is evaluated.
         dataset: on what.
         seed: of draws and starts.
-        shots: labeled images a class of the few-shot runs.
-        semi_shots: labeled images a class of the FixMatch runs.
+        shots: labeled images per class of the few-shot runs.
+        semi_shots: labeled images per class of the FixMatch runs.
         source: whether the source set is clustered too.
         tsne: whether a map is drawn.
     """

@@ -60,7 +60,7 @@ class Scale:
         evaluation: settings of every evaluation; its folders are filled in.
         stem: of the networks.
         bn: batch statistics of the encoders.
-        caltech_per_class: training images a class of Caltech101.
+        caltech_per_class: training images per class of Caltech101.
         replay_fraction: share of the source that joins training.
         runtime: how the machine is used.
         write_data: makes the data sets where no data root is given; None asks for one.

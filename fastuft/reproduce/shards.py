@@ -21,7 +21,7 @@ def _opened(tar: Path) -> Iterator[tarfile.TarFile]:
         with tarfile.open(tar) as archive:
             yield archive
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{tar} is no readable tar file ({error}); copy it again") from error
+        raise ValueError(f"{tar} is not a readable tar file ({error}); copy it again") from error
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

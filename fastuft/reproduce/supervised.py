@@ -41,7 +41,7 @@ def train_supervised(
         augment: views.
         epochs: passes over the images.
         lr: learning rate.
-        batch_size: images a step.
+        batch_size: images per step.
         seed: of weights, order and views.
         device: where to train.
 

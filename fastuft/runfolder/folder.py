@@ -62,6 +62,29 @@ class RunFolder:
         return self.path / "backbone.safetensors"
 
     @property
+    def last_file(self) -> Path:
+        """The backbone of the last step, where the exported one is that of another."""
+        return self.path / "last.safetensors"
+
+    @property
+    def start_file(self) -> Path:
+        """The backbone that the run started from, where a verdict may fall back to it."""
+        return self.path / "start.safetensors"
+
+    def judged_file(self, step: int) -> Path:
+        """The backbone of the step that is the best so far, where a verdict selects it."""
+        return self.path / f"judged_{step:08d}.safetensors"
+
+    def judged_files(self) -> list[Path]:
+        """Those that are there; one, but for the moment in which a better one is kept."""
+        return sorted(self.path.glob("judged_*.safetensors"))
+
+    @property
+    def start_features_file(self) -> Path:
+        """The features of a fixed sample at the start of the run."""
+        return self.path / "start_features.safetensors"
+
+    @property
     def evaluation_file(self) -> Path:
         """Figures of an evaluation of the run."""
         return self.path / "eval.json"
@@ -161,6 +184,8 @@ class RunFolder:
     def weights_file(self, *, backbone_first: bool = False) -> Path:
         """The file to take the run's weights from; damaged ones are passed over with a warning.
 
+        Where a verdict selected the exported backbone, it comes before the newest checkpoint.
+
         Args:
             backbone_first: prefer the exported backbone to the newest checkpoint, which holds the head too.
 
@@ -169,7 +194,7 @@ class RunFolder:
         """
         places = (self._whole_checkpoint, self._whole_backbone)
         reasons: list[str] = []
-        for place in reversed(places) if backbone_first else places:
+        for place in reversed(places) if backbone_first or self.last_file.exists() else places:
             file, damaged = place()
             reasons += damaged
             if file is not None:

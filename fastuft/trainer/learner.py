@@ -155,7 +155,7 @@ def resolve_bn(config: TrainConfig, world_size: int, backbone: nn.Module) -> Use
 
 
 def local_batch(config: TrainConfig, world_size: int) -> int:
-    """Images of one process a step.
+    """Images of one process per step.
 
     Raises:
         ValueError: a global batch that does not divide, or too few images of one process to mix.

@@ -52,7 +52,7 @@ def restore(learner: Learner, state: dict[str, Any]) -> None:
 
 
 def ranks_without_finite_weights(learner: Learner) -> list[int]:
-    """Ranks whose parameters or queue hold a number that is none. The host waits for the device."""
+    """Ranks whose parameters or queue hold a value that is not finite. The host waits for the device."""
     tensors = [*learner.moco.parameters(), learner.queue.keys]
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all().item()
     return [rank for rank, good in enumerate(learner.ranks.gather_objects(finite)) if not good]

@@ -18,7 +18,7 @@ _SAY_EVERY = 5.0  # seconds
 def prefill(
     learner: Learner, stream: TrainStream, manifest: Manifest, stop: Callable[[], bool], say: Callable[[str], None]
 ) -> bool:
-    """Fill the queue with keys of training images: random rows are no negatives for a trained network.
+    """Fill the queue with keys of training images: random rows are useless as negatives for a trained network.
 
     Args:
         learner: whose queue is filled.

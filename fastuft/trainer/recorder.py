@@ -70,16 +70,14 @@ class Recorder:
                 id=self._wandb_id(folder.path),
                 resume="allow",
             )
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True)
+        if console.watched():
+            self._bar = console.progress_bar(total_steps, unit="step", initial=resumed_step)
 
     def _tensorboard(self, folder: Path, resumed_step: int) -> Any:
         missing = None
         if importlib.util.find_spec("tensorboard") is None:
             missing = "TensorBoard is not installed"
-        elif not str(folder).isprintable():  # holds bytes that are no characters
+        elif not str(folder).isprintable():  # holds bytes that are not characters
             missing = "TensorBoard cannot write to a folder of this name"
         if missing is not None:
             self.say(f"{missing}: metrics go to metrics.jsonl alone.")

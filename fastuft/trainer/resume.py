@@ -24,7 +24,19 @@ _FIXED = {
     "content_hash",
 }
 # What may differ without a word: it changes nothing of what is learned.
-_FREE = ("out", "resume", "max_steps", "init", "target", "source", "allow_missing", "runtime.", "watch.", "data.")
+_FREE = (
+    "out",
+    "resume",
+    "max_steps",
+    "init",
+    "target",
+    "source",
+    "allow_missing",
+    "runtime.",
+    "watch.",
+    "verdict.",
+    "data.",
+)
 
 
 def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, Any] | None:

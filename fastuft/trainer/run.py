@@ -14,9 +14,10 @@ from fastuft.data import Loading, Manifest, TrainStream
 from fastuft.device import DTYPES
 from fastuft.model import traits_from
 from fastuft.runfolder import Progress, RunFolder, RunLock
-from fastuft.trainer import watch
+from fastuft.trainer import judging, watch
 from fastuft.trainer.distributed import Ranks, StopVote, naming_lost_ranks, start_ranks, stop_ranks
 from fastuft.trainer.hold import hold
+from fastuft.trainer.judging import Judge, Judgment
 from fastuft.trainer.kernel_check import check_before_training
 from fastuft.trainer.learner import build_learner
 from fastuft.trainer.learner_state import restore
@@ -40,10 +41,11 @@ class RunResult:
     Args:
         run_dir: the run folder.
         steps: steps done over the whole run.
-        finished: False when a signal or ``max_steps`` ended it early.
+        finished: False when a signal or ``max_steps`` ended it early; an end by the verdict (``stop: judged``) counts.
         interrupted: name of the signal that ended it, or None.
         metrics: the last row of training metrics.
         bad_files: files that were skipped.
+        judgment: the verdict without labels, on the main rank; None where none was asked for.
     """
 
     run_dir: Path
@@ -52,6 +54,7 @@ class RunResult:
     interrupted: str | None
     metrics: dict[str, Any]
     bad_files: int
+    judgment: Judgment | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +166,7 @@ class _Run:
             given=given,
             content_hash=self.manifest.content_hash,
             init_report=self.init_report,
+            backbone_file=self.folder.last_file if config.select == "judged" else self.folder.backbone_file,
         )
         self.recorder = Recorder(
             self.folder,
@@ -175,6 +179,13 @@ class _Run:
         self.recorder.say(headline(config, self.manifest, self.total_steps, start))
         self.last_row: dict[str, Any] = next((r for r in reversed(self.recorder.earlier) if r["kind"] == "train"), {})
         self.vote = StopVote(ranks)
+        self.judge: Judge | None = None
+        self.judgment: Judgment | None = None
+        self.judged_enough = False  # whether the verdict ends the run
+        if ranks.is_main:
+            self.judge = Judge(
+                config, self.folder, self.manifest, self.recorder, device=ranks.device, last_step=self.limit
+            )
 
     def _loading(self) -> Loading:
         backbone = self.learner.moco.query_encoder.backbone
@@ -193,7 +204,8 @@ class _Run:
             self.vote.finish()
             found = self.ranks.gather_objects([(bad.path, bad.reason) for bad in self.stream.bad_files])
         bad_files = {path: reason for own in found for path, reason in own}
-        if self.ranks.is_main:
+        if self.judge is not None:
+            self.judgment = self.judge.finish()
             summary = summary_of(
                 self.config,
                 self.learner,
@@ -204,18 +216,29 @@ class _Run:
                 bad_files=bad_files,
                 init_report=self.init_report,
                 metrics=self.last_row,
+                judgment=self.judgment,
+                judged_enough=self.judged_enough,
             )
             self.folder.write_summary(summary)
+            if self.judgment is not None and interrupted is None:
+                self.recorder.say(self.judgment.line())
             if interrupted is not None:
                 self.folder.write_stopped(interrupted, self.progress)
         self.ranks.wait_for_main()
         steps = self.progress.global_step
-        return RunResult(self.folder.path, steps, steps >= self.total_steps, interrupted, self.last_row, len(bad_files))
+        finished = self.judged_enough or steps >= self.total_steps
+        return RunResult(self.folder.path, steps, finished, interrupted, self.last_row, len(bad_files), self.judgment)
 
     def _start(self) -> str | None:
         """What comes before the first step, and an evaluation that the run was stopped before."""
         progress, config = self.progress, self.config
         check_before_training(self.ranks, DTYPES[self.learner.precision], config.model.head_dim, self.recorder.say)
+        missed = self.judge is not None and self.judge.missed(progress.global_step)
+        if self.ranks.any(missed) and self._look():
+            return None if self.judged_enough else self._signal()
+        if self.ranks.any(self.judge is not None and self.judge.enough):
+            self.judged_enough = True
+            return None
         fill = progress.global_step == 0 and config.method.queue_prefill
         if fill and prefill(self.learner, self.stream, self.manifest, self._stop, self.recorder.say):
             return self._signal()
@@ -228,9 +251,9 @@ class _Run:
     def _loop(self) -> str | None:
         steps = min(self.config.runtime.log_every, self.stream.steps_per_epoch)  # an epoch's end writes a row as well
         metrics = StepMetrics(self.ranks, self.config.data.batch_size, steps)
-        while self.progress.global_step < self.limit:
+        while self.progress.global_step < self.limit and not self.judged_enough:
             if self._epoch(metrics):
-                return self._signal()
+                return None if self.judged_enough else self._signal()
         return None
 
     def _epoch(self, metrics: StepMetrics) -> bool:
@@ -247,9 +270,11 @@ class _Run:
             if callbacks.on_step is not None:
                 callbacks.on_step(progress)
             stop = self._stop()
-            look = ended and watch.due(self.config.watch, progress.epoch + 1)
-            save = stop or look or self._save_due(ended)
-            if save or ended or metrics.full:
+            watched = ended and watch.due(self.config.watch, progress.epoch + 1)
+            looked = judging.due(self.config, progress.global_step, self.limit)
+            # Where the verdict selects, it selects among what is saved.
+            save = stop or watched or (looked and self.config.select == "judged") or self._save_due(ended)
+            if save or looked or ended or metrics.full:
                 self.vote.settle()
                 self._record(metrics.row(progress, lr, self.folder.checkpoints))
                 if ended:
@@ -258,7 +283,7 @@ class _Run:
                         callbacks.on_epoch(self.progress, self.last_row)
                 if save:
                     self.saver.save(self._progress_now())
-                if stop or (look and self._watch()):
+                if stop or (watched and self._watch()) or (looked and self._look()):
                     return True
                 metrics.restart()
             if ended or progress.global_step == self.limit:
@@ -295,6 +320,16 @@ class _Run:
         self.last_row = row
         self.recorder.write(row)
         self.recorder.progress(row)
+
+    def _look(self) -> bool:
+        """Look at the features on the main rank while the others wait; whether to stop afterwards."""
+        wanted = False
+        if self.judge is not None:
+            wanted = self.judge.look(self.learner.moco.query_encoder.backbone, self.progress)
+        self.ranks.wait_for_main()
+        stopped = self.ranks.any(self.signals.received is not None)
+        self.judged_enough = self.ranks.any(wanted) and not stopped
+        return stopped or self.judged_enough
 
     def _watch(self) -> bool:
         """Evaluate on the main rank while the others wait; whether to stop afterwards."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from fastuft.config import RuntimeConfig
@@ -26,6 +27,7 @@ class Saver:
         given: the same as it was given, likewise.
         content_hash: digest of the training images, likewise.
         init_report: what became of the tensors of ``init``, likewise.
+        backbone_file: where the backbone is exported to at each save.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class Saver:
         given: dict[str, Any],
         content_hash: str,
         init_report: dict[str, Any] | None,
+        backbone_file: Path,
     ) -> None:
+        self.backbone_file = backbone_file
         self.folder, self.lock, self.learner, self.runtime = folder, lock, learner, runtime
         self.constant = {
             "init_report": init_report,
@@ -77,7 +81,7 @@ class Saver:
     def _write(self, state: dict[str, Any], step: int) -> None:
         runtime, checkpoints = self.runtime, self.folder.checkpoints
         checkpoints.save(step, state, keep_last=runtime.keep_last, keep_every=runtime.keep_every)
-        path = self.folder.backbone_file
+        path = self.backbone_file
         try:
             export_backbone(backbone_of(self.learner, state), path)
         except OSError as error:

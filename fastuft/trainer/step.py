@@ -13,7 +13,7 @@ from fastuft.loss import LossOptions, info_nce_with_terms, mixed_info_nce_with_t
 from fastuft.trainer.learner import Learner
 
 # Columns of one row of the step's record, in order.
-RECORD = ("loss", "loss_q", "loss_m", "alignment", "distribution")
+RECORD = ("loss", "loss_q", "loss_m", "loss_alignment", "loss_distribution")
 
 
 def train_step(learner: Learner, batch: Batch, mark: Callable[[str], None]) -> Tensor:

@@ -11,6 +11,7 @@ import fastuft
 from fastuft.config import TrainConfig
 from fastuft.data import Manifest
 from fastuft.runfolder import Progress
+from fastuft.trainer.judging import Judgment
 from fastuft.trainer.learner import Learner
 
 
@@ -47,6 +48,8 @@ def summary_of(
     bad_files: dict[str, str],
     init_report: dict[str, Any] | None,
     metrics: dict[str, Any],
+    judgment: Judgment | None,
+    judged_enough: bool,
 ) -> dict[str, Any]:
     """What came of a run, as plain values.
 
@@ -60,6 +63,8 @@ def summary_of(
         bad_files: path -> reason of each file that was skipped.
         init_report: what became of the tensors of ``init``.
         metrics: the last row of training metrics.
+        judgment: the verdict without labels; None where none was asked for.
+        judged_enough: whether the verdict ended the run early.
     """
     device = learner.ranks.device
     return {
@@ -68,7 +73,7 @@ def summary_of(
         "epochs": config.optim.epochs,
         "images": progress.images,
         "seconds": progress.seconds,
-        "finished": progress.global_step >= total_steps,
+        "finished": judged_enough or progress.global_step >= total_steps,
         "interrupted": interrupted,
         "bad_files": len(bad_files),
         "bad_file_list": [{"path": path, "reason": reason} for path, reason in sorted(bad_files.items())[:1000]],
@@ -80,6 +85,7 @@ def summary_of(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "init": init_report,
         "metrics": metrics,
+        "verdict": None if judgment is None else judgment.as_dict(),
         "versions": {
             "fastuft": fastuft.__version__,
             "torch": torch.__version__,

@@ -287,7 +287,7 @@ def test_plots_of_sweeps_and_throughput(tmp_path):
     ]
     entries += [entry(f"test_b{b}", impl="fused", B=b, K=65536, D=128) for b in (32, 256)]
     entries += [
-        entry(f"test_images[{part}]", group="images a second, resnet50", items_per_second=rate)
+        entry(f"test_images[{part}]", group="images per second, resnet50", items_per_second=rate)
         for part, rate in (("loader", 900.0), ("end_to_end", 400.0))
     ]
     result = {"device": "CPU", "benchmarks": entries}

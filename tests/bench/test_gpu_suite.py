@@ -121,7 +121,7 @@ def test_a_failing_part_does_not_stop_the_others(run):
     assert parts["build"]["status"] == parts["bench-loss"]["status"] == "ok"
 
 
-def test_a_sanitizer_that_cannot_work_here_is_no_failure(run):
+def test_a_sanitizer_that_cannot_work_here_is_not_a_failure(run):
     status, _, parts = run(FAKE_SANITIZER_STATUS="1", FAKE_SANITIZER_SAYS="Error: Device not supported")
     assert status == 0 and parts["memcheck"]["status"] == "not available"
 

@@ -90,7 +90,7 @@ def test_the_run_folder_tells_the_run(job):
     rows = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["kind"] == "train"]
     assert len(train) == summary["steps"] and all(np.isfinite(row["loss"]) for row in train)
-    assert {"loss_q", "loss_m", "alignment", "distribution", "lr"} <= set(train[0])
+    assert {"loss_q", "loss_m", "loss_alignment", "loss_distribution", "lr"} <= set(train[0])
     assert (job.run / "backbone.safetensors").exists() and list((job.run / "checkpoints").glob("*.pt"))
 
 

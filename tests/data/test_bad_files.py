@@ -155,7 +155,7 @@ def test_a_file_that_only_pillow_decodes_is_left_to_it_wherever_it_is_named(mani
     stream.close()
 
 
-def test_a_failure_that_is_no_files_fault_names_the_images_under_way(manifest, monkeypatch):
+def test_a_failure_that_is_not_a_files_fault_names_the_images_under_way(manifest, monkeypatch):
     monkeypatch.setattr(feed_module, "make_backend", lambda spec: StubbornBackend(spec))
     monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
     trials = iter([[False]])

@@ -31,7 +31,7 @@ def test_a_root_behind_a_link_with_a_link_inside_is_read_once(tmp_path, manifest
         assert len(list_images(str(tmp_path / root))) == 1
 
 
-def test_a_link_to_itself_is_no_folder(tmp_path, manifest):
+def test_a_link_to_itself_is_not_a_folder(tmp_path, manifest):
     os.link(manifest.paths[0], tmp_path / "one.png")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")

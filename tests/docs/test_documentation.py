@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from small_job import write_small_job
 
 import fastuft
 from fastuft.cli import main
@@ -75,8 +76,13 @@ def test_options_named_in_a_sentence_parse(page, monkeypatch, capsys):
             assert status == 0 or "missing" in error, (line, error)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page):
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name != "python.md"],  # whose results are looked at with the calls' other tests
+    ids=lambda page: page.name,
+)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(write_small_job(tmp_path))
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)

@@ -40,7 +40,7 @@ class SmallNet(nn.Module):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of three colors with noise: 6 training and 4 test images a class."""
+    """Images of three colors with noise: 6 training and 4 test images per class."""
     root = tmp_path_factory.mktemp("colors")
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("test", 4)):

@@ -240,6 +240,49 @@ def test_neighbor_overlap_of_unrelated_features_is_chance():
     assert evaluate.neighbor_overlap(x, y) == pytest.approx(5 / 399, abs=0.01)
 
 
+def test_effective_rank_by_its_definition():
+    generator = torch.Generator().manual_seed(6)
+    for shape in ((40, 8), (8, 40)):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        shares = torch.linalg.svdvals(x) / torch.linalg.svdvals(x).sum()
+        assert evaluate.effective_rank(x) == pytest.approx(math.exp(-float((shares * shares.log()).sum())))
+    assert evaluate.effective_rank(torch.eye(5)) == pytest.approx(5.0)
+    assert evaluate.effective_rank(torch.ones(9, 5)) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [6, 300])
+def test_lidar_by_its_definition(width):
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(40, width, generator=generator, dtype=torch.float64) * torch.linspace(1, 3, width)
+    a, b = (images + 0.4 * torch.randn(40, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    views = torch.stack([a, b]) - (a + b).mean(0) / 2
+    views = views / views.square().mean().sqrt()
+    means = views.mean(0)
+    within = (views - means).flatten(0, 1)
+    noise = within.T @ within / len(within) + 1e-4 * torch.eye(width, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(noise)
+    root = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    spectrum = torch.linalg.eigvalsh(root @ (means.T @ means / len(means)) @ root).clamp(min=0)
+    shares = spectrum / spectrum.sum()
+    assert evaluate.lidar(a, b) == pytest.approx(math.exp(float(torch.special.entr(shares).sum())), rel=1e-6)
+    assert evaluate.lidar(3 * a, 3 * b) == pytest.approx(evaluate.lidar(a, b))
+
+
+def test_lidar_counts_the_directions_that_tell_images_apart():
+    generator = torch.Generator().manual_seed(8)
+    images = torch.zeros(200, 10)
+    images[:, :3] = torch.randn(200, 3, generator=generator)
+    a, b = (images + 0.1 * torch.randn(200, 10, generator=generator) for _ in range(2))
+    assert 2.5 < evaluate.lidar(a, b) < 3.5 < evaluate.effective_rank(a)
+
+
+def test_view_agreement_is_one_for_equal_views_and_chance_for_unrelated_ones():
+    generator = torch.Generator().manual_seed(9)
+    x, y = torch.randn(400, 16, generator=generator), torch.randn(400, 16, generator=generator)
+    assert evaluate.view_agreement(x, x) == 1.0
+    assert evaluate.view_agreement(x, y) == pytest.approx(5 / 399, abs=0.01)
+
+
 GOOD = np.eye(6) + 1.0
 SAME = np.ones((6, 6)) * np.arange(1, 7)[:, None]
 NAN = np.where(np.eye(6) > 0, np.nan, GOOD)
@@ -277,6 +320,8 @@ Y = [0, 0, 0, 1, 1, 1]
         (lambda: evaluate.clustering_accuracy(GOOD, [1] * 6), "one class only"),
         (lambda: evaluate.linear_cka(np.ones((4, 2)), GOOD[:4]), "one of both is constant"),
         (lambda: evaluate.mean_cosine(GOOD, GOOD[:4]), "row i of both must be the same image"),
+        (lambda: evaluate.effective_rank(np.zeros((4, 3))), "all zero"),
+        (lambda: evaluate.lidar(np.ones((4, 2)), np.ones((4, 2))), "they are constant"),
         (lambda: evaluate.uniformity(GOOD[:1]), "there is one image"),
     ],
 )

@@ -239,7 +239,7 @@ def test_weights_with_gaps():
     assert all(map(torch.equal, found, dense))
 
 
-def test_a_query_that_is_no_number_gives_none():
+def test_a_query_that_is_not_a_number_gives_none():
     z, _, _, _, queue = make(5, 60, 32, torch.float32)
     expected = run_lse(z, queue)
     z[2] = torch.nan

@@ -194,7 +194,7 @@ CALLS = [(2, True, True, "mean"), (1, False, True, "none"), (0, True, False, "su
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize(("weights", "normalize", "need_grad", "reduction"), CALLS)
 def test_opcheck_of_the_loss(weights, normalize, need_grad, reduction, dtype, place):
-    """weights: 0 is Eq. 4, 1 one weight for all rows, 2 one a row."""
+    """weights: 0 is Eq. 4, 1 one weight for all rows, 2 one per row."""
     device, impl = place
     case = Case.random(6, 40, 16, dtype, device=device)
     k_b, lam = (None, None) if weights == 0 else (case.k_b, case.lam if weights == 2 else case.lam[:1])
@@ -248,7 +248,7 @@ def compiled_agrees(device: str, impl: str, backend: str) -> None:
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, backend=backend)
-    for lam in (0.3, 0.4, 0.6, case.lam):  # a number that changes is no new graph each time
+    for lam in (0.3, 0.4, 0.6, case.lam):  # a number that changes is not a new graph each time
         results = []
         for function, which in ((step, eager_queue), (compiled, queue)):
             q = case.q.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Which libraries importing loads, by the kind of PyTorch: told by its version, never by asking the driver."""
+"""Which libraries importing loads, by the kind of PyTorch: recognized by its version, never by asking the driver."""
 
 from __future__ import annotations
 

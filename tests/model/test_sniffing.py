@@ -1,4 +1,4 @@
-"""What files are: everything that is no checkpoint is refused with what it is and what to do, and runs nothing."""
+"""What files are: everything that is not a checkpoint is refused with what it is and what to do, and runs nothing."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(tmp_path, monkeypatch, kind):
+def test_a_file_that_is_not_a_checkpoint_is_named_for_what_it_is(tmp_path, monkeypatch, kind):
     content, message = FILES[kind]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").write_bytes(content)

@@ -208,7 +208,8 @@ def cut_or_flipped(draw, content):
 def crafted(draw):
     """Contents of the five files of a run, each whole, altered or damaged."""
     rows = [
-        {"kind": "train", "step": s, "loss": 1.0, "alignment": -1.0, "distribution": 2.0, "lr": 0.1} for s in range(8)
+        {"kind": "train", "step": s, "loss": 1.0, "loss_alignment": -1.0, "loss_distribution": 2.0, "lr": 0.1}
+        for s in range(8)
     ]
     rows += draw(
         st.lists(st.fixed_dictionaries({"kind": st.just("train"), "step": VALUES, "loss": VALUES}), max_size=3)

@@ -74,8 +74,8 @@ def write_run(folder, *, retrieval=0.9, labeled=True, steps=40, parts=("train", 
                 "step": s,
                 "epoch": s // 10,
                 "loss": 8 - s / 20,
-                "alignment": -1.0,
-                "distribution": 9.0,
+                "loss_alignment": -1.0,
+                "loss_distribution": 9.0,
                 "lr": 0.1,
             }
             for s in range(0, steps, 2)
@@ -153,7 +153,7 @@ def test_pretraining_and_finetuning_have_curves_of_their_own(tmp_path):
     write_report(tmp_path / "apart.html", runs)
     for page, pictures in (("same.html", 1), ("apart.html", 2)):
         text, parsed = read(tmp_path / page)
-        assert text.count('alt="Loss, alignment') == pictures
+        assert text.count('alt="Loss, its alignment') == pictures
         assert ("From a checkpoint" in " ".join(parsed.words)) == (pictures == 2)
 
 
@@ -172,7 +172,7 @@ def test_accuracies_and_label_free_figures_are_two_tables(tmp_path):
     assert len(table(runs, "csv").splitlines()) == 3
     write_report(tmp_path / "report.html", runs)
     text = (tmp_path / "report.html").read_text()
-    assert text.count('class="best">90.0</td>') == 1  # of retrieval; what the source had before is no competition
+    assert text.count('class="best">90.0</td>') == 1  # of retrieval; what the source had before does not compete
 
 
 def test_runs_without_figures_say_so(tmp_path):
@@ -289,7 +289,7 @@ def test_last_metrics_line_may_be_cut_short(tmp_path):
     assert len(load_run("arm", run).metrics) == whole
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_what_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds none of metrics\.jsonl"):
         load_run("arm", tmp_path)
     with pytest.raises(ValueError, match="runs is empty"):

@@ -277,7 +277,7 @@ def test_shards_that_give_no_classes_or_images_are_refused(tmp_path, members, wo
 def test_damaged_shards_are_named(tmp_path):
     shards = _shards(tmp_path / "shards", [("a.jpg", b"1")])
     (shards / "n0.tar").write_bytes(b"no tar file" * 100)
-    with pytest.raises(ValueError, match=r"n0\.tar is no readable tar file"):
+    with pytest.raises(ValueError, match=r"n0\.tar is not a readable tar file"):
         extract_tar_sample(shards, tmp_path / "a", fraction=0.5, seed=0)
 
 

@@ -18,6 +18,7 @@ from fastuft.config import (
     OptimConfig,
     RuntimeConfig,
     TrainConfig,
+    VerdictConfig,
     WatchConfig,
 )
 
@@ -29,6 +30,7 @@ SECTIONS = {
     "optim": OptimConfig(lr=0.05, epochs=2),
     "runtime": RuntimeConfig(device="cpu", tensorboard=False, log_every=1),
     "watch": WatchConfig(),
+    "verdict": VerdictConfig(),
 }
 
 

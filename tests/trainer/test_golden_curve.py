@@ -14,7 +14,15 @@ import pytest
 from fastuft.cli import main
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "finetune.json"
-FIGURES = ("loss", "loss_q", "loss_m", "alignment", "distribution", "lr")
+# Columns of the golden file, by their names in metrics.jsonl.
+FIGURES = {
+    "loss": "loss",
+    "loss_q": "loss_q",
+    "loss_m": "loss_m",
+    "alignment": "loss_alignment",
+    "distribution": "loss_distribution",
+    "lr": "lr",
+}
 
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:method.queue_size")]
 
@@ -54,8 +62,9 @@ def test_losses_are_the_golden_ones(folders, tmp_path, request):
     assert main(["finetune", *flags(out, **more)]) == 0
     curves = {}
     for name, folder in (("pretrain", start), ("finetune", out)):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        curves[name] = {figure: [row[figure] for row in rows] for figure in FIGURES}
+        found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [row for row in found if row["kind"] == "train"]
+        curves[name] = {figure: [row[key] for row in rows] for figure, key in FIGURES.items()}
     if request.config.getoption("--regenerate-golden"):
         GOLDEN.write_text(json.dumps(curves, indent=1) + "\n")
         pytest.skip(f"{GOLDEN.name} was written anew; look at its difference before it is committed")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
 
 def losses(folder):
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return torch.tensor([[row[n] for n in ("loss", "loss_q", "loss_m", "alignment")] for row in found])
+    return torch.tensor([[row[n] for n in ("loss", "loss_q", "loss_m", "loss_alignment")] for row in found])
 
 
 def state_of(folder):

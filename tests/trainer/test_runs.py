@@ -17,6 +17,7 @@ import torch
 import yaml
 from processes import run as run_command
 from processes import write_config
+from run_rows import rows
 
 from fastuft.cli import main
 from fastuft.model import load_backbone
@@ -25,13 +26,6 @@ from fastuft.trainer import Callbacks, CheckpointError, NonFiniteLossError, savi
 from fastuft.trainer import run as run_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
-
-
-def rows(folder, kind="train"):
-    """The rows of a run, without what depends on the clock."""
-    clock = ("time", "images_per_second", "seconds_per_step", "data_wait_share", "seconds")
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in clock} for row in found if row["kind"] == kind]
 
 
 def final(folder):
@@ -53,7 +47,7 @@ def test_a_run_leaves_its_folder(tiny, folders):
     assert len(rows(folder)) == 8 and result.metrics["step"] == 8
     for row in rows(folder):
         assert row["loss"] == pytest.approx(row["loss_q"] + row["loss_m"], rel=1e-6)
-        assert row["loss_q"] == pytest.approx(row["alignment"] + row["distribution"], rel=1e-5)
+        assert row["loss_q"] == pytest.approx(row["loss_alignment"] + row["loss_distribution"], rel=1e-5)
     assert [step for step, _ in RunFolder(folder).checkpoints.all()] == [8]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 8 and summary["images"] == 128 and summary["bn"] == "split"
@@ -84,7 +78,7 @@ def test_the_saved_configuration_names_what_was_chosen_and_what_was_given(tiny):
 
 
 @pytest.mark.parametrize("first", [{}, {"bn": "split"}], ids=["chosen, then named", "named, then chosen"])
-def test_naming_what_was_chosen_is_no_other_setting(tiny, first):
+def test_naming_what_was_chosen_is_not_another_setting(tiny, first):
     train(tiny(max_steps=1, model=first))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the run goes on with other settings")
@@ -298,7 +292,7 @@ def prefill_with_signal(real):
 
 
 @pytest.mark.parametrize(("launcher", "status"), [(None, 85), ("run7", 0)], ids=["plain", "torchelastic"])
-def test_a_deliberate_stop_is_no_failure_for_whoever_started_the_run(
+def test_a_deliberate_stop_is_not_a_failure_for_whoever_started_the_run(
     tiny, tmp_path, monkeypatch, capsys, launcher, status
 ):
     arguments = write_config(tiny(), tmp_path / "config.yaml")

@@ -1,4 +1,4 @@
-"""The example job: one process a GPU, back into the queue on the status of preemption and on no other."""
+"""The example job: one process per GPU, back into the queue on the status of preemption and on no other."""
 
 from __future__ import annotations
 

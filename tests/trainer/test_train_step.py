@@ -103,7 +103,7 @@ def test_a_step_is_the_papers(tiny, mix, per, bn, mix_only):
     assert figures["loss_q"] == pytest.approx(l_q.item(), rel=1e-5, abs=1e-5)
     assert figures["loss_m"] == pytest.approx(l_m.item(), rel=1e-5, abs=1e-5)
     of = l_m if mix_only else l_q
-    assert figures["alignment"] + figures["distribution"] == pytest.approx(of.item(), rel=1e-5, abs=1e-5)
+    assert figures["loss_alignment"] + figures["loss_distribution"] == pytest.approx(of.item(), rel=1e-5, abs=1e-5)
     old = dict(moco.query_encoder.named_parameters())
     for name, parameter in made.moco.query_encoder.named_parameters():  # momentum's first step is plain SGD
         moved = old[name] - 0.1 * (old[name].grad + 1e-4 * old[name])

@@ -7,23 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastuft.config import EvalConfig
 from fastuft.data import EvalStream, Loading, resolve_loader
-from fastuft.device import autocast, choose_device
-from fastuft.evaluate.features import cached_features
+from fastuft.device import choose_device
+from fastuft.evaluate.features import cached_features, features_of_views
 from fastuft.evaluate.folders import Folders, Images
-from fastuft.evaluate.images import decode, random_views
+from fastuft.evaluate.images import decode
 from fastuft.evaluate.inputs import check_finite
+from fastuft.evaluate.looks import VIEW_SCALE
 from fastuft.model import Backbone
 from fastuft.randomness import keyed_generator
 
 AFTER, BEFORE = "after", "before"
-
-# Area range of the crops between which views are compared, whatever few-shot finetuning crops.
-VIEW_SCALE = (0.4, 1.0)
 
 
 class Context:
@@ -104,25 +101,19 @@ class Context:
         """Sorted positions of ``most`` random items out of ``count``; the same for every backbone."""
         return np.sort(keyed_generator(self.config.seed, "sample", name).permutation(count)[:most])
 
-    @torch.no_grad()
     def two_views(self, arm: str, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Features of two random crops of each image, on the CPU; the crops are the same for every backbone."""
-        config, backbone = self.config, self.backbones[arm]
-        generator = keyed_generator(config.seed, "views")
-        pool = decode(paths, self.resize)
-        views: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for start in range(0, len(pool), config.batch_size):
-            images = [image.to(self.device) for image in pool[start : start + config.batch_size]]
-            for found in views:
-                batch = random_views(
-                    images,
-                    config.size,
-                    generator,
-                    scale=VIEW_SCALE,
-                    flip_p=config.fewshot.flip_p,
-                    mean=backbone.mean,
-                    std=backbone.std,
-                )
-                with autocast(self.device, config.precision):
-                    found.append(backbone(batch).float().cpu())
-        return torch.cat(views[0]), torch.cat(views[1])
+        config = self.config
+        first, second = features_of_views(
+            self.backbones[arm],
+            decode(paths, self.resize),
+            2,
+            generator=keyed_generator(config.seed, "views"),
+            size=config.size,
+            scale=VIEW_SCALE,
+            flip_p=config.fewshot.flip_p,
+            batch_size=config.batch_size,
+            device=self.device,
+            precision=config.precision,
+        )
+        return first, second

@@ -1,4 +1,4 @@
-"""What a file is, told from its first bytes, before anything reads it as a checkpoint."""
+"""What a file is, recognized by its first bytes, before anything reads it as a checkpoint."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _text_kind(head: bytes) -> str | None:
 
 
 def _foreign_kind(head: bytes, name: str, size: int) -> str:
-    """In words, what a file is that is no checkpoint."""
+    """In words, what a file is that is not a checkpoint."""
     if size < _SHORTEST:
         return f"{'empty' if not size else f'only {size} bytes long'}; copy or download it again"
     for start, (kind, tool) in _COMPRESSED.items():

@@ -1,0 +1,23 @@
+"""What a training changes in its process, kept for whoever called it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def process_state_kept() -> Iterator[None]:
+    """Random numbers of torch and its switches for determinism are afterwards what they were before."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    flags = cudnn.deterministic, cudnn.benchmark
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark = flags

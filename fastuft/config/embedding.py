@@ -1,0 +1,75 @@
+"""Options of embeddings and of search in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastuft.config.checks import AtLeast0, AtLeast1, PathName, check_values
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Features of images by a checkpoint, as a file.
+
+    Args:
+        images: folders, list files or images.
+        checkpoint: exported backbone, run folder, or any checkpoint ``init`` takes.
+        out: file to write: .npz, or .parquet (needs the extra fastuft[parquet]).
+        arch: network of a checkpoint that does not say it.
+        stem: stem of a checkpoint that does not say it.
+        init_key: which of several backbones in the checkpoint, by its prefix there (encoder_k, teacher); none takes the one
+            that takes gradients.
+        init_channels: what its first convolution takes; auto is RGB or what the layout says, bgr and gray are converted.
+        size: side of the network's input, pixels; 0 takes the network's own.
+        resize: shorter side before the center crop; 0 means size * 256 / 224.
+        batch_size: images per batch.
+        part_size: images per part that is kept on the way; the same command goes on after the last whole part.
+        on_bad_file: error names the file and stops; skip leaves it out and counts it.
+        device: auto, cuda or cpu.
+        precision: auto is bf16 on a GPU and fp32 on a CPU.
+        loader: dali, torch or auto.
+        threads: decoding threads; 0 takes the processors of this process.
+    """
+
+    images: list[str]
+    checkpoint: PathName
+    out: PathName = "embeddings.npz"
+    arch: str | None = None
+    stem: Literal["imagenet", "small"] | None = None
+    init_key: str | None = None
+    init_channels: Literal["auto", "rgb", "bgr", "gray"] = "auto"
+    size: AtLeast0 = 0
+    resize: AtLeast0 = 0
+    batch_size: AtLeast1 = 256
+    part_size: AtLeast1 = 8192
+    on_bad_file: Literal["error", "skip"] = "error"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    threads: AtLeast0 = 0
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if not self.images:
+            raise ValueError("images is empty; name at least one folder, list file or image")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The images whose features are nearest to those of a query, by cosine similarity.
+
+    Args:
+        query: images to look for, or a folder of them.
+        in_: file of embeddings that `fastuft embed` wrote.
+        top: images to print for each query.
+        checkpoint: the one that made the embeddings, where it has moved.
+    """
+
+    query: list[str]
+    in_: PathName
+    top: AtLeast1 = 10
+    checkpoint: PathName | None = None
+
+    def __post_init__(self) -> None:
+        check_values(self)

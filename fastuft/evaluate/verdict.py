@@ -1,0 +1,194 @@
+"""Whether finetuning helped, told without labels: from the label-free measures of a run to a verdict.
+
+A run looks at a fixed sample of its target before the first step and at intervals (:mod:`fastuft.evaluate.looks`). This
+module is pure: :func:`judge` is a function from these looks to a verdict, so that its thresholds (:class:`Rule`) can be
+fitted on any set of recorded runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+Outcome = Literal["better", "no better", "collapsed", "not known"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Label-free measures of one backbone on the sample; None where one has no value.
+
+    Args:
+        step: steps done; 0 is the start.
+        images: of the sample.
+        effective_rank: RankMe of the features.
+        lidar: LiDAR of two views of each image.
+        uniformity: of the features; lower is more uniform.
+        alignment: mean squared distance of two views' unit features; lower is closer.
+        view_agreement: share of nearest neighbors that an image's two views agree on.
+        neighbors_kept: share of nearest neighbors that are those of the start.
+        source_cka: linear CKA with the start over images of the source; None without a source.
+    """
+
+    step: int
+    images: int
+    effective_rank: float | None = None
+    lidar: float | None = None
+    uniformity: float | None = None
+    alignment: float | None = None
+    view_agreement: float | None = None
+    neighbors_kept: float | None = None
+    source_cka: float | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Look:
+        """The look that a row of metrics holds."""
+        return cls(**{field.name: row.get(field.name) for field in fields(cls)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Thresholds of the verdict; the one place where they stand.
+
+    Changes of rank are natural logarithms of the ratio to the start, so that they mean the same for every network.
+
+    Args:
+        collapsed_rank: effective rank, as a share of the start's, below which the features have collapsed.
+        collapsed_uniformity: uniformity above which all features lie close together (0: they are the same).
+        gain: mean change of rank from which the features are better.
+        loss: mean change of rank below which they are no better.
+        agreement_drop: fall of view agreement that rules out "better".
+        fewest_images: smaller samples tell nothing.
+        patience: looks without a better one after which a run that may stop does.
+    """
+
+    collapsed_rank: float = 0.25
+    collapsed_uniformity: float = -0.25
+    gain: float = 0.05
+    loss: float = 0.0
+    agreement_drop: float = 0.02
+    fewest_images: int = 50
+    patience: int = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the looks of a run say.
+
+    Args:
+        outcome: better or no better than the start, collapsed, or not known.
+        step: of the look that is the best, 0 for the start; the last where it is not known.
+        why: the measures that say it, in words.
+    """
+
+    outcome: Outcome
+    step: int
+    why: str
+
+    def line(self) -> str:
+        """One plain line for the terminal."""
+        said = {
+            "better": f"better than the start (best at step {self.step})",
+            "no better": "no better than the start",
+            "collapsed": "collapsed: the features of all images have become alike",
+            "not known": "not known whether it is better than the start",
+        }
+        return f"Without labels: {said[self.outcome]}; {self.why}"
+
+
+def rank_change(look: Look, start: Look) -> float | None:
+    """Mean change of effective rank and LiDAR since the start, in natural logarithms; None where one has no value.
+
+    Neither is what training optimizes, as view agreement and alignment are: those rise in a collapse too.
+    """
+    pairs = ((look.effective_rank, start.effective_rank), (look.lidar, start.lidar))
+    if any(now is None or then is None or now <= 0 or then <= 0 for now, then in pairs):
+        return None
+    return sum(math.log(now / then) for now, then in pairs if now and then) / len(pairs)
+
+
+def collapsed(look: Look, start: Look, rule: Rule) -> bool:
+    """Whether the features have become alike, or their rank a small part of what it was."""
+    if look.effective_rank is None or look.uniformity is None:
+        return True  # without a rank there are no directions left
+    if start.effective_rank is not None and look.effective_rank < rule.collapsed_rank * start.effective_rank:
+        return True
+    spread = start.uniformity is not None and start.uniformity < rule.collapsed_uniformity
+    return spread and look.uniformity > rule.collapsed_uniformity
+
+
+def best_look(looks: Sequence[Look], rule: Rule | None = None) -> Look | None:
+    """The look of the largest change of rank among those after the start that have not collapsed; the later of equals."""
+    limits, start = rule or Rule(), looks[0]
+    whole = [look for look in looks[1:] if not collapsed(look, start, limits)]
+    known = [(change, look.step) for look in whole if (change := rank_change(look, start)) is not None]
+    if not known:
+        return None
+    step = max(known)[1]
+    return next(look for look in whole if look.step == step)
+
+
+def should_stop(looks: Sequence[Look], rule: Rule | None = None) -> bool:
+    """Whether going on is of no use: the last look has collapsed, or the best one is ``patience`` looks old."""
+    limits = rule or Rule()
+    if len(looks) < 2:
+        return False
+    best = best_look(looks, limits)
+    steps = [look.step for look in looks]
+    age = len(looks) - 1 - (steps.index(best.step) if best is not None else 0)
+    return collapsed(looks[-1], looks[0], limits) or age >= limits.patience
+
+
+def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
+    """The verdict over the looks of a run, the start's first.
+
+    The best look is the one of the largest change of rank that has not collapsed. It is better than the start where that
+    change is at least ``gain`` and its views agree about as well as at the start.
+
+    Args:
+        looks: in the order of their steps; the first is of step 0.
+        rule: thresholds; None takes the defaults.
+    """
+    limits = rule or Rule()
+    start, later = looks[0], looks[1:]
+    last = looks[-1]
+    if not later:
+        return Verdict("not known", last.step, "there was no look after the start")
+    if start.images < limits.fewest_images:
+        return Verdict("not known", last.step, f"{start.images} images are too few to tell")
+    best = best_look(looks, limits)
+    change = None if best is None else rank_change(best, start)
+    if best is not None and change is not None and change >= limits.gain and not _agrees_less(best, start, limits):
+        return Verdict("better", best.step, _compared(best, start))
+    if collapsed(last, start, limits):
+        return Verdict("collapsed", 0, _compared(last, start))
+    if best is None or change is None:
+        return Verdict("not known", last.step, "the rank of the features has no value")
+    if change < limits.loss:
+        return Verdict("no better", 0, _compared(best, start))
+    return Verdict("not known", last.step, _compared(last, start))
+
+
+def _agrees_less(look: Look, start: Look, rule: Rule) -> bool:
+    if look.view_agreement is None or start.view_agreement is None:
+        return True
+    return look.view_agreement < start.view_agreement - rule.agreement_drop
+
+
+_WORDS = {
+    "effective_rank": ("effective rank", 1),
+    "lidar": ("LiDAR", 1),
+    "uniformity": ("uniformity", 2),
+    "view_agreement": ("view agreement", 3),
+}
+
+
+def _compared(look: Look, start: Look) -> str:
+    """The measures at the start and at a look, in words."""
+    parts = []
+    for name, (words, digits) in _WORDS.items():
+        then, now = getattr(start, name), getattr(look, name)
+        shown = [f"{value:.{digits}f}" if value is not None else "none" for value in (then, now)]
+        parts.append(f"{words} {shown[0]} -> {shown[1]}")
+    return ", ".join(parts)

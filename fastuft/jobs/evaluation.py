@@ -1,0 +1,56 @@
+"""A checkpoint evaluated, from the options to the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastuft.config import EvalConfig
+from fastuft.evaluate import Evaluation, evaluate_backbone, write_evaluation
+from fastuft.jobs.inputs import check_checkpoint
+from fastuft.model import InitReport, open_backbone
+from fastuft.report import RunFiles, load_run, write_report
+
+
+@dataclass(frozen=True)
+class EvaluatedCheckpoint:
+    """Result of :func:`evaluate_checkpoint`.
+
+    Args:
+        evaluation: figures, statements and what the report draws.
+        taken: what was loaded from each checkpoint.
+        run: the files of the evaluation and of the run behind it, as the report reads them.
+        report: the HTML page.
+    """
+
+    evaluation: Evaluation
+    taken: tuple[InitReport, ...]
+    run: RunFiles
+    report: Path
+
+
+def evaluate_checkpoint(config: EvalConfig) -> EvaluatedCheckpoint:
+    """Load, evaluate, and write ``eval.json``, ``eval_arrays.npz`` and ``report.html`` into ``config.out``.
+
+    Raises:
+        ValueError: a checkpoint or folder that cannot work.
+        OSError: the disk refused; an older evaluation is as it was.
+    """
+    check_checkpoint("checkpoint", config.checkpoint)
+    if config.before is not None:
+        check_checkpoint("before", config.before)
+    backbone, said = open_backbone(
+        config.checkpoint, config.arch, config.stem, key=config.init_key, channels=config.init_channels
+    )
+    taken, before = [said], None
+    if config.before is not None:
+        before, said = open_backbone(config.before, backbone.arch, backbone.stem, key=config.before_key)
+        taken.append(said)
+    evaluation = evaluate_backbone(backbone, config, before)
+    write_evaluation(config.out, evaluation)
+    trained = Path(config.checkpoint)
+    # The curves of a run join its evaluation.
+    run = load_run(trained.name or "checkpoint", [config.out, trained] if trained.is_dir() else config.out)
+    report = Path(config.out) / "report.html"
+    write_report(report, [run])
+    return EvaluatedCheckpoint(evaluation, tuple(taken), run, report)

@@ -1,0 +1,13 @@
+"""Checks of what a job is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def check_checkpoint(name: str, path: str) -> None:
+    """Raise ValueError where nothing is at ``path``, the value of the option ``name``."""
+    if not Path(path).exists():
+        raise ValueError(
+            f"{name}={path!r} does not exist; name a run folder or a checkpoint (.pth, .safetensors, .npz)"
+        )

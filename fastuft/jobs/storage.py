@@ -1,0 +1,122 @@
+"""Embeddings as files: ``.npz`` for NumPy, ``.parquet`` for tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastuft.atomic import whole_file
+from fastuft.names import printable
+
+ENDINGS = (".npz", ".parquet")
+_SETTINGS = b"fastuft"  # key of the table's metadata
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Features of images.
+
+    Args:
+        features: float32 [N, D], as the network gives them: not normalized.
+        paths: of the images, absolute.
+        settings: the checkpoint and its preprocessing.
+        bad_files: reasons why files were left out, by their names.
+    """
+
+    features: np.ndarray
+    paths: tuple[str, ...]
+    settings: dict[str, Any]
+    bad_files: dict[str, str] = field(default_factory=dict)
+
+
+def check_out(out: str) -> None:
+    """Refuse a file that could not be written when all is done.
+
+    Raises:
+        ValueError: another ending, or a table without pyarrow.
+    """
+    ending = Path(out).suffix
+    if ending not in ENDINGS:
+        raise ValueError(f"out={out!r} ends in {ending or 'nothing'}; allowed: {', '.join(ENDINGS)}")
+    if ending == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"out={out!r} needs pyarrow: pip install 'fastuft[parquet]', or write .npz")
+
+
+def write_embeddings(out: str, embeddings: Embeddings) -> None:
+    """Write a file whole: arrays ``features`` and ``paths`` and the text ``settings``, or columns ``path`` and ``features``.
+
+    Raises:
+        ValueError: another ending, a table without pyarrow or with names that are not UTF-8.
+        OSError: the disk refused.
+    """
+    check_out(out)
+    file = Path(out)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps(embeddings.settings)
+    with whole_file(file) as partial:
+        if file.suffix == ".parquet":
+            _write_table(partial, embeddings, settings)
+            return
+        with partial.open("wb") as stream:
+            np.savez(
+                stream, features=embeddings.features, paths=np.array(embeddings.paths), settings=np.array(settings)
+            )
+
+
+def _write_table(file: Path, embeddings: Embeddings, settings: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        "".join(embeddings.paths).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("names that are not UTF-8 have no place in a table; write .npz") from error
+    count, width = embeddings.features.shape
+    values = pa.array(np.ascontiguousarray(embeddings.features).reshape(count * width))
+    table = pa.table(
+        {"path": pa.array(embeddings.paths, pa.string()), "features": pa.FixedSizeListArray.from_arrays(values, width)}
+    )
+    pq.write_table(table.replace_schema_metadata({_SETTINGS: settings.encode()}), file)
+
+
+def read_embeddings(path: str) -> Embeddings:
+    """What :func:`write_embeddings` wrote.
+
+    Raises:
+        ValueError: another file, or a damaged one.
+        OSError: it cannot be read.
+    """
+    check_out(path)
+    try:
+        features, paths, settings = _read_table(path) if path.endswith(".parquet") else _read_arrays(path)
+        values = json.loads(settings)
+        fits = features.dtype == np.float32 and features.ndim == 2 and len(features) == len(paths) > 0
+        if not fits or not isinstance(values, dict) or not np.isfinite(features).all():
+            raise ValueError("features, paths and settings do not fit together")
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{printable(path)} does not hold embeddings ({reason}); write it with `fastuft embed`"
+        ) from error
+    return Embeddings(features, tuple(paths), values)
+
+
+def _read_arrays(path: str) -> tuple[np.ndarray, list[str], str]:
+    with np.load(path, allow_pickle=False) as file:
+        return file["features"], file["paths"].tolist(), str(file["settings"])
+
+
+def _read_table(path: str) -> tuple[np.ndarray, list[str], str]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    column = table["features"].combine_chunks()
+    features = column.values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return features, table["path"].to_pylist(), table.schema.metadata[_SETTINGS].decode()

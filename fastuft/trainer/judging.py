@@ -1,0 +1,197 @@
+"""Looks at the features while finetuning, the verdict they give, and the weights that are exported for it."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fastuft.atomic import write_whole
+from fastuft.config import TrainConfig
+from fastuft.data import Manifest
+from fastuft.evaluate import Look, Sample, Verdict, best_look, judge, look_at, should_stop
+from fastuft.model import Backbone, export_backbone
+from fastuft.runfolder import Progress, RunFolder
+from fastuft.trainer.recorder import Recorder
+
+Exported = Literal["judged", "start", "last"]
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """The verdict of a run and what follows from it.
+
+    Args:
+        verdict: what the looks say.
+        exported: whose weights ``backbone.safetensors`` holds: start, judged or last.
+        looks: all of them, the start's first.
+        seconds: that the looks of this part of the run took.
+    """
+
+    verdict: Verdict
+    exported: Exported
+    looks: list[Look]
+    seconds: float
+
+    def line(self) -> str:
+        """One plain line for the terminal."""
+        step = self.verdict.step
+        whose = {"last": "of the last step", "start": "of the start, unchanged,", "judged": f"of step {step}"}
+        return f"{self.verdict.line()}. The weights {whose[self.exported]} are exported."
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for the run's summary."""
+        return {
+            "outcome": self.verdict.outcome,
+            "line": self.line(),
+            "step": self.verdict.step,
+            "exported": self.exported,
+            "start": asdict(self.looks[0]),
+            "end": asdict(self.looks[-1]),
+            "seconds": self.seconds,
+        }
+
+
+class Judge:
+    """Looks of one run; lives on the main rank alone.
+
+    With ``select: last`` the exported backbone is that of the last step, as without a verdict. With ``select: judged`` it
+    follows the verdict, and the last step's stands beside it.
+
+    Args:
+        config: the run.
+        folder: its folder.
+        manifest: its images.
+        recorder: writes a row for each look; rows from before a resume are taken over.
+        device: where the backbone is.
+        last_step: at which the run ends.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        manifest: Manifest,
+        recorder: Recorder,
+        *,
+        device: torch.device,
+        last_step: int,
+    ) -> None:
+        self.config, self.folder, self.recorder, self.device, self.last_step = (
+            config,
+            folder,
+            recorder,
+            device,
+            last_step,
+        )
+        self.selects = config.select == "judged"
+        self.looks = [Look.of(row) for row in recorder.earlier if row["kind"] == "look"]
+        self.seconds = 0.0
+        paths = manifest.paths
+        self._target, self._source = paths[: manifest.num_target], paths[manifest.num_target :]
+        self._sample: Sample | None = None
+        self._start: dict[str, Tensor] | None = _read_features(folder.start_features_file) if self.looks else None
+
+    def missed(self, step: int) -> bool:
+        """Whether a look is due at this step that was not taken: the start's, or one that a kill came before."""
+        known = {look.step for look in self.looks}
+        return due(self.config, step, self.last_step) and step not in known and (step == 0 or 0 in known)
+
+    @property
+    def enough(self) -> bool:
+        """Whether the rule says to stop, and may."""
+        return self.config.stop == "judged" and should_stop(self.looks)
+
+    def look(self, backbone: Backbone, progress: Progress) -> bool:
+        """Look at the features of the weights that were just saved; whether the rule says to stop.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        if progress.global_step and not self.looks:  # a run that went on from a time without looks has no start
+            return False
+        began = time.perf_counter()
+        features = self._images().features(backbone, self.device)
+        if progress.global_step == 0:
+            self._start = features
+            write_whole(self.folder.start_features_file, save(features))
+            if self.selects:
+                export_backbone(backbone, self.folder.start_file)
+        look = look_at(features, self._start, progress.global_step)
+        self.looks.append(look)
+        self.recorder.write({"kind": "look", "epoch": progress.epoch, "time": time.time(), **asdict(look)})
+        if self.selects and progress.global_step:
+            self._keep(look)
+            self._export()
+        self.seconds += time.perf_counter() - began
+        return self.enough
+
+    def _images(self) -> Sample:
+        if self._sample is None:
+            augment = self.config.augment
+            self._sample = Sample.take(
+                self._target,
+                self._source,
+                images=self.config.verdict.images,
+                size=augment.size,
+                flip_p=augment.flip_p,
+                seed=self.config.seed,
+                batch_size=self.config.data.batch_size,
+            )
+        return self._sample
+
+    def _keep(self, look: Look) -> None:
+        """Keep the weights of this look if it is the best so far."""
+        if best_look(self.looks) is not look:
+            return
+        _copy(self.folder.last_file, self.folder.judged_file(look.step))
+        for older in self.folder.judged_files():
+            if older != self.folder.judged_file(look.step):
+                older.unlink(missing_ok=True)
+
+    def _export(self) -> Exported:
+        """Put the weights that the verdict so far asks for in the place that others read."""
+        verdict = judge(self.looks)
+        choices: dict[str, tuple[Exported, Path]] = {
+            "better": ("judged", self.folder.judged_file(verdict.step)),
+            "no better": ("start", self.folder.start_file),
+            "collapsed": ("start", self.folder.start_file),
+        }
+        exported, file = choices.get(verdict.outcome, ("last", self.folder.last_file))
+        if not file.exists():  # removed, or of a step that is ahead of the one the run was resumed from
+            exported, file = "last", self.folder.last_file
+        _copy(file, self.folder.backbone_file)
+        return exported
+
+    def finish(self) -> Judgment | None:
+        """The run's judgment; None without a look at its start."""
+        if not self.looks:
+            return None
+        exported = self._export() if self.selects else "last"
+        return Judgment(judge(self.looks), exported, self.looks, self.seconds)
+
+
+def due(config: TrainConfig, step: int, last_step: int) -> bool:
+    """Whether a look is taken after this step: at even intervals, and at the end."""
+    looks = config.verdict.looks
+    if config.init is None or not looks:
+        return False
+    return step in {math.ceil(number * last_step / looks) for number in range(looks + 1)}
+
+
+def _copy(source: Path, target: Path) -> None:
+    write_whole(target, source.read_bytes())
+
+
+def _read_features(file: Path) -> dict[str, Tensor] | None:
+    with suppress(OSError, SafetensorError, ValueError):
+        return dict(load(file.read_bytes()))
+    return None

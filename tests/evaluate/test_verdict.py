@@ -1,0 +1,101 @@
+"""From looks to a verdict: what counts as better, as collapse, as not known, and which step is the best."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fastuft.evaluate import Look, Rule, best_look, judge, should_stop
+
+START = Look(0, 256, effective_rank=40.0, lidar=20.0, uniformity=-2.0, alignment=0.3, view_agreement=0.5)
+
+
+def later(step, **changes):
+    return dataclasses.replace(START, step=step, **changes)
+
+
+def test_higher_rank_with_steady_views_is_better():
+    verdict = judge([START, later(10, effective_rank=44.0, lidar=24.0), later(20, effective_rank=42.0, lidar=21.0)])
+    assert (verdict.outcome, verdict.step) == ("better", 10)
+    assert "better than the start (best at step 10); effective rank 40.0 -> 44.0" in verdict.line()
+
+
+def test_lower_rank_is_no_better_and_the_start_is_the_best():
+    verdict = judge([START, later(10, effective_rank=36.0), later(20, effective_rank=30.0, lidar=18.0)])
+    assert (verdict.outcome, verdict.step) == ("no better", 0)
+
+
+def test_view_agreement_and_alignment_never_say_better_alone():
+    verdict = judge([START, later(10, view_agreement=0.9, alignment=0.01)])
+    assert (verdict.outcome, verdict.step) == ("not known", 10)
+
+
+def test_a_higher_rank_whose_views_agree_less_is_not_known():
+    verdict = judge([START, later(10, effective_rank=80.0, lidar=40.0, view_agreement=0.3)])
+    assert verdict.outcome == "not known"
+
+
+@pytest.mark.parametrize(
+    "change", [{"effective_rank": 5.0}, {"effective_rank": None}, {"uniformity": -0.01}, {"uniformity": None}]
+)
+def test_features_that_become_alike_have_collapsed(change):
+    looks = [START, later(10, **change)]
+    assert (judge(looks).outcome, judge(looks).step) == ("collapsed", 0)
+    assert should_stop(looks)
+
+
+def test_a_good_look_before_a_collapse_is_selected():
+    verdict = judge([START, later(10, effective_rank=50.0, lidar=30.0), later(20, effective_rank=2.0)])
+    assert (verdict.outcome, verdict.step) == ("better", 10)
+
+
+def test_a_start_that_lies_close_together_is_not_taken_for_a_collapse():
+    start = dataclasses.replace(START, uniformity=-0.1)
+    look = dataclasses.replace(start, step=5, effective_rank=50.0, lidar=30.0)
+    assert judge([start, look]).outcome == "better"
+
+
+@pytest.mark.parametrize(
+    ("looks", "why"),
+    [
+        ([START], "no look after the start"),
+        ([dataclasses.replace(START, images=20), later(10, images=20, lidar=90.0)], "20 images are too few"),
+        ([START, later(10, lidar=None)], "has no value"),
+    ],
+)
+def test_what_cannot_be_told_is_not_known_and_keeps_the_last(looks, why):
+    verdict = judge(looks)
+    assert (verdict.outcome, verdict.step) == ("not known", looks[-1].step) and why in verdict.why
+
+
+def test_the_best_so_far_is_the_last_or_one_before():
+    """What lets a run keep one file: adding a look makes it the best, or leaves the best as it was."""
+    ranks = [41, 45, 44, 45, 3, 50, 49]
+    looks = [START]
+    best = None
+    for number, rank in enumerate(ranks, 1):
+        looks.append(later(number, effective_rank=float(rank)))
+        now = best_look(looks)
+        assert now is best or now is looks[-1]
+        best = now
+    assert best.step == 6
+
+
+def test_a_run_stops_when_nothing_became_better_for_some_looks():
+    looks = [START, later(1, lidar=25.0), later(2), later(3)]
+    assert not should_stop(looks)
+    assert should_stop([*looks, later(4)])
+    assert not should_stop([*looks, later(4, lidar=26.0)])
+    assert not should_stop([START])
+
+
+def test_thresholds_are_an_argument():
+    looks = [START, later(10, effective_rank=40.4, lidar=20.2)]
+    assert judge(looks).outcome == "not known"
+    assert judge(looks, Rule(gain=0.005)).outcome == "better"
+
+
+def test_a_row_of_metrics_is_a_look():
+    row = {"kind": "look", "epoch": 1, "time": 0.0, **dataclasses.asdict(later(3, source_cka=0.9))}
+    assert Look.of(row) == later(3, source_cka=0.9)

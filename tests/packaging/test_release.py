@@ -1,0 +1,90 @@
+"""The release script refuses what is not a release; two builds of the same files give the same wheel."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_builds import checkout, pip
+
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[2]
+VERSION = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository with one commit of this checkout's files, with a finished section of the change log."""
+    copy = checkout(tmp_path)
+    log = copy / "CHANGELOG.md"
+    log.write_text(log.read_text().replace("## [Unreleased]", f"## [Unreleased]\n\n## [{VERSION}] - 2026-01-02"))
+    git(copy, "init", "--quiet")
+    git(copy, "add", "--all")
+    git(copy, "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "All")
+    return copy
+
+
+def git(folder, *arguments):
+    subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def release(folder, version=VERSION):
+    """(status, error text) of the script, with a Python that fails at once should it come to a build."""
+    environment = {**os.environ, "PYTHON": "/bin/false"}
+    done = subprocess.run([folder / ".ci" / "release", version], capture_output=True, text=True, env=environment)
+    return done.returncode, done.stderr
+
+
+def test_a_tree_with_changes_is_refused(repository):
+    (repository / "new.txt").write_text("left over")
+    status, error = release(repository)
+    assert status == 1 and "the working tree has changes" in error
+
+
+def test_another_version_is_refused(repository):
+    status, error = release(repository, "9.9.9")
+    assert status == 1 and 'pyproject.toml does not say version = "9.9.9"' in error
+
+
+def test_a_tag_that_exists_is_refused(repository):
+    git(repository, "tag", f"v{VERSION}")
+    status, error = release(repository)
+    assert status == 1 and f"the tag v{VERSION} exists already" in error
+
+
+def test_a_version_without_its_changes_is_refused(repository):
+    git(repository, "rm", "--quiet", "CHANGELOG.md")
+    git(repository, "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "Without")
+    status, error = release(repository)
+    assert status == 1 and "CHANGELOG.md has no section" in error
+
+
+def test_a_clean_tree_comes_to_the_build(repository):
+    status, error = release(repository)
+    assert status == 1 and "release:" not in error  # /bin/false stands where the build begins
+
+
+@pytest.mark.slow
+def test_two_builds_of_the_same_files_are_the_same_wheel(tmp_path):
+    wheels = []
+    for name in ("one", "another"):
+        copy = checkout(tmp_path / name)
+        done = pip(
+            "wheel",
+            "--no-build-isolation",
+            "--no-deps",
+            "--no-index",
+            "-w",
+            str(tmp_path / name),
+            str(copy),
+            FASTUFT_BUILD="cpu",
+            SOURCE_DATE_EPOCH="1767312000",
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        wheels.append(next((tmp_path / name).glob("*.whl")).read_bytes())
+    assert wheels[0] == wheels[1], sys.platform

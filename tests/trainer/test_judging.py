@@ -1,0 +1,165 @@
+"""The verdict at the end of a run: which weights are exported, what is written, and that it survives a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+
+import pytest
+import torch
+from run_rows import rows
+
+from fastuft.evaluate import Verdict
+from fastuft.model import load_backbone
+from fastuft.runfolder import RunFolder
+from fastuft.trainer import Callbacks, judging, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
+
+
+@pytest.fixture(scope="module")
+def start(folders, tmp_path_factory):
+    """A backbone to start from, of random weights."""
+    from fastuft.model import build_backbone, export_backbone
+
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("start") / "start.safetensors"
+    export_backbone(build_backbone("resnet_tiny", "small"), file)
+    return str(file)
+
+
+@pytest.fixture
+def judged_as(monkeypatch):
+    """Make every verdict this one, of the best step so far."""
+
+    def install(outcome):
+        def judge(looks):
+            best = judging.best_look(looks)
+            step = {"better": best.step if best else 0, "not known": looks[-1].step}.get(outcome, 0)
+            return Verdict(outcome, step, "as the test has it")
+
+        monkeypatch.setattr(judging, "judge", judge)
+
+    return install
+
+
+def same_weights(one, other):
+    left, right = (load_backbone(file).state_dict() for file in (one, other))
+    return all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def test_a_finetuning_ends_with_a_verdict_in_terminal_summary_and_result(tiny, start, capsys):
+    result = train(tiny(init=start, verdict={"looks": 2}))
+    folder = RunFolder(result.run_dir)
+    looks = rows(result.run_dir, "look")
+    assert [row["step"] for row in looks] == [0, 4, 8]
+    assert looks[0]["neighbors_kept"] == 1.0 and looks[2]["source_cka"] < 1.0
+    said = folder.read_summary()["verdict"]
+    assert said["line"] in capsys.readouterr().out and said["exported"] == "last"
+    assert said["line"] == result.judgment.line() and said["outcome"] == result.judgment.verdict.outcome
+    assert said["start"]["step"] == 0 and said["end"]["step"] == 8 and said["seconds"] > 0
+    assert not folder.last_file.exists() and not folder.start_file.exists()
+    assert same_weights(folder.backbone_file, folder.checkpoints.path(8))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "exported"),
+    [("better", "judged"), ("no better", "start"), ("collapsed", "start"), ("not known", "last")],
+)
+def test_the_judged_backbone_is_the_exported_one(tiny, start, judged_as, outcome, exported):
+    judged_as(outcome)
+    result = train(tiny(init=start, select="judged", verdict={"looks": 2}))
+    folder = RunFolder(result.run_dir)
+    assert result.judgment.exported == exported
+    files = {
+        "start": start,
+        "last": folder.checkpoints.path(8),
+        "judged": folder.judged_file(result.judgment.verdict.step),
+    }
+    assert same_weights(folder.backbone_file, files[exported])
+    assert same_weights(folder.last_file, folder.checkpoints.path(8))
+    assert folder.weights_file() == folder.weights_file(backbone_first=True) == folder.backbone_file
+    assert len(folder.judged_files()) == 1
+    assert folder.read_summary()["verdict"]["exported"] == exported
+
+
+def test_the_best_step_is_kept_until_a_better_one_comes(tiny, start, monkeypatch, judged_as):
+    judged_as("better")
+    ranks = iter([10.0, 30.0, 20.0, 40.0, 35.0])
+    look_at = judging.look_at
+    monkeypatch.setattr(
+        judging,
+        "look_at",
+        lambda *arguments: judging.Look(
+            **{**judging.asdict(look_at(*arguments)), "effective_rank": next(ranks), "lidar": 10.0, "uniformity": -2.0}
+        ),
+    )
+    result = train(tiny(init=start, select="judged", verdict={"looks": 4}, runtime={"keep_every": 2}))
+    folder = RunFolder(result.run_dir)
+    assert [file.name for file in folder.judged_files()] == ["judged_00000006.safetensors"]
+    assert result.judgment.verdict.step == 6 and same_weights(folder.backbone_file, folder.checkpoints.path(6))
+
+
+def test_the_verdict_may_end_a_run_and_resuming_it_changes_nothing(tiny, start, monkeypatch):
+    monkeypatch.setattr(judging, "should_stop", lambda looks: len(looks) == 2)
+    config = {"init": start, "stop": "judged", "verdict": {"looks": 4}}
+    result = train(tiny(**config))
+    assert (result.steps, result.finished, result.interrupted) == (2, True, None)
+    assert RunFolder(result.run_dir).read_summary()["finished"]
+    assert train(tiny(**config, resume="auto")).steps == 2
+
+
+def test_a_stopped_run_goes_on_to_the_same_looks_and_verdict(tiny, start, tmp_path):
+    def stop(progress):
+        if progress.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = {"init": start, "select": "judged", "verdict": {"looks": 4}}
+    whole = train(tiny(**config, out=str(tmp_path / "whole")))
+    stopped = train(tiny(**config), Callbacks(on_step=stop))
+    assert stopped.interrupted == "SIGTERM" and stopped.steps == 5
+    resumed = train(tiny(**config, resume="auto"))
+    assert rows(resumed.run_dir, "look") == rows(whole.run_dir, "look")
+    assert resumed.judgment.line() == whole.judgment.line()
+    assert same_weights(resumed.run_dir / "backbone.safetensors", whole.run_dir / "backbone.safetensors")
+
+
+def test_a_look_that_a_kill_came_before_is_taken_on_resume(tiny, start):
+    config = {"init": start, "select": "judged", "verdict": {"looks": 2}}
+    folder = RunFolder(train(tiny(**config)).run_dir)
+    lines = folder.metrics_file.read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["kind"] != "look" or json.loads(line)["step"] < 8]
+    folder.metrics_file.write_text("\n".join(kept) + "\n")
+    train(tiny(**config, resume="auto"))
+    assert [row["step"] for row in rows(folder.path, "look")] == [0, 4, 8]
+
+
+@pytest.mark.parametrize("content", [None, b"damaged"])
+def test_without_the_features_of_the_start_the_other_measures_go_on(tiny, start, content):
+    config = {"init": start, "verdict": {"looks": 2}}
+    folder = RunFolder(train(tiny(**config, max_steps=4)).run_dir)
+    folder.start_features_file.unlink()
+    if content is not None:
+        folder.start_features_file.write_bytes(content)
+    train(tiny(**config, resume="auto"))
+    last = rows(folder.path, "look")[-1]
+    assert last["neighbors_kept"] is None and last["source_cka"] is None and last["effective_rank"] > 0
+
+
+def test_looks_change_nothing_of_what_is_learned(tiny, start, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with_looks = train(tiny(init=start, verdict={"looks": 4}))
+        without = train(tiny(init=start, verdict={"looks": 0}, out=str(tmp_path / "without")))
+    assert without.judgment is None and RunFolder(without.run_dir).read_summary()["verdict"] is None
+    assert rows(with_looks.run_dir, "train") == rows(without.run_dir, "train")
+
+
+@pytest.mark.parametrize("changes", [{"select": "judged"}, {"stop": "judged"}])
+def test_a_verdict_without_a_start_or_looks_is_refused(tiny, start, changes):
+    with pytest.raises(ValueError, match="a verdict compares with the start; set init"):
+        tiny(**changes)
+    with pytest.raises(ValueError, match=r"verdict\.looks"):
+        tiny(init=start, verdict={"looks": 0}, **changes)
