@@ -351,7 +351,7 @@ COMMANDS = {
     "export": Command(
         options.ExportOptions,
         _export,
-        "write a backbone for torchvision, timm or this program",
+        "write a backbone for torchvision, timm, transformers, ONNX, torch.export or this program",
         "fastuft export --checkpoint runs/photos --out backbone.pth --layout torchvision",
         {},
     ),

@@ -14,8 +14,8 @@ class ExportOptions:
 
     Args:
         checkpoint: run folder, exported backbone, or any checkpoint that finetuning starts from.
-        out: file to write (.safetensors or .pth).
-        layout: fastuft (with metadata), torchvision or timm.
+        out: file to write (.safetensors or .pth; .onnx; .pt2 for torch_export), or the folder of transformers.
+        layout: fastuft (with metadata), torchvision, timm, transformers (a folder for from_pretrained), onnx or torch_export.
         arch: network of a checkpoint that does not say it.
         stem: stem of a checkpoint that does not say it.
         init_key: which of several backbones in the checkpoint, by its prefix there (encoder_k, teacher); none takes the one
@@ -26,7 +26,7 @@ class ExportOptions:
 
     checkpoint: str
     out: str
-    layout: Literal["fastuft", "torchvision", "timm"] = "fastuft"
+    layout: Literal["fastuft", "torchvision", "timm", "transformers", "onnx", "torch_export"] = "fastuft"
     arch: str | None = None
     stem: Literal["imagenet", "small"] | None = None
     init_key: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,11 +14,15 @@ from torch import Tensor
 import fastuft
 from fastuft.atomic import write_whole
 from fastuft.model.backbone import Backbone, Stem
+from fastuft.model.checkpoint.card import model_card
 from fastuft.model.checkpoint.conversion import Channels
 from fastuft.model.checkpoint.loading import METADATA_KEY, InitReport, open_backbone
+from fastuft.model.checkpoint.programs import write_onnx, write_torch_export
 from fastuft.model.checkpoint.resnet_layouts import OWN_NAMES, TIMM_V2
+from fastuft.model.checkpoint.transformers_export import write_transformers
 from fastuft.model.resnet_v2 import ResNetV2
 from fastuft.model.timm_network import TimmBackbone
+from fastuft.runfolder import RunFolder
 
 
 def export_backbone(backbone: Backbone, path: str | Path) -> None:
@@ -60,7 +65,7 @@ def export_state_dict(backbone: Backbone, layout: str, *, num_classes: int = 0) 
         ValueError: unknown layout, or a network that the library does not have.
     """
     if layout not in ("torchvision", "timm"):
-        raise ValueError(f"layout={layout!r} is not allowed; choose one of 'fastuft', 'torchvision', 'timm'")
+        raise ValueError(f"layout={layout!r} is not allowed; choose one of 'torchvision', 'timm'")
     if backbone.traits.stride_in_1x1:
         raise ValueError(
             f"layout={layout!r} has no ResNet whose stride is in 1x1 convolutions, as this checkpoint's is; export with "
@@ -86,6 +91,37 @@ def export_state_dict(backbone: Backbone, layout: str, *, num_classes: int = 0) 
     return state
 
 
+SUFFIXES = {
+    "fastuft": (".safetensors",),
+    "torchvision": (".safetensors", ".pth", ".pt"),
+    "timm": (".safetensors", ".pth", ".pt"),
+    "transformers": ("",),
+    "onnx": (".onnx",),
+    "torch_export": (".pt2",),
+}
+_WRITERS: dict[str, Callable[[Backbone, Path], None]] = {
+    "fastuft": export_backbone,
+    "transformers": write_transformers,
+    "onnx": write_onnx,
+    "torch_export": write_torch_export,
+}
+
+
+def _check_target(out: Path, layout: str, num_classes: int) -> None:
+    """Raise ValueError unless the layout can be written there."""
+    if layout not in SUFFIXES:
+        raise ValueError(f"layout={layout!r} is not allowed; choose one of {', '.join(SUFFIXES)}")
+    if layout == "transformers":
+        if out.is_file():
+            raise ValueError(f"out={str(out)!r} is a file; layout transformers writes a folder, name one")
+    elif out.suffix not in SUFFIXES[layout]:
+        raise ValueError(
+            f"out={str(out)!r} has an unknown suffix for layout {layout}; use {' or '.join(SUFFIXES[layout])}"
+        )
+    if num_classes and layout not in ("torchvision", "timm"):
+        raise ValueError(f"num_classes={num_classes} is not available for layout {layout}; leave it at 0")
+
+
 def export(
     checkpoint: str | Path,
     out: str | Path,
@@ -97,12 +133,13 @@ def export(
     key: str | None = None,
     channels: Channels = "auto",
 ) -> InitReport:
-    """Write a checkpoint's backbone for other libraries (``fastuft export``).
+    """Write a checkpoint's backbone for other libraries (``fastuft export``), and of a run its model card.
 
     Args:
         checkpoint: as :func:`load_backbone` takes it.
-        out: file to write; ``.safetensors``, or ``.pth`` for ``torch.save``.
-        layout: fastuft, torchvision or timm.
+        out: what to write: ``.safetensors``, or ``.pth`` for ``torch.save``; ``.onnx`` for onnx, ``.pt2`` for
+            torch_export, a folder for transformers.
+        layout: fastuft, torchvision, timm, transformers, onnx or torch_export.
         arch: network of a checkpoint that does not say it.
         stem: stem of a checkpoint that does not say it.
         num_classes: see :func:`export_state_dict`.
@@ -113,25 +150,29 @@ def export(
         What was taken of the checkpoint.
 
     Raises:
-        ValueError: unknown suffix or layout, or as :func:`load_backbone`.
+        ValueError: unknown suffix or layout, a network that the layout does not have, or as :func:`load_backbone`.
     """
     out = Path(out)
-    if out.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(f"out={str(out)!r} has an unknown suffix; use .safetensors or .pth")
+    _check_target(out, layout, num_classes)
     backbone, report = open_backbone(checkpoint, arch, stem, key=key, channels=channels)
-    if layout == "fastuft":
-        if out.suffix != ".safetensors":
-            raise ValueError(f"out={str(out)!r}: layout fastuft keeps metadata, which needs the suffix .safetensors")
-        export_backbone(backbone, out)
-        return report
-    state = export_state_dict(backbone, layout, num_classes=num_classes)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if layout in _WRITERS:
+        _WRITERS[layout](backbone, out)
+    else:
+        _write_state(export_state_dict(backbone, layout, num_classes=num_classes), out)
+    run = RunFolder(Path(checkpoint))
+    if run.config_file.exists():
+        card = out / "README.md" if layout == "transformers" else out.with_suffix(".md")
+        write_whole(card, model_card(backbone, run, layout, out.name).encode())
+    return report
+
+
+def _write_state(state: dict[str, Tensor], out: Path) -> None:
     if out.suffix == ".safetensors":
         from safetensors.torch import save
 
         write_whole(out, save(state))
-        return report
+        return
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_whole(out, buffer.getbuffer())
-    return report

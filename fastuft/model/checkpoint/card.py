@@ -1,0 +1,194 @@
+"""The model card of a run's exported backbone: what it was trained on and how, what is known of it, how to load it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastuft.model.backbone import Backbone
+from fastuft.model.checkpoint.preprocessing import shorter_side
+from fastuft.model.checkpoint.transformers_export import features_in_transformers
+from fastuft.model.timm_network import TimmBackbone
+from fastuft.names import printable
+from fastuft.runfolder import RunFolder, read_json
+
+# Figures of eval.json by their place in it, as fractions.
+_FIGURES = {
+    "retrieval accuracy": ("retrieval",),
+    "clustering accuracy": ("clustering",),
+    "source clustering accuracy": ("forgetting", "after"),
+    "source clustering accuracy before": ("forgetting", "before"),
+}
+# Networks of ours that other libraries have, by their names there.
+_TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101")
+_TIMM = {arch: arch for arch in _TORCHVISION} | {
+    "bit_resnet50": "resnetv2_50x1_bit",
+    "bit_resnet101": "resnetv2_101x1_bit",
+}
+_RECIPE = ("method", "optim", "data", "augment")
+
+
+def _or_nothing(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file of the run says; a damaged one is left out with a warning."""
+    try:
+        return read()
+    except (OSError, ValueError) as error:
+        warnings.warn(f"the model card leaves out what cannot be read: {error}", stacklevel=3)
+        return {}
+
+
+def _at(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _cell(value: object) -> str:
+    return printable(str(value)).replace("|", "\\|")
+
+
+def _table(rows: Mapping[str, object]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()), ""]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _percent(value: Any) -> str | None:
+    """A fraction, or a mean with its spread over trials, in percent."""
+    if isinstance(value, Mapping):
+        mean, spread = value.get("mean"), value.get("std")
+        if isinstance(mean, (int, float)):
+            around = f" ± {100 * spread:.1f}" if isinstance(spread, (int, float)) else ""
+            return f"{100 * mean:.1f} %{around}"
+        return None
+    return f"{100 * value:.1f} %" if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _figures(evaluation: Mapping[str, Any]) -> dict[str, object]:
+    found = {name: _percent(_at(evaluation, *keys)) for name, keys in _FIGURES.items()}
+    for kind, label in (("fewshot", "few-shot"), ("fixmatch", "FixMatch")):
+        for shots, result in (_at(evaluation, kind) or {}).items():
+            found[f"{label} mean class accuracy, {shots} images per class"] = _percent(_at(result, "mean_class"))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _state_dict(backbone: Backbone, layout: str, name: str) -> str:
+    """Python that loads a state dict into the library's network; without a network of ours that the library lacks."""
+    read = f"load_file({name!r})" if name.endswith(".safetensors") else f"torch.load({name!r}, weights_only=True)"
+    networks = {"torchvision": {arch: f"torchvision.models.{arch}()" for arch in _TORCHVISION}}
+    networks["timm"] = {arch: f"timm.create_model({theirs!r}, num_classes=0)" for arch, theirs in _TIMM.items()}
+    if isinstance(backbone, TimmBackbone):
+        networks["timm"][backbone.arch] = f"timm.create_model({backbone.arch.removeprefix('timm:')!r}, num_classes=0)"
+    network = networks[layout].get(backbone.arch)
+    if network is None:
+        return f"state_dict = {read}"
+    bare = "network.fc = torch.nn.Identity()\n" if layout == "torchvision" else ""
+    return f"network = {network}\n{bare}network.load_state_dict({read})"
+
+
+def _use(backbone: Backbone, layout: str, name: str) -> str:
+    """Python that loads the export."""
+    if layout in ("torchvision", "timm"):
+        return _state_dict(backbone, layout, name)
+    return {
+        "fastuft": f"backbone = fastuft.model.load_backbone({name!r})\nfeatures = backbone(images)",
+        "transformers": (
+            f"network = transformers.AutoModel.from_pretrained({name!r})\noutput = network(images)\n"
+            f"features = {features_in_transformers(backbone)}"
+        ),
+        "onnx": (
+            f"session = onnxruntime.InferenceSession({name!r})\n"
+            '(features,) = session.run(["features"], {"images": images})'
+        ),
+        "torch_export": f"program = torch.export.load({name!r}).module()\nfeatures = program(images)",
+    }[layout]
+
+
+def _evaluation_of(run: RunFolder) -> Path | None:
+    """eval.json of the run, in its folder or in ``eval`` beneath."""
+    places = (run, RunFolder(run.path / "eval"))
+    return next((place.evaluation_file for place in places if place.evaluation_file.exists()), None)
+
+
+def _verdict(summary: Mapping[str, Any]) -> list[str]:
+    verdict = summary.get("verdict")
+    if not isinstance(verdict, Mapping) or "outcome" not in verdict:
+        return []
+    reasons = verdict.get("reasons")
+    listed = [f"- {_cell(reason)}" for reason in reasons] if isinstance(reasons, list) else []
+    return ["## Verdict", "", f"Told without labels: **{_cell(verdict['outcome'])}**.", "", *listed, ""]
+
+
+def model_card(backbone: Backbone, run: RunFolder, layout: str, name: str) -> str:
+    """Markdown that goes with an exported backbone.
+
+    Args:
+        backbone: what was exported.
+        run: the run it is of.
+        layout: as :func:`export` takes it.
+        name: of the file or folder that was written.
+    """
+    summary, config = _or_nothing(run.read_summary), _or_nothing(run.read_config)
+    evaluation_file = _evaluation_of(run)
+    evaluation = _or_nothing(lambda: read_json(evaluation_file)) if evaluation_file else {}
+    counts = summary.get("manifest", {})
+    init = _at(summary, "init", "path") or config.get("init") or "random initialization"
+    training = {
+        "started from": init,
+        "target images, unlabeled": _at(counts, "num_target"),
+        "replayed source images": _at(counts, "num_source"),
+        "images seen": summary.get("images"),
+        "steps": f"{summary.get('steps')} of {summary.get('total_steps')}",
+        "files left out as bad": summary.get("bad_files"),
+        "digest of the image list": _at(counts, "content_hash"),
+    }
+    recipe = {key: value for section in _RECIPE for key, value in _flat({section: config.get(section) or {}})}
+    figures = _figures(evaluation)
+    statements = evaluation.get("statements")
+    side, shown_init = backbone.input_size, Path(str(init)).name
+    lines = [
+        f"# {backbone.arch}, adapted to unlabeled images",
+        "",
+        f"A backbone without classifier: RGB images in, {backbone.num_features} features per image out. It was finetuned "
+        f"from {_cell(shown_init)} by contrastive learning without labels (Li et al. 2021, arXiv 2110.09510).",
+        "",
+        "## Use",
+        "",
+        f"Layout {layout}, written by fastuft {_at(summary, 'versions', 'fastuft') or ''}".rstrip() + ":",
+        "",
+        "```python",
+        _use(backbone, layout, name),
+        "```",
+        "",
+        f"Images: shorter side to {shorter_side(side)} pixels (bilinear), center crop of {side}, divided by 255, less the "
+        f"mean {list(backbone.mean)}, divided by {list(backbone.std)}.",
+        "",
+        "## Training data",
+        "",
+        *(
+            _table({key: value for key, value in training.items() if value is not None})
+            if summary
+            else ["Not recorded.", ""]
+        ),
+        *_verdict(summary),
+        "## Figures",
+        "",
+        *(
+            _table(figures)
+            if figures
+            else ["No labeled evaluation is in the run folder; `fastuft eval` makes one.", ""]
+        ),
+        *([f"- {_cell(line)}" for line in statements] + [""] if isinstance(statements, list) and statements else []),
+        "## Recipe",
+        "",
+        *(_table(recipe) if recipe else ["Not recorded.", ""]),
+    ]
+    return "\n".join(lines)
