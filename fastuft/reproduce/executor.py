@@ -53,13 +53,21 @@ class Executor:
         # with its own share takes what is left of the others'.
         mine = self._mine(self.plan.backbones)
         order = [*mine, *(backbone for backbone in self.plan.backbones if backbone not in mine)]
-        for number, backbone in enumerate(order, 1):
-            mark = f"[{number}/{len(order)}] {backbone.name}"
-            with claim(self.folders.out, backbone.name) as alone:
-                if alone:
-                    self._run_backbone(backbone, mark, datasets, source)
-                else:
-                    print(f"{mark}: in the hands of another process", flush=True)
+        marks = {backbone: f"[{number}/{len(order)}] {backbone.name}" for number, backbone in enumerate(order, 1)}
+        left = order
+        while left:
+            held = []
+            for backbone in left:
+                with claim(self.folders.out, backbone.name) as alone:
+                    if alone:
+                        self._run_backbone(backbone, marks[backbone], datasets, source)
+                    else:
+                        held.append(backbone)
+            if len(held) == len(left):
+                break
+            left = held  # whoever held them may have been killed meanwhile, so that they are taken over
+        for backbone in left:
+            print(f"{marks[backbone]}: in the hands of another process", flush=True)
 
     @property
     def _how(self) -> tuple[ReproduceConfig, Scale, GridFolders]:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import micro_grid
@@ -180,6 +181,53 @@ def test_processes_side_by_side_do_nothing_twice(tmp_path):
         "unsupervised-resnet50-unsup_S-seed0",
         "unsupervised-resnet50-unsup_T-pet-seed0",
     ]
+
+
+def test_a_part_whose_process_ends_meanwhile_is_taken_over(micro, tmp_path, monkeypatch, capsys):
+    config = ReproduceConfig(out=str(tmp_path), tables=["1"], datasets=["pet"], trials=1, scale="tiny", figure=[])
+    first, second = [backbone.name for backbone in make_plan(config).backbones if backbone.method != "unsup_S"]
+    train, order = training.train, []
+    with ExitStack() as other:
+        other.enter_context(claim(tmp_path, first))  # as another process holds it
+
+        def train_while_the_other_ends(config):
+            order.append(Path(config.out).name)
+            if order[-1] == second:
+                other.close()
+            return train(config)
+
+        monkeypatch.setattr(training, "train", train_while_the_other_ends)
+        assert reproduce(config) == 0
+    assert order[1:] == [second, first]
+    assert "in the hands" not in capsys.readouterr().out
+    assert {row["method"] for row in rows_of(tmp_path)} == {"unsup_S", "naive", "unsup_T"}
+
+
+def test_one_of_two_processes_is_killed_and_the_other_does_the_rest(tmp_path):
+    epochs = 24
+    command = [sys.executable, micro_grid.__file__, str(tmp_path), "all", "1", str(epochs)]
+    run = tmp_path / "runs" / "unsupervised-resnet50-unsup_S-seed0"
+
+    def start():
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    killed = start()
+    deadline = time.monotonic() + 240
+    while not (run / "metrics.jsonl").exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    survivor = start()
+    time.sleep(1)
+    killed.kill()
+    killed.communicate()
+    out, err = survivor.communicate(timeout=400)
+    assert survivor.returncode == 0, (out, err)
+    trained = [Path(line.split()[1]).name for line in out.splitlines() if line.startswith("trained ")]
+    assert trained[0] == run.name and len(trained) == 3
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["finished"] and summary["steps"] == epochs * (248 // 32)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == summary["steps"]
+    assert {row["method"] for row in rows_of(tmp_path)} == {"unsup_S", "naive", "unsup_T"}
 
 
 def test_a_lock_is_freed_with_its_process(tmp_path):
