@@ -117,7 +117,7 @@ class EvalConfig:
             that takes gradients.
         init_channels: what its first convolution takes; auto is RGB or what the layout says, bgr and gray are converted.
         before_key: as init_key, of ``before``.
-        size: network input side, pixels.
+        size: network input side, pixels; null takes the training crop of a run folder, else what the network was made for.
         resize: shorter side before the center crop; 0 means size * 256 / 224.
         batch_size: images per batch.
         trials: draws and starts behind each mean.
@@ -145,7 +145,7 @@ class EvalConfig:
     init_key: str | None = None
     init_channels: Literal["auto", "rgb", "bgr", "gray"] = "auto"
     before_key: str | None = None
-    size: Annotated[int, Range(8)] = 224
+    size: Annotated[int, Range(8)] | None = None
     resize: AtLeast0 = 0
     batch_size: AtLeast1 = 256
     trials: AtLeast1 = 3

@@ -63,7 +63,8 @@ def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone |
         warnings.warn(doubt, stacklevel=2)
     backbones = {AFTER: backbone} if before is None else {AFTER: backbone, BEFORE: before}
     device = choose_device(config.device)
-    context = Context(config, folders, backbones)
+    size = config.size or _usual_size(config.checkpoint, backbone)
+    context = Context(config, folders, backbones, size)
     with at_work(list(backbones.values()), device):
         context.extract()
         part = run_sections(context)
@@ -82,9 +83,16 @@ def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone |
             "hash": weights_hash(backbone),
         },
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(dataclasses.replace(config, size=size)),
     }
     return Evaluation(metrics, part.arrays, part.draws)
+
+
+def _usual_size(checkpoint: str, backbone: Backbone) -> int:
+    """Side of the training crop where ``checkpoint`` is a run folder, else what the network was made for."""
+    trained = RunFolder(Path(checkpoint)).read_config().get("augment")
+    size = trained.get("size") if isinstance(trained, dict) else None
+    return size if isinstance(size, int) and size >= 8 else backbone.input_size
 
 
 def write_evaluation(folder: Path | str, result: Evaluation) -> None:

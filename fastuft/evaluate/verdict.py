@@ -51,22 +51,26 @@ class Look:
 class Rule:
     """Thresholds of the verdict; the one place where they stand.
 
-    Changes of rank are natural logarithms of the ratio to the start, so that they mean the same for every network.
+    Changes are natural logarithms of the ratio to the start, so that they mean the same for every network. The values come
+    from a few short runs on the demo's digits (docs/verdict.md has the figures): too little to trust them elsewhere, which is
+    why nothing is selected by them unless it is asked for.
 
     Args:
         collapsed_rank: effective rank, as a share of the start's, below which the features have collapsed.
         collapsed_uniformity: uniformity above which all features lie close together (0: they are the same).
-        gain: mean change of rank from which the features are better.
-        loss: mean change of rank below which they are no better.
+        gain: change of effective rank from which the features are better.
+        loss: change of effective rank below which they are no better.
+        lidar_drop: fall of LiDAR that rules out "better".
         agreement_drop: fall of view agreement that rules out "better".
         fewest_images: smaller samples tell nothing.
         patience: looks without a better one after which a run that may stop does.
     """
 
     collapsed_rank: float = 0.25
-    collapsed_uniformity: float = -0.25
-    gain: float = 0.05
+    collapsed_uniformity: float = -0.15
+    gain: float = 0.1
     loss: float = 0.0
+    lidar_drop: float = 0.25
     agreement_drop: float = 0.02
     fewest_images: int = 50
     patience: int = 3
@@ -97,15 +101,17 @@ class Verdict:
         return f"Without labels: {said[self.outcome]}; {self.why}"
 
 
-def rank_change(look: Look, start: Look) -> float | None:
-    """Mean change of effective rank and LiDAR since the start, in natural logarithms; None where one has no value.
+def _change(now: float | None, then: float | None) -> float | None:
+    """log(now / then); None where one has no value."""
+    return math.log(now / then) if now and then and now > 0 and then > 0 else None
 
-    Neither is what training optimizes, as view agreement and alignment are: those rise in a collapse too.
+
+def rank_change(look: Look, start: Look) -> float | None:
+    """Change of effective rank since the start, a natural logarithm; None where one has no value.
+
+    Training does not optimize it, as it does view agreement and alignment: those rise in a collapse too.
     """
-    pairs = ((look.effective_rank, start.effective_rank), (look.lidar, start.lidar))
-    if any(now is None or then is None or now <= 0 or then <= 0 for now, then in pairs):
-        return None
-    return sum(math.log(now / then) for now, then in pairs if now and then) / len(pairs)
+    return _change(look.effective_rank, start.effective_rank)
 
 
 def collapsed(look: Look, start: Look, rule: Rule) -> bool:
@@ -119,7 +125,7 @@ def collapsed(look: Look, start: Look, rule: Rule) -> bool:
 
 
 def best_look(looks: Sequence[Look], rule: Rule | None = None) -> Look | None:
-    """The look of the largest change of rank among those after the start that have not collapsed; the later of equals."""
+    """The look of the largest effective rank among those after the start that have not collapsed; the later of equals."""
     limits, start = rule or Rule(), looks[0]
     whole = [look for look in looks[1:] if not collapsed(look, start, limits)]
     known = [(change, look.step) for look in whole if (change := rank_change(look, start)) is not None]
@@ -143,8 +149,8 @@ def should_stop(looks: Sequence[Look], rule: Rule | None = None) -> bool:
 def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
     """The verdict over the looks of a run, the start's first.
 
-    The best look is the one of the largest change of rank that has not collapsed. It is better than the start where that
-    change is at least ``gain`` and its views agree about as well as at the start.
+    The best look is the one of the largest effective rank that has not collapsed. It is better than the start where that
+    gained at least ``gain``, and neither LiDAR nor the agreement of views fell.
 
     Args:
         looks: in the order of their steps; the first is of step 0.
@@ -159,7 +165,7 @@ def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
         return Verdict("not known", last.step, f"{start.images} images are too few to tell")
     best = best_look(looks, limits)
     change = None if best is None else rank_change(best, start)
-    if best is not None and change is not None and change >= limits.gain and not _agrees_less(best, start, limits):
+    if best is not None and change is not None and change >= limits.gain and not _forbidden(best, start, limits):
         return Verdict("better", best.step, _compared(best, start))
     if collapsed(last, start, limits):
         return Verdict("collapsed", 0, _compared(last, start))
@@ -170,10 +176,12 @@ def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
     return Verdict("not known", last.step, _compared(last, start))
 
 
-def _agrees_less(look: Look, start: Look, rule: Rule) -> bool:
-    if look.view_agreement is None or start.view_agreement is None:
+def _forbidden(look: Look, start: Look, rule: Rule) -> bool:
+    """Whether LiDAR or the agreement of views rules out that a look is better; so does a missing one."""
+    lidar = _change(look.lidar, start.lidar)
+    if lidar is None or look.view_agreement is None or start.view_agreement is None:
         return True
-    return look.view_agreement < start.view_agreement - rule.agreement_drop
+    return lidar < -rule.lidar_drop or look.view_agreement < start.view_agreement - rule.agreement_drop
 
 
 _WORDS = {

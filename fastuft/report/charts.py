@@ -27,6 +27,14 @@ CURVES = (
     ("lr", "learning rate"),
 )
 WATCHED = (("retrieval", "retrieval %"), ("source_clustering", "source clustering %"))
+LOOKS = (
+    ("effective_rank", "effective rank"),
+    ("lidar", "LiDAR"),
+    ("uniformity", "uniformity"),
+    ("view_agreement", "view agreement"),
+    ("neighbors_kept", "neighbors kept"),
+    ("source_cka", "source CKA"),
+)
 _LABEL = 40  # characters of a name beside a chart
 
 STYLE: Any = {
@@ -111,22 +119,38 @@ def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | Non
 
 
 def watched(arms: dict[str, list[RunFiles]]) -> str | None:
-    """Figures evaluated while training, per cent, against steps; None when nothing was watched."""
+    """Accuracies evaluated while training, per cent, against steps; None when nothing was watched."""
+    return _panels(arms, "watch", WATCHED, scale=100)
+
+
+def looks(arms: dict[str, list[RunFiles]]) -> str | None:
+    """The label-free measures of a verdict against steps; None when no run was looked at."""
+    return _panels(arms, "look", LOOKS, scale=1)
+
+
+def _panels(
+    arms: dict[str, list[RunFiles]], kind: str, quantities: Sequence[tuple[str, str]], *, scale: float
+) -> str | None:
+    """Quantities of one kind of rows, three panels a line; None when no run has any."""
     panels = [
-        (key, title) for key, title in WATCHED if any(len(runs[0].series(key, "watch")[0]) for runs in arms.values())
+        (key, title) for key, title in quantities if any(len(runs[0].series(key, kind)[0]) for runs in arms.values())
     ]
     if not panels:
         return None
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(4.6 * len(panels), 2.8), layout="constrained")
-        grid = np.atleast_1d(canvas.subplots(1, len(panels)))
-        for axes, (key, title) in zip(grid, panels, strict=True):
+        canvas = Canvas(figsize=(min(4.6, 9.2 / max(2, columns)) * columns, 2.8 * lines), layout="constrained")
+        grid = np.atleast_1d(canvas.subplots(lines, columns)).flatten()
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (key, title) in zip(grid, panels, strict=False):
             drawn = {}
             for number, (name, runs) in enumerate(arms.items()):
-                steps, values = runs[0].series(key, "watch")
+                steps, values = runs[0].series(key, kind)
                 if len(steps):
                     color, style = COLORS[number % len(COLORS)], STYLES[number // len(COLORS) % len(STYLES)]
-                    axes.plot(steps, 100 * values, style, marker="o", markersize=3, color=color)
+                    axes.plot(steps, scale * values, style, marker="o", markersize=3, color=color)
                     drawn[name] = axes.lines[-1]
             axes.set_title(title)
             axes.set_xlabel("step")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastuft.names import printable
-from fastuft.report.charts import curves, maps, watched
+from fastuft.report.charts import curves, looks, maps, watched
 from fastuft.report.files import RunFiles
 from fastuft.report.render import render, write_page
 from fastuft.report.tables import (
@@ -23,6 +23,7 @@ from fastuft.report.tables import (
     accuracy_table,
     arms,
     as_runs,
+    before_after_table,
     best_cells,
     change_table,
     figure,
@@ -188,6 +189,12 @@ def _statements(groups: dict[str, list[RunFiles]]) -> list[str]:
     ]
 
 
+def _verdicts(groups: dict[str, list[RunFiles]]) -> list[tuple[str, str]]:
+    """(arm, line): what the first run of each arm says of itself without labels."""
+    found = ((name, lookup(runs[0].summary, "verdict", "line")) for name, runs in groups.items())
+    return [(name, line) for name, line in found if isinstance(line, str)]
+
+
 def _curves(groups: dict[str, list[RunFiles]]) -> list[tuple[str, str]]:
     """(caption, picture) of pretraining and of finetuning: steps and losses of the two do not compare."""
     finetuned = {name for name, runs in groups.items() if lookup(runs[0].summary, "init")}
@@ -225,6 +232,9 @@ def write_report(
         accuracies=accuracies,
         best=best_cells(loaded, accuracies) if accuracies else set(),
         changes=change_table(loaded),
+        before_after=before_after_table(loaded),
+        verdicts=_verdicts(groups),
+        looks=looks(groups),
         remarks=_remarks(groups),
         statements=_statements(groups),
         damaged=list(dict.fromkeys(damage for run in loaded for damage in run.damaged)),

@@ -161,6 +161,8 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
         share("source before %", "forgetting", "before", kind="reference"),
         plain("alignment", "label_free", "alignment"),
         plain("uniformity", "label_free", "uniformity"),
+        plain("effective rank", "label_free", "effective_rank"),
+        plain("LiDAR", "label_free", "lidar"),
         share("neighbors kept %", "label_free", "neighbor_overlap", kind="change"),
         plain("target CKA", "label_free", "target_drift", "linear_cka"),
         plain("source CKA", "source_drift", "linear_cka"),
@@ -190,6 +192,29 @@ def change_table(runs: Sequence[RunFiles]) -> Table | None:
     return _side_by_side(arms(runs), [column for column in _columns(runs) if column.kind == "change"])
 
 
+def before_after_table(runs: Sequence[RunFiles]) -> Table | None:
+    """Each metric that is known before and after, with the difference; a row per arm and metric. None without any."""
+    compared: list[tuple[str, float, int, tuple[str, ...], tuple[str, ...]]] = [
+        ("retrieval %", 100, 1, ("before", "retrieval"), ("retrieval",)),
+        ("clustering %", 100, 1, ("before", "clustering"), ("clustering",)),
+        ("source clustering %", 100, 1, ("forgetting", "before"), ("forgetting", "after")),
+        ("alignment", 1, 3, ("label_free", "before", "alignment"), ("label_free", "alignment")),
+        ("uniformity", 1, 3, ("label_free", "before", "uniformity"), ("label_free", "uniformity")),
+        ("effective rank", 1, 1, ("label_free", "before", "effective_rank"), ("label_free", "effective_rank")),
+        ("LiDAR", 1, 1, ("label_free", "before", "lidar"), ("label_free", "lidar")),
+        ("view agreement %", 100, 1, ("label_free", "before", "view_agreement"), ("label_free", "view_agreement")),
+    ]
+    rows = []
+    for name, group in arms(runs).items():
+        for header, factor, digits, then, now in compared:
+            before, after = figure(group, *then), figure(group, *now)
+            if before is not None and after is not None:
+                values = (factor * before.mean, factor * after.mean)
+                change = f"{values[1] - values[0]:+.{digits}f}"
+                rows.append([name, header, *(f"{value:.{digits}f}" for value in values), change])
+    return Table(["run", "metric", "before", "after", "difference"], rows) if rows else None
+
+
 def best_cells(runs: Sequence[RunFiles], shown: Table) -> set[tuple[int, int]]:
     """(row, column) of the highest mean of each column of accuracies, as printed."""
     best = set()
@@ -206,7 +231,8 @@ def best_cells(runs: Sequence[RunFiles], shown: Table) -> set[tuple[int, int]]:
 def table(runs: Runs, format: Format = "text") -> str:
     """The arms side by side: one row a name, mean and spread over runs of that name or over a run's trials.
 
-    Text and Markdown show accuracies first and what changed without labels below; CSV has one table of all.
+    Text and Markdown show accuracies first, what changed without labels below, and before beside after where both are
+    known; CSV has one table of all.
 
     Args:
         runs: (name, folder) pairs or loaded runs.
@@ -218,4 +244,5 @@ def table(runs: Runs, format: Format = "text") -> str:
         return "none of the runs has figures yet: evaluate them with `fastuft eval`\n"
     if format == "csv":
         return everything.csv()
-    return "\n".join(shown.show(format) for shown in (accuracy_table(loaded), change_table(loaded)) if shown)
+    tables = (accuracy_table(loaded), change_table(loaded), before_after_table(loaded))
+    return "\n".join(shown.show(format) for shown in tables if shown)

@@ -209,7 +209,7 @@ PAPER = Scale(
     supervised=None,
     method=MethodConfig(),
     augment=AugmentConfig(),
-    evaluation=EvalConfig(checkpoint=FILLED_IN, train=FILLED_IN, gallery=0),
+    evaluation=EvalConfig(checkpoint=FILLED_IN, train=FILLED_IN, size=224, gallery=0),
 )
 
 # The demo's network, views and rates; shorter, because the grid has 24 trainings and 34 evaluations.

@@ -17,6 +17,7 @@ from image_folders import ColorNet, write_images
 
 from fastuft.config import ClusteringConfig, EvalConfig, FewShotConfig, MapConfig
 from fastuft.evaluate import Evaluation, evaluate_backbone, write_evaluation
+from fastuft.runfolder import RunFolder
 
 QUICK = FewShotConfig(shots=[1, 2], epochs=3, lr=1.0, crop_scale=(0.5, 1.0))
 
@@ -237,3 +238,14 @@ def test_bad_files_are_named_or_left_out(folders, tmp_path):
     assert metrics["counts"] == {"train": 23, "test": 15}
     assert list(metrics["bad_files"]) == [str(Path(train) / "red" / "3.png")]
     assert metrics["retrieval"] > 0.9
+
+
+def test_the_size_is_that_of_the_run_or_of_the_network(folders, tmp_path):
+    quick = {"size": None, "fewshot": FewShotConfig(shots=[]), "gallery": 0, "map": MapConfig(points=0), "trials": 1}
+    run = RunFolder(tmp_path)
+    run.write_config({"augment": {"size": 24}}, {})
+    metrics = evaluate_backbone(ColorNet(), config(folders, checkpoint=str(tmp_path), resize=32, **quick)).metrics
+    assert metrics["config"]["size"] == 24
+    backbone = ColorNet()
+    backbone.input_size = 20
+    assert evaluate_backbone(backbone, config(folders, resize=32, **quick)).metrics["config"]["size"] == 20

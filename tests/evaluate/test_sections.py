@@ -97,7 +97,7 @@ def test_three_images_without_labels(tmp_path):
     folder = write_images(tmp_path, ["flat"], 3, 0) + "/flat"
     result = evaluate({"train": folder}, before=ColorNet(1))
     assert "needs at least 5 images, got 3" in result.metrics["not_known"]["The map"]
-    assert set(result.metrics["not_known"]) == {"The map", "The share of neighbors kept"}
+    assert set(result.metrics["not_known"]) == {"The map", "The share of neighbors kept", "Agreement of views"}
     assert result.arrays["neighbors"].shape == (2, 2)
 
 
@@ -109,7 +109,7 @@ def test_the_larger_draw_is_kept(folders):
 
 def context_for(folders):
     config = EvalConfig(checkpoint="none", train=folders["train"], device="cpu")
-    return Context(config, None, {})
+    return Context(config, None, {}, 32)
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, MemoryError, OSError, ZeroDivisionError])

@@ -157,7 +157,7 @@ def test_pretraining_and_finetuning_have_curves_of_their_own(tmp_path):
         assert ("From a checkpoint" in " ".join(parsed.words)) == (pictures == 2)
 
 
-def test_accuracies_and_label_free_figures_are_two_tables(tmp_path):
+def test_accuracies_label_free_figures_and_differences_are_tables_of_their_own(tmp_path):
     forgetting = {
         "before": {"mean": 0.9, "std": None, "trials": [0.9]},
         "after": {"mean": 0.3, "std": None, "trials": [0.3]},
@@ -166,13 +166,40 @@ def test_accuracies_and_label_free_figures_are_two_tables(tmp_path):
     for name, folder in runs:
         found = evaluation(retrieval=0.9 if name == "a" else 0.8) | {"forgetting": forgetting}
         (folder / "eval.json").write_text(json.dumps(found))
-    first, second = table(runs).split("\n\n")
+    first, second, third = table(runs).split("\n\n")
     assert "retrieval %" in first and "source before %" in first and "alignment" not in first
     assert "alignment" in second and "neighbors kept %" in second
+    assert "difference" in third and "source clustering %" in third
     assert len(table(runs, "csv").splitlines()) == 3
     write_report(tmp_path / "report.html", runs)
     text = (tmp_path / "report.html").read_text()
     assert text.count('class="best">90.0</td>') == 1  # of retrieval; what the source had before does not compete
+
+
+def test_before_after_and_difference_stand_side_by_side(tmp_path):
+    run = write_run(tmp_path / "run")
+    figures = json.loads((run / "eval.json").read_text())
+    figures["before"] = {"retrieval": 0.8, "clustering": {"mean": 0.9, "std": None, "trials": [0.9]}}
+    figures["label_free"]["before"] = {"alignment": 0.4, "uniformity": -2.0}
+    (run / "eval.json").write_text(json.dumps(figures))
+    shown = table([("ours", run)]).split("\n\n")[-1]
+    rows = {" ".join(line.split()[1:-3]): line.split()[-3:] for line in shown.splitlines()[2:]}
+    assert rows["retrieval %"] == ["80.0", "90.0", "+10.0"] and rows["clustering %"] == ["90.0", "81.2", "-8.8"]
+    assert rows["alignment"] == ["0.400", "0.300", "-0.100"] and rows["uniformity"] == ["-2.000", "-2.500", "-0.500"]
+    write_report(tmp_path / "report.html", [("ours", run)])
+    assert "<h2>Before and after</h2>" in (tmp_path / "report.html").read_text()
+
+
+def test_looks_and_verdicts_of_runs_are_shown(tmp_path):
+    run = write_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (0, 10, 20):
+            file.write(json.dumps({"kind": "look", "step": step, "effective_rank": 10.0 + step, "lidar": None}) + "\n")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"verdict": {"line": f"Without labels: {EVIL}"}}))
+    write_report(tmp_path / "report.html", [("ours", run)])
+    page = (tmp_path / "report.html").read_text()
+    assert "ours: Without labels: &lt;script&gt;" in page and 'alt="Label-free measures' in page
 
 
 def test_runs_without_figures_say_so(tmp_path):

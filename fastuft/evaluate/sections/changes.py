@@ -9,7 +9,16 @@ import torch
 from fastuft.evaluate.sections.accuracies import NEIGHBORS, clustering_of
 from fastuft.evaluate.sections.context import AFTER, BEFORE, Context
 from fastuft.evaluate.sections.part import Part
-from fastuft.evaluate.unlabeled import alignment, linear_cka, mean_cosine, neighbor_overlap, uniformity
+from fastuft.evaluate.unlabeled import (
+    alignment,
+    effective_rank,
+    lidar,
+    linear_cka,
+    mean_cosine,
+    neighbor_overlap,
+    uniformity,
+    view_agreement,
+)
 
 # Label-free measures look at no more images than this: their sampling error is then far below what matters.
 SAMPLE = 2048
@@ -24,7 +33,7 @@ NO_SOURCE_LABELS = (
 
 
 def label_free(context: Context) -> Part:
-    """Alignment and uniformity of two views of each image, and what changed since ``before``."""
+    """Alignment, uniformity, rank and agreement of two views of each image, and what changed since ``before``."""
     part, paths, seed = Part(), context.folders.train.paths, context.config.seed
     index = context.sample("unlabeled", len(paths), SAMPLE)
     few = [paths[i] for i in index[: SAMPLE // 4]]
@@ -34,6 +43,9 @@ def label_free(context: Context) -> Part:
         views = context.two_views(arm, few)
         part.put(part.known("Alignment of views", partial(alignment, *views)), *keys, "alignment")
         part.put(part.known("Uniformity", partial(uniformity, views[0], seed=seed)), *keys, "uniformity")
+        part.put(part.known("Effective rank", partial(effective_rank, views[0])), *keys, "effective_rank")
+        part.put(part.known("LiDAR", partial(lidar, *views)), *keys, "lidar")
+        part.put(part.known("Agreement of views", partial(view_agreement, *views)), *keys, "view_agreement")
     if BEFORE not in context.backbones:
         part.statements.append(NO_BEFORE)
         return part

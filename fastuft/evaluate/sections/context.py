@@ -30,12 +30,13 @@ class Context:
         config: the evaluation.
         folders: its images.
         backbones: ``after`` and, where there is something to compare with, ``before``; on ``device`` in eval mode.
+        size: input side, pixels.
     """
 
-    def __init__(self, config: EvalConfig, folders: Folders, backbones: Mapping[str, Backbone]) -> None:
-        self.config, self.folders, self.backbones = config, folders, backbones
+    def __init__(self, config: EvalConfig, folders: Folders, backbones: Mapping[str, Backbone], size: int) -> None:
+        self.config, self.folders, self.backbones, self.size = config, folders, backbones, size
         self.device = choose_device(config.device)
-        self.resize = config.resize or round(config.size * 256 / 224)
+        self.resize = config.resize or round(size * 256 / 224)
         self.timings: dict[str, float] = {}
         self._features: dict[tuple[str, str], Tensor] = {}
 
@@ -56,7 +57,7 @@ class Context:
             images.paths,
             images.labels.tolist() if images.labeled else None,
             loading=Loading(backbone.mean, backbone.std, self.device, loader=config.loader),
-            size=config.size,
+            size=self.size,
             resize=self.resize,
             batch_size=config.batch_size,
         )
@@ -81,7 +82,7 @@ class Context:
     def _extract(self, arm: str, images: Images) -> Tensor:
         config, backbone = self.config, self.backbones[arm]
         loader = resolve_loader(config.loader)
-        settings = f"{config.size} {self.resize} {backbone.mean} {backbone.std} {loader} {self.device.type}"
+        settings = f"{self.size} {self.resize} {backbone.mean} {backbone.std} {loader} {self.device.type}"
         with self.stream(arm, images) as stream:
             return cached_features(
                 backbone,
@@ -109,7 +110,7 @@ class Context:
             decode(paths, self.resize),
             2,
             generator=keyed_generator(config.seed, "views"),
-            size=config.size,
+            size=self.size,
             scale=VIEW_SCALE,
             flip_p=config.fewshot.flip_p,
             batch_size=config.batch_size,
