@@ -132,7 +132,7 @@ def _export(config: options.ExportOptions) -> int:
 def _verify(config: options.VerifyOptions) -> int:
     from fastuft.data import list_images, verify_files, write_bad_list
 
-    paths = list_images(config.paths)
+    paths = list_images(config.paths, config.suffixes)
     with progress_bar(len(paths), unit="file") as bar:
         bad = verify_files(
             paths,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fastuft.config import AtLeast0, AtLeast1, Positive, Range, check_values
+from fastuft.config import AtLeast0, AtLeast1, DataConfig, Positive, Range, check_values
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class VerifyOptions:
         paths: folders, list files or images.
         decode: also decode every image (slower; finds damage inside).
         bad_list: file to write bad files and reasons to.
-        workers: threads; 0 takes four per processor, at most 32.
+        workers: threads; 0 takes one per processor, at least 16.
         max_megapixels: larger images count as bad.
+        suffixes: of image files in folders, as data.suffixes of the run to come.
     """
 
     paths: list[str]
@@ -54,6 +55,7 @@ class VerifyOptions:
     bad_list: str = "bad_files.txt"
     workers: AtLeast0 = 0
     max_megapixels: Positive = 180.0
+    suffixes: tuple[str, ...] = DataConfig.suffixes
 
     def __post_init__(self) -> None:
         if not self.paths:

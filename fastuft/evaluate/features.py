@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fastuft.atomic import write_whole
+from fastuft.data import read_bytes
 from fastuft.device import Precision, autocast
 from fastuft.evaluate.images import random_views
 from fastuft.model import Backbone
@@ -130,11 +131,14 @@ def weights_hash(backbone: nn.Module) -> str:
 
 
 def files_hash(paths: Sequence[str]) -> str:
-    """Hash of the content of files, in order; names do not enter."""
+    """Hash of the content of files, in order; names do not enter.
+
+    Raises:
+        BadImageError: a file that cannot be read, or is not a regular one.
+    """
 
     def one(path: str) -> bytes:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+        return hashlib.blake2b(read_bytes(path), digest_size=16).digest()
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         return hashlib.blake2b(b"".join(pool.map(one, paths)), digest_size=16).hexdigest()

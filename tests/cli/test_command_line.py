@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -376,3 +377,6 @@ def test_verify_data(images, tmp_path, capsys):
     assert main(["verify-data", str(folder), "--decode", "--bad-list", str(bad_list)]) == 1
     assert "1 of 2 files are bad" in capsys.readouterr().out
     assert bad_list.read_text().startswith(str(folder / "cut.png") + "\t")
+    os.mkfifo(folder / "pipe.tif")
+    assert main(["verify-data", str(folder), "--suffixes", "[.tif]", "--bad-list", str(bad_list)]) == 1
+    assert "pipe.tif: cannot be read (it is a pipe" in capsys.readouterr().out

@@ -164,6 +164,25 @@ def test_metadata_that_dali_stumbles_over_do_not_reach_it(tmp_path, capsys):
     stream.close()
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_formats_that_only_pillow_decodes_are_read_where_they_are_named(tmp_path, loader):
+    """A TIFF that is turned, and a GIF; under the suffix of another format they are bad."""
+    turned(picture(), 6, tmp_path / "a.tif")
+    picture().convert("P").save(tmp_path / "b.gif")
+    paths = list_images(str(tmp_path), (".tif", ".gif"))
+    images, _ = next(iter(EvalStream(paths, size=32, resize=32, loading=plain(loader))))
+    assert image_size(paths[0]) == (HEIGHT, WIDTH) and image_size(paths[1]) == (WIDTH, HEIGHT)
+    for path, image in zip(paths, images, strict=True):
+        upright = open_rgb(path)
+        width, height = (32 * side // min(upright.size) for side in upright.size)
+        left, top = round((width - 32) / 2), round((height - 32) / 2)
+        small = upright.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + 32, top + 32))
+        assert np.abs(image.permute(1, 2, 0).numpy() * 255 - np.asarray(small)).max() < 4
+    (tmp_path / "b.gif").rename(tmp_path / "b.jpg")
+    with pytest.raises(BadImageError, match=r"b\.jpg: is a GIF file"):
+        list(EvalStream([str(tmp_path / "b.jpg")], size=32, loading=plain(loader)))
+
+
 def test_a_very_wide_image_is_read(tmp_path):
     picture(30_000, 400).save(tmp_path / "wide.jpg")
     images = [next(iter(EvalStream([str(tmp_path / "wide.jpg")], size=32, loading=plain(each))))[0] for each in LOADERS]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,12 @@ def test_hashes_see_structure_values_and_order(tmp_path):
     (tmp_path / "y").write_text("y")
     x, y = str(tmp_path / "x"), str(tmp_path / "y")
     assert files_hash([x, y]) != files_hash([y, x])
+
+
+def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    with pytest.raises(ValueError, match=r"x\.jpg: cannot be read \(it is a pipe"):
+        files_hash([str(tmp_path / "x.jpg")])
 
 
 def test_tsne_keeps_separated_groups_apart_and_is_seeded():
