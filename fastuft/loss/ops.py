@@ -191,8 +191,8 @@ def _(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
     return None
 
 
-_queue_lse_op = torch.ops.fastuft.queue_lse.default
-_mixed_info_nce_op = torch.ops.fastuft.mixed_info_nce.default
+_queue_lse_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fastuft.queue_lse.default
+_mixed_info_nce_op: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fastuft.mixed_info_nce.default
 _scaled_gradient_op = torch.ops.fastuft.scaled_gradient.default
 enqueue_ = torch.ops.fastuft.enqueue_.default
 
@@ -210,6 +210,9 @@ class _NoSecondDerivative(torch.autograd.Function):
             "the queue losses are differentiable once: their gradient is computed in the forward pass. "
             "Use fastuft.loss.reference for second derivatives."
         )
+
+
+_once_differentiable: Callable[[Tensor, Tensor], Tensor] = _NoSecondDerivative.apply  # which has no annotations
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], factor: float) -> None:
@@ -237,7 +240,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Ten
     (saved,) = ctx.saved_tensors
     gradient = _scaled_gradient_op(saved, upstream.detach(), ctx.factor, ctx.query.dtype)
     # Under ``create_graph=True`` the gradient refuses to be differentiated in the query.
-    return _NoSecondDerivative.apply(gradient, ctx.query) if torch.is_grad_enabled() else gradient, *ctx.others
+    return _once_differentiable(gradient, ctx.query) if torch.is_grad_enabled() else gradient, *ctx.others
 
 
 library.register_autograd("fastuft::queue_lse", _backward, setup_context=_save_mu, lib=_library)
@@ -266,6 +269,10 @@ class _MixedInfoNCE(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+_queue_lse_with_gradient: Callable[..., tuple[Tensor, Tensor]] = _QueueLse.apply
+_mixed_info_nce_with_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]] = _MixedInfoNCE.apply
+
+
 def _refuse_transforms(query: Tensor) -> None:
     """The gradient comes out of the forward pass, which transforms of functions would differentiate instead."""
     if torch.compiler.is_compiling():
@@ -283,7 +290,7 @@ def queue_lse(problem: LseProblem) -> tuple[Tensor, Tensor]:
     _refuse_transforms(problem.z)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and problem.z.requires_grad):
         return _queue_lse_op(*problem)
-    return _QueueLse.apply(*problem)
+    return _queue_lse_with_gradient(*problem)
 
 
 def mixed_info_nce(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,4 +301,4 @@ def mixed_info_nce(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     _refuse_transforms(problem.q)
     if torch.compiler.is_compiling() or not problem.need_grad:
         return _mixed_info_nce_op(*problem)
-    return _MixedInfoNCE.apply(*problem)
+    return _mixed_info_nce_with_gradient(*problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_RESNETS = {
+_RESNETS: dict[tuple[str, tuple[object, ...]], str] = {
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("basic", (3, 4, 6, 3)): "resnet34",
     ("bottleneck", (3, 4, 6, 3)): "resnet50",
@@ -13,7 +13,7 @@ _RESNETS = {
 }
 # (hidden size, blocks) of the usual sizes.
 _VITS = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
-_CONVNEXTS = {
+_CONVNEXTS: dict[tuple[tuple[object, ...], tuple[object, ...]], str] = {
     ((2, 2, 6, 2), (40, 80, 160, 320)): "atto",
     ((3, 3, 9, 3), (96, 192, 384, 768)): "tiny",
     ((3, 3, 27, 3), (96, 192, 384, 768)): "small",
@@ -39,9 +39,9 @@ def network_of(config: Mapping[str, Any]) -> str | None:
     size = _VITS.get((config.get("hidden_size", 0), config.get("num_hidden_layers", 0)))
     patch, image = config.get("patch_size"), config.get("image_size")
     if kind == "resnet":
-        return _RESNETS.get((str(config.get("layer_type")), depths))  # type: ignore[arg-type]
+        return _RESNETS.get((str(config.get("layer_type")), depths))
     if kind in ("convnext", "dinov3_convnext"):
-        convnext = _CONVNEXTS.get((depths, widths))  # type: ignore[arg-type]
+        convnext = _CONVNEXTS.get((depths, widths))
         return convnext and f"timm:convnext_{convnext}"
     names = {
         "vit": f"timm:vit_{size}_patch{patch}_{image}",
