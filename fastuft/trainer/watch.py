@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, suppress
 
 import torch
 
 from fastuft.config import TrainConfig, WatchConfig
 from fastuft.data import EvalStream, Loading, labeled_folder
-from fastuft.evaluate import clustering_accuracy, extract_features, retrieval_accuracy
+from fastuft.evaluate import UndefinedError, clustering_accuracy, extract_features, retrieval_accuracy
 from fastuft.model import Backbone
 
 
@@ -23,7 +23,10 @@ def due(watch: WatchConfig, epochs_done: int) -> bool:
 
 
 def evaluate(backbone: Backbone, config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Figures of the query encoder's backbone as fractions: ``retrieval``, ``source_clustering``."""
+    """Figures of the query encoder's backbone as fractions: ``retrieval``, ``source_clustering``.
+
+    One that has no value (the features of all images are the same) is left out: training goes on, and its verdict tells.
+    """
 
     def features(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
         paths, labels, _ = labeled_folder(folder, config.data.suffixes)
@@ -44,8 +47,10 @@ def evaluate(backbone: Backbone, config: TrainConfig, device: torch.device) -> d
     if watch.train and watch.test:
         gallery, gallery_labels = features(watch.train)
         queries, query_labels = features(watch.test)
-        figures["retrieval"] = retrieval_accuracy(gallery, gallery_labels, queries, query_labels)
+        with suppress(UndefinedError):
+            figures["retrieval"] = retrieval_accuracy(gallery, gallery_labels, queries, query_labels)
     if watch.source:
         source, source_labels = features(watch.source)
-        figures["source_clustering"] = clustering_accuracy(source, source_labels, seed=config.seed)
+        with suppress(UndefinedError):
+            figures["source_clustering"] = clustering_accuracy(source, source_labels, seed=config.seed)
     return figures

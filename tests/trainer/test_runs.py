@@ -349,6 +349,21 @@ def test_callbacks_follow_the_run_step_by_step(tiny):
     assert epochs == [(1, 0, 4)]
 
 
+def test_watching_features_that_are_all_the_same_leaves_the_figures_out(tiny, folders):
+    class Collapsed(torch.nn.Module):
+        mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4))
+
+        def forward(self, images):
+            return self.weight.expand(len(images), 4)
+
+    watch = {"train": folders[0], "test": folders[0], "source": folders[1], "every_epochs": 1}
+    assert run_module.watch.evaluate(Collapsed(), tiny(watch=watch), torch.device("cpu")) == {}
+
+
 def test_watching_changes_nothing_and_is_recorded(tiny, folders, tmp_path):
     target, source = folders
     plain = train(tiny(out=str(tmp_path / "plain"))).run_dir
