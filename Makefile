@@ -14,6 +14,7 @@ MORE        := .venv-more
 MORE_TORCH  ?= torch==2.14.1
 MORE_TRITON ?= triton==3.8.0
 MORE_PEERS  := torchvision timm transformers accelerate lightning pyarrow onnx onnxruntime
+MORE_PAGES  := "playwright>=1.48" axe-playwright-python
 MORE_PYTEST := $(MORE)/bin/python -m pytest --durations=5
 
 # Waiting threads sleep instead of spinning: tests run several processes on few cores.
@@ -75,9 +76,10 @@ test-slow: setup
 $(MORE)/.ready: $(BUILD_INPUTS)
 	test -x $(MORE)/bin/python || $(PYTHON) -m venv $(MORE)
 	$(MORE)/bin/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel "cmake>=3.25" ninja
-	$(MORE)/bin/python -m pip install --quiet "$(MORE_TORCH)" "$(MORE_TRITON)" $(MORE_PEERS)
-	$(MORE)/bin/python -m pip install --quiet "playwright>=1.48" "jsonargparse==4.49.0" --target $(MORE)/oldest
+	$(MORE)/bin/python -m pip install --quiet "$(MORE_TORCH)" "$(MORE_TRITON)" $(MORE_PEERS) $(MORE_PAGES)
+	$(MORE)/bin/python -m pip install --quiet "jsonargparse[signatures]==4.49.0" --target $(MORE)/oldest
 	$(MORE)/bin/python -m pip install --no-build-isolation -e ".[train-cpu,test,docs]"
+	test -n "$$FASTUFT_CHROMIUM" || $(MORE)/bin/python -m playwright install --only-shell chromium
 	touch $@
 
 # What `make test` leaves out: other packages' networks and loops, the newest torch and Triton, the oldest parser, the

@@ -103,7 +103,7 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     packages=[*find_packages(include=["fastuft", "fastuft.*"]), "fastuft.kernels"],
-    package_data={"fastuft": ["py.typed"], "fastuft.report": ["*.csv", "templates/*.html"]},
+    package_data={"fastuft": ["py.typed"], "fastuft.report": ["*.csv", "templates/*"]},
     ext_modules=[Extension("fastuft.mix._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )

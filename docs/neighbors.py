@@ -1,6 +1,6 @@
 """Draw the README's picture from a finished demo: ``python docs/neighbors.py runs/demo``.
 
-For the first test image of each of five classes: its nearest training images by the pretrained network of seed 0 and by the
+For the first test image of each class: its nearest training images by the pretrained network of seed 0 and by the
 one finetuned with replaying and mixing. Nothing is picked: images are those that come first by name.
 """
 
@@ -21,7 +21,7 @@ from PIL import Image
 from fastuft.evaluate import nearest_neighbors
 from fastuft.model import load_backbone
 
-CLASSES, NEIGHBORS = 5, 5
+CLASSES, NEIGHBORS = 10, 5
 OUT = Path(__file__).parent / "images" / "neighbors.png"
 
 
@@ -46,12 +46,10 @@ def main(demo: Path) -> None:
     train, train_classes = read(demo / "images" / "train")
     test, test_classes = read(demo / "images" / "test")
     queries = [int(np.argmax(test_classes == name)) for name in sorted(set(test_classes))[:CLASSES]]
-    arms = ("pretrained", "+ SDR + Mix")
-    figure, axes = plt.subplots(CLASSES, 2 * (NEIGHBORS + 1), figsize=(9, 3.6))
-    for panel, arm in enumerate(arms):
-        folder = next(
-            path for path in (demo / "seed0").iterdir() if path.name.replace("_", " ") == arm or path.name == arm
-        )
+    folders = {"pretrained": "pretrained", "+ SDR + Mix": "plus_SDR_plus_Mix"}
+    figure, axes = plt.subplots(CLASSES, 2 * (NEIGHBORS + 1), figsize=(9, 7.2))
+    for panel, arm in enumerate(folders):
+        folder = demo / "seed0" / folders[arm]
         gallery, wanted = features(folder, train), features(folder, test[queries])
         nearest = nearest_neighbors(wanted, gallery, NEIGHBORS)[1].numpy()
         for row, query in enumerate(queries):

@@ -215,10 +215,10 @@ def grouped_batch_norm(
     """BatchNorm of x [B, C, H, W] with statistics of each ``group`` consecutive images; then + residual, then ReLU.
 
     Args:
-        x: float activations; B is a multiple of ``group``.
+        x: float activations [B, C, H, W]; B is a multiple of ``group``.
         weight: [C], or None for 1.
         bias: [C], or None for 0; both or neither.
-        residual: like x; asks for ``relu`` too.
+        residual: [B, C, H, W] like x; asks for ``relu`` too.
         group: images per group.
         eps: added to the variance.
         relu: whether negative values become 0.

@@ -88,7 +88,8 @@ def wrong_arguments(name, value):
         arguments = [argument for argument in arguments if argument in vars(value).get("__annotations__", arguments)]
     if not texts and (name not in PUBLIC or len(arguments) < 2):
         return []
-    invented = set(texts) - set(arguments) if inspect.isfunction(value) else set()
+    taken = set(inspect.signature(value).parameters) if inspect.isfunction(value) else set(texts)
+    invented = set(texts) - taken
     return [*(f"{name}: no {argument}" for argument in arguments if argument not in texts), *sorted(invented)]
 
 
