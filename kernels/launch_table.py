@@ -49,6 +49,8 @@ def _hopper(width: int, tall: bool) -> Launch:
 
 def _half(arch: int, width: int, tall: bool) -> Launch:
     stages = 2 if arch < 90 else 3
+    if arch == 100 and width <= 64:  # the other of the two entries spills there
+        return Launch(128, 64, 8, 3, 1) if width <= 32 else Launch(64, 64, 4, 4, 1)
     if width == 512:
         return Launch(32, 32, 8, 2, 1)
     if width == 256:

@@ -18,7 +18,7 @@ from fastuft.kernels.launch_plan import Plan
 from fastuft.kernels.problem import Problem
 from fastuft.kernels.rows import load_rows, unit_rows
 
-COMBINE_SLOTS = 16  # partial results that a combine program reads at a time
+COMBINE_SLOTS = 8  # partial results that a combine program reads at a time
 COMBINE_WARPS = 2  # with 4 or 8 the compiler spills in some widths on sm_80 and sm_100
 SCALE_BLOCK = 1024
 
