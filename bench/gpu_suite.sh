@@ -108,20 +108,28 @@ benchmark() { # NAME SECONDS
 }
 
 install=("$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$work/site" .)
-part build 120 env FASTUFT_BUILD=cuda "${install[@]}"
+part build 100 env FASTUFT_BUILD=cuda "${install[@]}"
 ((failed)) && part build-what-works 60 "${install[@]}" # the rest does not need the extension
 # Most of the tests' time goes into compiling kernels.
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-part gpu-tests 100 "${pytest[@]}" "${workers[@]}" tests -m 'gpu and not slow' --timeout=90
-benchmark loss 110
-benchmark mix 60
-benchmark step 110
-benchmark enqueue 20
-benchmark momentum 20
-benchmark loss_sweep 40
-part memcheck 45 bash -c 'sanitize memcheck'
-part racecheck 45 bash -c 'sanitize racecheck'
+gpu_tests() { # NAME SECONDS FOLDERS...
+  part "$1" "$2" "${pytest[@]}" "${workers[@]}" "${@:3}" -m 'gpu and not slow' --timeout=60
+}
+
+# Most valuable first; the caps up to racecheck fit the budget, and the last two take what is left.
+gpu_tests values 75 tests/loss tests/kernels
+benchmark loss 80
+benchmark step 80
+benchmark mix 40
+gpu_tests other-tests 45 --ignore=tests/loss --ignore=tests/kernels tests
+benchmark enqueue 15
+benchmark loss_sweep 25
+benchmark momentum 10
+# Compiled here once, so that the sanitizer's time goes into what it watches.
+part small-cases 20 "$python" -P bench/small_cases.py
+part memcheck 20 bash -c 'sanitize memcheck'
+part racecheck 20 bash -c 'sanitize racecheck'
 benchmark evaluate 60
 benchmark streams 60
 

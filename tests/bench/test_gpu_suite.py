@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +14,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = ROOT / "bench" / "gpu_suite.sh"
 FILES = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py"))
-PARTS = ("build", "gpu-tests", "memcheck", "racecheck", *(f"bench-{name}" for name in FILES))
+PARTS = ("build", "values", "other-tests", "small-cases", "memcheck", "racecheck", *(f"bench-{name}" for name in FILES))
 
 # Stands for python3 on a GPU machine: it has CUDA, builds, tests and measures, each as FAKE_* says.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *is_available*) exit "${FAKE_CUDA-0}" ;;
   *"pip install"*) sleep "${FAKE_SLEEP-0}"; echo built; exit "${FAKE_BUILD-0}" ;;
-  *" tests -m "*) echo '3 passed in 1.00s'; exit "${FAKE_TESTS-0}" ;;
+  *"gpu and not slow"*) echo '3 passed in 1.00s'; exit "${FAKE_TESTS-0}" ;;
   *"bench_${FAKE_SLOW-none}.py"*) sleep 30 ;;
   *benchmark-json=*) for word in "$@"; do case $word in --benchmark-json=*) cp "$FAKE_RAW" "${word#*=}" ;; esac; done
     echo '1 passed' ;;
+  *small_cases.py*) echo 'small cases ran' ;;
   *report.py*) exec "$REAL_PYTHON" "$@" ;;
   *) echo "unexpected: $*" >&2; exit 99 ;;
 esac
@@ -96,6 +98,11 @@ def test_dry_run_names_every_part_and_stays_below_nine_minutes(run, tmp_path):
     assert status == 0 and not (tmp_path / "out").exists()
     assert all(f"would run {part}" in output for part in PARTS)
     assert "FASTUFT_BUDGET:-530" in SUITE.read_text()
+    caps = {name: int(seconds) for name, seconds in re.findall(r"would run (\S+) \(at most (\d+) s\)", output)}
+    assert sum(caps[part] for part in PARTS if part not in ("bench-evaluate", "bench-streams")) <= 530
+    order = list(caps)
+    assert order[:5] == ["build", "values", "bench-loss", "bench-step", "bench-mix"]
+    assert order[-2:] == ["bench-evaluate", "bench-streams"]
 
 
 def test_wrong_argument_and_no_gpu(run):
@@ -109,7 +116,7 @@ def test_all_parts_pass(run):
     status, output, parts = run()
     assert status == 0, output
     assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(PARTS, "ok")  # no file forgotten
-    assert "3 passed" in parts["gpu-tests"]["detail"]
+    assert "3 passed" in parts["values"]["detail"]
     assert "60% matrix" in output and "left out: lightly" in output
     assert output.splitlines()[-1].startswith("total ")
 
@@ -117,7 +124,7 @@ def test_all_parts_pass(run):
 def test_a_failing_part_does_not_stop_the_others(run):
     status, _, parts = run(FAKE_TESTS="1", FAKE_SANITIZER_STATUS="9", FAKE_SANITIZER_SAYS="Invalid __global__ write")
     assert status == 1
-    assert parts["gpu-tests"]["status"] == parts["memcheck"]["status"] == "failed"
+    assert parts["values"]["status"] == parts["memcheck"]["status"] == "failed"
     assert parts["build"]["status"] == parts["bench-loss"]["status"] == "ok"
 
 

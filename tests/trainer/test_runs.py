@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from processes import run as run_command
 from processes import write_config
 from run_rows import rows
@@ -25,6 +24,7 @@ from fastuft.runfolder import FolderInUseError, FolderLostError, RunFolder, load
 from fastuft.trainer import Callbacks, CheckpointError, NonFiniteLossError, saving, train
 from fastuft.trainer import run as run_module
 
+yaml = pytest.importorskip("yaml")
 pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
 
 
@@ -114,6 +114,8 @@ def assert_parts_equal(whole, stops, tiny, tmp_path, changes):
     ids=["default", "plain", "mixup-only", "balanced-dali", "bf16", "fp16"],
 )
 def test_a_stopped_run_goes_on_bit_exactly(tiny, tmp_path, changes):
+    if changes.get("data", {}).get("loader") == "dali":
+        pytest.importorskip("nvidia.dali")
     whole = train(tiny(out=str(tmp_path / "whole"), **changes)).run_dir
     steps = final(whole)["global_step"]
     assert_parts_equal(whole, (1, steps // 2 + 1), tiny, tmp_path, changes)  # within the first epoch, within the second
@@ -122,6 +124,8 @@ def test_a_stopped_run_goes_on_bit_exactly(tiny, tmp_path, changes):
 @pytest.mark.gpu
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_a_stopped_run_on_a_gpu_goes_on_bit_exactly(tiny, tmp_path, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
     # ResNet-18 with its max-pool: every kernel of a user's network must have a reproducible form.
     changes = {
         "runtime": {"device": "cuda", "deterministic": True},
@@ -136,6 +140,7 @@ def test_a_stopped_run_on_a_gpu_goes_on_bit_exactly(tiny, tmp_path, loader):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_run_on_a_gpu_waits_for_it_only_where_it_writes(tiny, monkeypatch, precision):
     """The loop between two rows of metrics, the loader's hand-over and the learning rate included."""
+    pytest.importorskip("nvidia.dali")
     real, calls = run_module.train_step, []
 
     def watched(learner, batch, mark):
