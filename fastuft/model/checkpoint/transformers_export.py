@@ -119,12 +119,16 @@ def _dinov2(backbone: TimmBackbone, state: State) -> tuple[dict[str, Any], dict[
     gated = inner == 2 * outer
     if gated and registers:
         raise ValueError("layout='transformers' has no DINOv2 with registers and a gated MLP; export with layout timm")
+    if gated and outer != (int(4 * width * 2 / 3) + 7) // 8 * 8:
+        raise ValueError(
+            f"layout='transformers' has no DINOv2 of width {width} whose gated MLP is {outer} wide; export with layout timm"
+        )
     layout = HF_DINOV2_REGISTERS if registers else HF_DINOV2_GATED if gated else HF_DINOV2
     config = {
         "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
         "model_type": "dinov2_with_registers" if registers else "dinov2",
         **_vit_config(backbone, state),
-        "mlp_ratio": 4 if gated else inner // width,  # a gated MLP is two thirds of that wide
+        "mlp_ratio": 4 if gated else inner // width,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "use_swiglu_ffn": gated,
         **({"num_register_tokens": state["reg_token"].shape[1]} if registers else {}),
@@ -145,6 +149,7 @@ def _dinov3(backbone: TimmBackbone, state: State) -> tuple[dict[str, Any], dict[
         "key_bias": False,
         "value_bias": biased,
         "use_gated_mlp": gated,
+        "hidden_act": "silu" if gated else "gelu",
         "rope_theta": 100.0,
     }
     return config, {**HF_DINOV3.export(state), "embeddings.mask_token": torch.zeros(1, 1, backbone.num_features)}
