@@ -68,7 +68,7 @@ class Backbone(nn.Module, ABC):
         self.traits = Traits()
 
     def adopt(self, traits: Traits) -> None:
-        """Do as the network of a checkpoint did; once, before anything is computed.
+        """Do as the network of a checkpoint did; before anything is computed.
 
         Raises:
             ValueError: a trait that this network cannot have.

@@ -111,8 +111,9 @@ class ResNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def adopt(self, traits: Traits) -> None:
+        changed = traits.stride_in_1x1 != self.traits.stride_in_1x1
         super().adopt(replace(traits, stride_in_1x1=False))
-        if traits.stride_in_1x1:
+        if changed:
             for module in self.modules():
                 if isinstance(module, Bottleneck):
                     module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride

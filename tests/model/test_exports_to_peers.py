@@ -21,7 +21,11 @@ NETWORKS = {
     "vit": ("timm:vit_tiny_patch16_224", {"depth": 2}, 224),
     "vit that averages": ("timm:vit_tiny_patch16_224", {"depth": 2, "global_pool": "avg", "fc_norm": False}, 224),
     "dinov2": ("timm:vit_small_patch14_dinov2", {**SMALL, "img_size": 518}, 518),
-    "dinov2 with gated MLP": ("timm:vit_giant_patch14_dinov2", {**SMALL, "mlp_ratio": 1024 / 192, "img_size": 518}, 518),
+    "dinov2 with gated MLP": (
+        "timm:vit_giant_patch14_dinov2",
+        {**SMALL, "mlp_ratio": 1024 / 192, "img_size": 518},
+        518,
+    ),
     "dinov2 with registers": ("timm:vit_small_patch14_reg4_dinov2", {**SMALL, "img_size": 518}, 518),
     "dinov3": ("timm:vit_small_patch16_dinov3", SMALL, 64),
     "dinov3 with biases": ("timm:vit_small_patch16_dinov3_qkvb", SMALL, 64),

@@ -19,7 +19,7 @@ from processes import write_config
 from run_rows import rows
 
 from fastuft.cli import main
-from fastuft.model import load_backbone
+from fastuft.model import Traits, build_backbone, export_backbone, load_backbone
 from fastuft.runfolder import FolderInUseError, FolderLostError, RunFolder, load_checkpoint, read_json
 from fastuft.trainer import Callbacks, CheckpointError, NonFiniteLossError, saving, train
 from fastuft.trainer import run as run_module
@@ -403,6 +403,21 @@ def test_initialisation_is_reported(tiny, tmp_path):
     train(tiny(init=str(start / "backbone.safetensors"), max_steps=2, resume="auto"))
     report = json.loads((folder / "summary.json").read_text())["init"]
     assert report["matched"] and not report["head_loaded"]
+
+
+def test_what_the_first_network_did_otherwise_stays_with_the_run_and_its_exports(tiny, tmp_path):
+    start = build_backbone("resnet_tiny", "small")
+    start.adopt(Traits(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
+    export_backbone(start, tmp_path / "start.safetensors")
+    config = tiny(init=str(tmp_path / "start.safetensors"), optim={"epochs": 1}, resume="auto")
+    whole = train(dataclasses.replace(config, out=str(tmp_path / "whole"))).run_dir
+    train(dataclasses.replace(config, max_steps=1))
+    resumed = train(config).run_dir
+    assert_same_state(final(whole), final(resumed))
+    for folder in (whole, resumed):
+        assert load_backbone(folder).mean == (0.1, 0.2, 0.3)
+        (folder / "backbone.safetensors").unlink()
+        assert load_backbone(folder).std == (0.4, 0.5, 0.6)
 
 
 def test_filling_a_large_queue_says_how_far_it_is(tiny, monkeypatch, capsys):

@@ -99,7 +99,7 @@ def _use(backbone: Backbone, layout: str, name: str) -> str:
     if layout in ("torchvision", "timm"):
         return _state_dict(backbone, layout, name)
     return {
-        "fastuft": f"backbone = fastuft.model.load_backbone({name!r})\nfeatures = backbone(images)",
+        "fastuft": f"backbone = fastuft.load_backbone({name!r})\nfeatures = backbone(images)",
         "transformers": (
             f"network = transformers.AutoModel.from_pretrained({name!r})\noutput = network(images)\n"
             f"features = {features_in_transformers(backbone)}"
