@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastuft.config import EvalConfig
-from fastuft.evaluate import Evaluation, evaluate_backbone, write_evaluation
 from fastuft.jobs.inputs import check_checkpoint
 from fastuft.model import InitReport, open_backbone
-from fastuft.report import RunFiles, load_run, write_report
+
+if TYPE_CHECKING:  # embeddings need neither scikit-learn nor charts
+    from fastuft.evaluate import Evaluation
+    from fastuft.report import RunFiles
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ def evaluate_checkpoint(config: EvalConfig) -> EvaluatedCheckpoint:
         ValueError: a checkpoint or folder that cannot work.
         OSError: the disk refused; an older evaluation is as it was.
     """
+    from fastuft.evaluate import evaluate_backbone, write_evaluation
+    from fastuft.report import load_run, write_report
+
     check_checkpoint("checkpoint", config.checkpoint)
     if config.before is not None:
         check_checkpoint("before", config.before)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -201,3 +203,9 @@ def test_search_in_a_file_without_settings_is_refused(photos, tmp_path, capsys):
 def test_help_of_search_says_how_the_file_is_given(capsys):
     assert main(["search", "--help"]) == 0
     assert "--in" in capsys.readouterr().out.split()
+
+
+def test_embeddings_need_neither_charts_nor_scikit_learn():
+    code = "import sys, fastuft.jobs; assert not {'matplotlib', 'sklearn', 'jinja2', 'nvidia.dali'} & {*sys.modules}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
