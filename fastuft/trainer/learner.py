@@ -186,15 +186,14 @@ def set_up_device(config: TrainConfig, device: torch.device) -> None:
 
 
 def build_learner(
-    config: TrainConfig, ranks: Ranks, *, load: bool = True, traits: Traits | None = None
+    config: TrainConfig, ranks: Ranks, *, resumed: Traits | None = None
 ) -> tuple[Learner, InitReport | None]:
     """The learner of a run at its start, the same weights on every rank.
 
     Args:
         config: the run.
         ranks: the processes.
-        load: take the weights of ``config.init``; a resumed run has its own.
-        traits: of the network of a resumed run.
+        resumed: traits of the network of a resumed run, which has its own weights; None takes those of ``config.init``.
 
     Returns:
         (learner, what became of the tensors of ``config.init`` or None).
@@ -210,7 +209,9 @@ def build_learner(
     bn = resolve_bn(config, ranks.world_size, backbone)
     moco = MoCo(backbone, config.model.head_dim)
     report = None
-    if config.init is not None and load:
+    if resumed is not None:
+        moco.adopt(resumed)
+    elif config.init is not None:
         report = load_init(
             moco,
             config.init,
@@ -218,8 +219,6 @@ def build_learner(
             key=config.init_key,
             channels=config.init_channels,
         )
-    if traits is not None:
-        moco.adopt(traits)
     moco.copy_query_to_key()
     if bn != "none":
         moco = set_batchnorm_mode(moco, bn, config.model.bn_group)

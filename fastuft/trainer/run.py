@@ -121,8 +121,8 @@ class _Run:
         self.progress = Progress()
         check_memory(config, ranks)
         state = find_checkpoint(config.resume, self.folder, ranks)
-        saved = (state or {}).get("init_report") or {}
-        self.learner, report = build_learner(config, ranks, load=state is None, traits=traits_from(saved.get("traits")))
+        saved = None if state is None else traits_from((state["init_report"] or {}).get("traits"))
+        self.learner, report = build_learner(config, ranks, resumed=saved)
         self.init_report = dataclasses.asdict(report) if report else None
         self.manifest = Manifest.build(
             config.target,
