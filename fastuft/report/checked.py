@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +10,14 @@ import numpy as np
 from fastuft.names import printable
 
 Arrays = dict[str, np.ndarray]
+_LARGEST = 1e30  # beyond every figure
 _MAX_DEPTH = 20  # of nested values; a run writes four
 _PER_SHOTS = ("fewshot", "fixmatch")  # figures by K
 # Figures of eval.json, and how deep they lie in groups of figures.
 _FIGURES = {
     "retrieval": 0,
     "clustering": 0,
+    "before": 1,
     "forgetting": 1,
     "label_free": 2,
     "source_drift": 1,
@@ -29,11 +30,8 @@ ARRAYS = {"tsne", "tsne_labels", *_GALLERY, *_NEIGHBORS, *(f"before_{name}" for 
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, as a figure may be."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        return False
+    """Whether a value is a number as a figure may be: finite, and such that sums of it are."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
 def checked_metrics(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:

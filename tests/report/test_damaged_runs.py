@@ -58,6 +58,8 @@ def write_page(page, runs):
         ("eval.json", b'{"retrieval": 1e999, "clustering": 0.5}', "retrieval is not a figure"),
         ("eval.json", b'{"clustering": {"mean": 1, "std": 1, "trials": []}}', "clustering is not a figure"),
         ("eval.json", b'{"clustering": {"mean": null, "trials": [1]}}', "clustering is not a figure"),
+        ("eval.json", b'{"before": {"retrieval": "high"}, "retrieval": 0.5}', "before.retrieval is not a figure"),
+        ("eval.json", b'{"retrieval": 1e300}', "retrieval is not a figure"),
         ("eval.json", b'{"retrieval": {"a": 0.5}}', "retrieval is not a figure"),
         ("eval.json", b'{"fewshot": {"x": {"mean_class": 0.5}}}', "'x' is not a number of images"),
         ("eval.json", b'{"fewshot": [1]}', "fewshot is not a figure"),
@@ -181,7 +183,17 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(TEXTS, inner, max_size=4)),
     max_leaves=8,
 )
-KEYS = ("retrieval", "clustering", "fewshot", "fixmatch", "forgetting", "label_free", "source_drift", "classes")
+KEYS = (
+    "before",
+    "retrieval",
+    "clustering",
+    "fewshot",
+    "fixmatch",
+    "forgetting",
+    "label_free",
+    "source_drift",
+    "classes",
+)
 KEYS += ("statements", "timings")
 
 
