@@ -23,9 +23,11 @@ class Machine:
         self.torch = self.make_torch("2.13.0+cpu", cuda=None, gpus=())
         self.tools = {"c++": "/usr/bin/c++", "gcc": "/usr/bin/gcc"}
         self.specs = set()
+        self.wrong_kernels = []
         monkeypatch.setattr(doctor, "version", self.version)
         monkeypatch.setattr(doctor, "run", lambda *command: self.programs.get(command[0]))
         monkeypatch.setattr(doctor, "load_torch", lambda: self.torch)
+        monkeypatch.setattr(doctor, "wrong_kernels", lambda: self.wrong_kernels)
         monkeypatch.setattr(doctor.shutil, "which", self.tools.get)
         monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name if name in self.specs else None)
         monkeypatch.delenv("CC", raising=False)
@@ -81,8 +83,19 @@ def test_a_complete_gpu_machine(machine):
     machine.programs["nvcc"] = "Cuda compilation tools, release 13.0, V13.0.88"
     machine.specs |= {"apex", "apex.optimizers"}
     found = machine.findings()
-    assert {found[part].state for part in ("torch", "driver", "GPU", "triton", "DALI", "apex", "nvcc")} == {"ok"}
+    assert {
+        found[part].state for part in ("torch", "driver", "GPU", "fused kernels", "triton", "DALI", "apex", "nvcc")
+    } == {"ok"}
     assert found["nvcc"].found == "13.0"
+
+
+def test_a_wrong_kernel_is_named_with_what_happens_instead(machine):
+    machine.torch = machine.make_torch("2.13.0+cu130", cuda="13.0", gpus=((9, 0),))
+    machine.driver("13.0")
+    machine.wrong_kernels = [("enqueue (bf16) on Some GPU", "it differs by 0.5")]
+    found = machine.findings()["fused kernel"]
+    assert found.state == "problem" and "enqueue (bf16) on Some GPU: it differs by 0.5" in found.found
+    assert "portable path" in found.remedy
 
 
 def test_every_missing_part_and_problem_has_a_remedy(machine):
