@@ -62,9 +62,7 @@ def _half(arch: int, width: int, tall: bool) -> Launch:
 
 def _single(width: int) -> Launch:
     """fp32 tiles: exact ones are multiplied on the CUDA cores, with small tiles."""
-    if width <= 64:
-        return Launch(32, 32, 4, 2, 2)
-    if width == 128:
+    if width <= 128:
         return Launch(16, 32, 4, 2, 2)
     return Launch(16, 16, 4, 2, 2) if width == 256 else Launch(16, 16, 4, 1, 1)
 
