@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from fastuft.config import TrainConfig
@@ -11,13 +12,18 @@ from fastuft.data import Loading, resolve_loader
 from fastuft.trainer.learner import Learner
 
 
-def resolved_config(config: TrainConfig, learner: Learner, loading: Loading) -> TrainConfig:
-    """The configuration with ``auto`` and 0 replaced by the device, precision, BatchNorm mode, loader and threads in use.
+def resolved_config(
+    config: TrainConfig, learner: Learner, loading: Loading, init_report: Mapping[str, Any] | None
+) -> TrainConfig:
+    """The configuration with ``auto`` and 0 replaced by what is in use.
+
+    Those are device, precision, BatchNorm mode, loader, threads, and the channels of the checkpoint that the run began from.
 
     Args:
         config: as it was given.
         learner: what was built of it.
         loading: how its images are loaded on this rank.
+        init_report: what became of the checkpoint that the run began from, or None.
     """
     bn = config.model.bn
     if bn == "auto":
@@ -26,6 +32,7 @@ def resolved_config(config: TrainConfig, learner: Learner, loading: Loading) -> 
     loader = resolve_loader(loading.loader)
     return dataclasses.replace(
         config,
+        init_channels=init_report["channels"] if init_report else config.init_channels,
         model=dataclasses.replace(config.model, bn=bn),
         data=dataclasses.replace(config.data, loader=loader, threads=loading.num_threads),
         runtime=dataclasses.replace(

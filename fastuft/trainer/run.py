@@ -123,7 +123,10 @@ class _Run:
         state = find_checkpoint(config.resume, self.folder, ranks)
         saved = None if state is None else traits_from((state["init_report"] or {}).get("traits"))
         self.learner, report = build_learner(config, ranks, resumed=saved)
-        self.init_report = dataclasses.asdict(report) if report else None
+        if state is not None:
+            self.init_report = state["init_report"]
+        else:
+            self.init_report = dataclasses.asdict(report) if report else None
         self.manifest = Manifest.build(
             config.target,
             config.source,
@@ -143,14 +146,14 @@ class _Run:
             world_size=ranks.world_size,
         )
         closing.callback(self.stream.close)
-        resolved, given = plain(resolved_config(config, self.learner, loading)), plain(config)
+        resolved, given = plain(resolved_config(config, self.learner, loading, self.init_report)), plain(config)
         self.total_steps = config.optim.epochs * self.stream.steps_per_epoch
         self.limit = min(self.total_steps, config.max_steps or self.total_steps)
         start = start_text(self.init_report)
         if state is not None:
             check_same_run(state, resolved, given, self.manifest.content_hash, main=ranks.is_main)
             restore(self.learner, state)
-            self.progress, self.init_report = Progress.of(state), state["init_report"]
+            self.progress = Progress.of(state)
             start = f"resumed at step {self.progress.global_step}"
         self.seconds_before = self.progress.seconds
         if ranks.is_main:

@@ -57,7 +57,7 @@ def test_all_options_are_shown_whole(name):
     text = " ".join(command_help(name, "all").split())
     for full, kind in option_types(command.config).items():
         if not dataclasses.is_dataclass(kind):
-            assert (f"--{full} " if full != command.positional else full.upper()) in text, full
+            assert (f"--{full.rstrip('_')} " if full != command.positional else full.upper()) in text, full
     for config in (command.config, *groups_of(command).values()):
         kinds = typing.get_type_hints(config)
         for option, about in option_texts(config).items():

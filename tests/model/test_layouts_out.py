@@ -61,7 +61,7 @@ def test_export_of_resnet_v2_round_trips_through_timms_names(tmp_path):
     [
         ({"layout": "keras"}, "layout='keras' is not allowed"),
         ({"layout": "torchvision", "out": "x.onnx"}, "unknown suffix"),
-        ({"out": "x.pth"}, "needs the suffix .safetensors"),
+        ({"out": "x.pth"}, "unknown suffix for layout fastuft; use .safetensors"),
     ],
 )
 def test_impossible_exports_are_refused(tmp_path, arguments, message):

@@ -74,6 +74,7 @@ def test_the_saved_configuration_names_what_was_chosen_and_what_was_given(tiny):
     assert given["runtime"]["precision"] == "auto"
     assert (config["model"]["bn"], given["model"]["bn"]) == ("split", "auto")
     assert config["data"]["threads"] >= 1 and given["data"]["threads"] == 0
+    assert config.pop("init_channels") == "auto"  # of no checkpoint
     assert "auto" not in json.dumps(config)
 
 
@@ -397,9 +398,10 @@ def test_an_evaluation_that_the_run_died_in_is_made_up_for(tiny, folders, monkey
     assert [row["step"] for row in rows(Path(config.out), "watch")] == [0, 4, 8]
 
 
-def test_initialisation_is_reported(tiny, tmp_path):
+def test_initialization_is_reported(tiny, tmp_path):
     start = train(tiny(out=str(tmp_path / "start"), max_steps=1)).run_dir
     folder = train(tiny(init=str(start / "backbone.safetensors"), max_steps=1, resume="auto")).run_dir
+    assert RunFolder(folder).read_config()["init_channels"] == "rgb"
     train(tiny(init=str(start / "backbone.safetensors"), max_steps=2, resume="auto"))
     report = json.loads((folder / "summary.json").read_text())["init"]
     assert report["matched"] and not report["head_loaded"]

@@ -41,6 +41,7 @@ class InitReport:
         head_loaded: whether the projection head came from the file too; None where none was wanted.
         others: prefixes of further whole backbones in the file.
         traits: what the network does otherwise since then, as plain values.
+        channels: what its first convolution was taken to expect.
     """
 
     path: str
@@ -51,6 +52,7 @@ class InitReport:
     head_loaded: bool | None = None
     others: tuple[str, ...] = ()
     traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    channels: Channels = "rgb"
 
     def __str__(self) -> str:
         head = "" if self.head_loaded is None else ", head loaded" if self.head_loaded else ", fresh head"
@@ -206,6 +208,7 @@ def _load(
         head_loaded=bool(head) if isinstance(encoder, Encoder) else None,
         others=tuple(others) if key is None else (),
         traits=json.loads(json.dumps(dataclasses.asdict(traits))) if traits != Traits() else {},
+        channels=pixels.channels,
     )
 
 
