@@ -7,6 +7,9 @@ BIN    := $(VENV)/bin
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 PYTEST := $(BIN)/python -m pytest --durations=5
+# Tests that time nothing share the cores: a file to a worker, one thread each.
+WORKERS  ?= 2
+PARALLEL := env OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS)
 EXCLUDED := not slow and not peers and not docs and not browser
 
 # The newest pair, with torch's CUDA build, which other projects' packages expect; in an environment of its own.
@@ -46,10 +49,10 @@ lint: setup
 	$(BIN)/codespell fastuft kernels csrc bench tests examples docs *.md
 
 unit: setup
-	$(PYTEST) -m "$(EXCLUDED) and not interpreter and not compile and not e2e and not packaging"
+	$(PARALLEL) --dist loadfile -m "$(EXCLUDED) and not interpreter and not compile and not e2e and not packaging"
 
 interpreter: setup
-	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow" tests/kernels
+	TRITON_INTERPRET=1 $(PARALLEL) -m "interpreter and not slow" tests/kernels
 
 compile: setup
 	$(PYTEST) -s -m "compile and not slow" tests/kernels tests/mix

@@ -55,6 +55,7 @@ def bench(tmp_path):
         command = [sys.executable, "-m", "pytest", str(file), "-c", str(ROOT / "pyproject.toml")]
         command += ["--rootdir", str(tmp_path), f"--benchmark-json={raw}", "--device=cpu", *options]
         environment = os.environ | {"PYTHONPATH": str(ROOT / "bench")}
+        environment.pop("PYTEST_XDIST_WORKER", None)  # by it pytest-benchmark turns itself off
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
         return done.returncode, done.stdout + done.stderr, raw
 
