@@ -57,7 +57,7 @@ def test_frozen_with_every_field_documented(config):
     ("config", "values", "words"),
     [
         (ModelConfig, {"stem": "big"}, ["model.stem='big'", "'imagenet', 'small'"]),
-        (ModelConfig, {"bn": "frozen"}, ["model.bn='frozen'", "'split'"]),
+        (ModelConfig, {"bn": "global"}, ["model.bn='global'", "'split'"]),
         (ModelConfig, {"head_dim": 0}, ["model.head_dim=0"]),
         (ModelConfig, {"bn_group": 1}, ["model.bn_group=1", "[2, inf]"]),
         (MethodConfig, {"temperature": 0.0}, ["method.temperature=0.0", "(0, inf]"]),
@@ -163,3 +163,9 @@ def test_the_tree_is_plain_data():
     content = json.loads(json.dumps(dataclasses.asdict(config)))
     assert content["augment"]["crop_scale"] == [0.2, 1.0] and content["init"] is None
     assert set(content) == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("name", ["warmup_epochs", "head_warmup_epochs"])
+def test_warm_up_is_a_part_of_the_epochs(name):
+    with pytest.raises(ValueError, match=rf"optim.{name}=3.0 is out of range; allowed: \[0, 2\]"):
+        OptimConfig(epochs=2, **{name: 3.0})

@@ -26,7 +26,7 @@ from fastuft.config.checks import (
 )
 
 Mix = Literal["none", "cutmix", "mixup"]
-BatchNormMode = Literal["auto", "plain", "split", "shuffle", "sync"]
+BatchNormMode = Literal["auto", "plain", "split", "shuffle", "sync", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class ModelConfig:
             bit_resnet50 | bit_resnet101 (ResNet-v2 with GroupNorm and weight standardization), or timm:NAME.
         stem: imagenet (7x7, stride 2, max-pool) or small (3x3, no max-pool; stride 1, resnet_tiny's 2); never inferred.
         head_dim: width D of the embedding.
-        bn: batch statistics of the encoders; auto is split on one device and shuffle on several.
+        bn: batch statistics of the encoders; auto is split on one device and shuffle on several, frozen keeps those of
+            ``init``.
             Networks without BatchNorm ignore it.
         bn_group: images in one statistics group of ``split``; must divide the batch of one device.
     """
@@ -179,6 +180,7 @@ class OptimConfig:
         epochs: passes over the union.
         schedule: cosine to zero over all steps, or constant.
         warmup_epochs: linear warm-up from zero.
+        head_warmup_epochs: epochs at the start that train the head alone.
         clip_grad: largest gradient norm; 0 is off.
         optimizer: sgd, or apex_fused_sgd (needs NVIDIA's apex).
     """
@@ -190,12 +192,14 @@ class OptimConfig:
     epochs: AtLeast1 = 200
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_epochs: float = 0.0
+    head_warmup_epochs: float = 0.0
     clip_grad: NonNegative = 0.0
     optimizer: Literal["sgd", "apex_fused_sgd"] = "sgd"
 
     def __post_init__(self) -> None:
         check_values(self, "optim")
-        check_range("optim.warmup_epochs", self.warmup_epochs, 0.0, self.epochs, remedy="it is a part of optim.epochs")
+        for name in ("warmup_epochs", "head_warmup_epochs"):
+            check_range(f"optim.{name}", getattr(self, name), 0.0, self.epochs, remedy="it is a part of optim.epochs")
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,26 @@ class ProjectionHead(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """Backbone and projection head: images [B, 3, H, W] -> embeddings [B, dim], not normalized."""
+    """Backbone and projection head: images [B, 3, H, W] -> embeddings [B, dim], not normalized.
+
+    ``frozen_statistics`` lets the backbone's BatchNorm normalize by its running statistics in training too.
+    """
+
+    frozen_statistics = False
 
     def __init__(self, backbone: Backbone, dim: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = ProjectionHead(backbone.num_features, dim)
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Training mode; frozen BatchNorm stays in eval mode, which neither reads nor moves statistics of the batch."""
+        super().train(mode)
+        if self.frozen_statistics:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         with one_statistics_update():

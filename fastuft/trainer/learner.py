@@ -29,7 +29,7 @@ _renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).
 _OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _renamed else "broadcast_buffers": False}
 
 # BatchNorm mode in use; none for networks without BatchNorm.
-UsedBatchNorm = Literal["none", "plain", "split", "shuffle", "sync"]
+UsedBatchNorm = Literal["none", "plain", "split", "shuffle", "sync", "frozen"]
 
 
 @dataclass
@@ -147,6 +147,10 @@ def resolve_bn(config: TrainConfig, world_size: int, backbone: nn.Module) -> Use
         )
     if mode == "sync" and (world_size == 1 or not torch.cuda.is_available()):
         raise ValueError("model.bn='sync' needs several CUDA devices; use split on one device, shuffle elsewhere")
+    if mode == "frozen" and config.init is None:
+        raise ValueError(
+            "model.bn='frozen' keeps the statistics of a pretrained network and there is none; set init, or use auto"
+        )
     if mode == "shuffle" and world_size == 1:
         raise ValueError(
             "model.bn='shuffle' exchanges images between processes and there is one; use auto, or split on one device"
@@ -220,7 +224,9 @@ def build_learner(
             channels=config.init_channels,
         )
     moco.copy_query_to_key()
-    if bn != "none":
+    for encoder in (moco.query_encoder, moco.key_encoder):
+        encoder.frozen_statistics = bn == "frozen"
+    if bn not in ("none", "frozen"):
         moco = set_batchnorm_mode(moco, bn, config.model.bn_group)
     moco.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     queue = KeyQueue(

@@ -267,7 +267,8 @@ class _Run:
             batch = metrics.next_batch(batches)
             lr = self._set_lr()
             metrics.parts.start()
-            metrics.add(train_step(learner, batch, metrics.parts.mark))
+            head_only = self.progress.global_step < self.config.optim.head_warmup_epochs * stream.steps_per_epoch
+            metrics.add(train_step(learner, batch, metrics.parts.mark, head_only=head_only))
             self.progress = progress = self.progress.after_step(len(batch.index) * self.ranks.world_size)
             ended = progress.step == stream.steps_per_epoch
             if callbacks.on_step is not None:

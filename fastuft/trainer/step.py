@@ -16,13 +16,14 @@ from fastuft.trainer.learner import Learner
 RECORD = ("loss", "loss_q", "loss_m", "loss_alignment", "loss_distribution")
 
 
-def train_step(learner: Learner, batch: Batch, mark: Callable[[str], None]) -> Tensor:
+def train_step(learner: Learner, batch: Batch, mark: Callable[[str], None], *, head_only: bool = False) -> Tensor:
     """Loss, gradient, update; nothing here waits for the device.
 
     Args:
         learner: encoders, queue, optimizer, method.
         batch: this rank's views; ``batch.query`` is mixed in place.
         mark: called with the name of each part when it has been issued.
+        head_only: whether the backbone's weights stay as they are.
 
     Returns:
         [len(RECORD)] float32 on the device: this rank's figures, before the update.
@@ -54,6 +55,9 @@ def train_step(learner: Learner, batch: Batch, mark: Callable[[str], None]) -> T
         mark("loss")
         learner.scaler.scale(method.mix_weight * l_m).backward()
         mark("backward")
+    if head_only:
+        for parameter in learner.moco.query_encoder.backbone.parameters():
+            parameter.grad = None  # the optimizer passes over it: neither momentum nor decay moves it
     if learner.clip_grad:
         learner.scaler.unscale_(learner.optimizer)
         nn.utils.clip_grad_norm_(learner.moco.query_encoder.parameters(), learner.clip_grad)

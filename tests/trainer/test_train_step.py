@@ -305,3 +305,46 @@ def test_a_step_on_a_gpu_never_waits_for_it(tiny, changes):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.stack(records).isfinite().all()
+
+
+def test_frozen_statistics_are_those_of_the_start(tiny, tmp_path):
+    start, _ = build_learner(tiny(), ALONE)
+    for module in start.moco.query_encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+    torch.save(start.moco.query_encoder.backbone.state_dict(), tmp_path / "start.pth")
+    config = tiny(init=str(tmp_path / "start.pth"), model={"bn": "frozen"}, optim={"lr": 0.1})
+    made, (before, _), _ = run_step(config, a_batch())
+    statistics = {name: value for name, value in before.state_dict().items() if "running_" in name}
+    assert statistics
+    for name, value in statistics.items():
+        assert torch.equal(made.moco.state_dict()[name], value), name
+    # Images no longer see each other: a feature is the same in any batch, in training too.
+    views = a_batch().query
+    whole = made.moco.query_encoder.train()(views)
+    torch.testing.assert_close(whole[:3], made.moco.query_encoder(views[:3]))
+    assert not torch.equal(  # the weights do move
+        made.moco.query_encoder.backbone.state_dict()["conv1.weight"],
+        before.query_encoder.backbone.state_dict()["conv1.weight"],
+    )
+
+
+def test_frozen_statistics_need_a_start(tiny):
+    with pytest.raises(ValueError, match=r"model.bn='frozen' .* set init, or use auto"):
+        build_learner(tiny(model={"bn": "frozen"}), ALONE)
+
+
+def test_the_head_can_go_first(tiny):
+    config = tiny(optim={"lr": 0.1})
+    made, _ = build_learner(config, ALONE)
+    before = copy.deepcopy(made.moco.query_encoder)
+    for _ in range(2):
+        train_step(made, a_batch(), lambda part: None, head_only=True)
+    for name, parameter in made.moco.query_encoder.backbone.named_parameters():
+        assert torch.equal(parameter, before.backbone.get_parameter(name)), name
+    assert not torch.equal(made.moco.query_encoder.head[0].weight, before.head[0].weight)
+    train_step(made, a_batch(), lambda part: None)
+    assert any(
+        not torch.equal(parameter, before.backbone.get_parameter(name))
+        for name, parameter in made.moco.query_encoder.backbone.named_parameters()
+    )
