@@ -43,6 +43,8 @@ def allowed_values(kind: Any) -> str:
     parts = get_args(kind)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, parts))}"
+    if get_origin(kind) is tuple and parts[1:] == (...,):
+        return f"a list, each item {allowed_values(parts[0])}"
     if get_origin(kind) is tuple:
         return f"[{', '.join(map(allowed_values, parts))}]"
     if get_origin(kind) is list:

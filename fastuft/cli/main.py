@@ -16,6 +16,7 @@ from fastuft.cli.described import allowed_values
 from fastuft.cli.help import command_help, front_page
 from fastuft.cli.parsing import UsageError, build_parser, normalized, one_line, words
 from fastuft.console import ensure_standard_streams, say
+from fastuft.names import printable
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
@@ -45,7 +46,7 @@ def _short_warnings() -> Iterator[None]:
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
         if Path(filename).is_relative_to(PACKAGE):
-            return f"fastuft: warning: {message}\n"
+            return f"fastuft: warning: {printable(str(message))}\n"
         return usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = shown
@@ -146,13 +147,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _short_warnings():
             return command.run(config)
     except ValueError as error:
-        say(f"{label}: error: {' '.join(str(error).splitlines())}", error=True)
+        say(printable(f"{label}: error: {' '.join(str(error).splitlines())}"), error=True)
         return EXIT_BAD_INPUT
     except OSError as error:
         if error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        say(f"{label}: error: {where}{error.strerror}; check the path, its permissions and free space", error=True)
+        text = f"{label}: error: {where}{error.strerror}; check the path, its permissions and free space"
+        say(printable(text), error=True)
         return EXIT_FAILED
     except KeyboardInterrupt:
         say(f"{label}: interrupted", error=True)

@@ -87,10 +87,17 @@ def one_line(error: Exception, command: Command | None) -> str:
         close = difflib.get_close_matches(unknown[1], known, 3, 0.4)
         allowed = f"closest: {', '.join(close)}" if close else f"allowed: {', '.join(known)}"
         return f"unknown option {unknown[1]!r}; {allowed}"
-    key = re.search(r'[Kk]ey "([\w.]+)"', text)
+    group = re.search(r"""[Kk]ey "([\w.]+)": Unable to load config (?:'(.*?)'|"(.*?)")""", text)
+    keys = re.findall(r'[Kk]ey "([\w.]+)"', text)  # a group's, then its member's
+    if group and is_dataclass(types.get(group[1])) and keys[-1] not in types.keys() - {group[1]}:
+        member = fields(types[group[1]])[0].name
+        return (
+            f"{group[1]}={group[2] or group[3]} is not allowed; it takes {allowed_values(types[group[1]])}: give them one by "
+            f"one, as in --{group[1]}.{member} VALUE, or name a YAML file that holds them"
+        )
     value = re.search(r"(?:Got value|value|given): (.*)$", text)
-    if key and value and key[1] in types:
-        return f"{key[1]}={value[1]} is not allowed; it takes {allowed_values(types[key[1]])}"
+    if keys and value and keys[-1] in types:
+        return f"{keys[-1]}={value[1]} is not allowed; it takes {allowed_values(types[keys[-1]])}"
     if text.startswith(("Problems parsing config", "Unexpected config")):
         reason = text.replace('in "<unicode string>", ', "at ")
         return f"config is not a YAML mapping of options: {reason}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastuft.config.checks import AtLeast0, AtLeast1, PathName, check_values
+from fastuft.config.training import DataConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class EmbedConfig:
         batch_size: images per batch.
         part_size: images per part that is kept on the way; the same command goes on after the last whole part.
         on_bad_file: error names the file and stops; skip leaves it out and counts it.
+        suffixes: of image files in folders, as data.suffixes of a run.
         device: auto, cuda or cpu.
         precision: auto is bf16 on a GPU and fp32 on a CPU.
         loader: dali, torch or auto.
@@ -44,6 +46,7 @@ class EmbedConfig:
     batch_size: AtLeast1 = 256
     part_size: AtLeast1 = 8192
     on_bad_file: Literal["error", "skip"] = "error"
+    suffixes: tuple[str, ...] = DataConfig.suffixes
     device: Literal["auto", "cuda", "cpu"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     loader: Literal["auto", "dali", "torch"] = "auto"
@@ -64,12 +67,14 @@ class SearchConfig:
         in_: file of embeddings that `fastuft embed` wrote.
         top: images to print for each query.
         checkpoint: the one that made the embeddings, where it has moved.
+        suffixes: of image files in folders, as data.suffixes of a run.
     """
 
     query: list[str]
     in_: PathName
     top: AtLeast1 = 10
     checkpoint: PathName | None = None
+    suffixes: tuple[str, ...] = DataConfig.suffixes
 
     def __post_init__(self) -> None:
         check_values(self)

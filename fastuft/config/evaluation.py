@@ -16,6 +16,7 @@ from fastuft.config.checks import (
     Span,
     check_values,
 )
+from fastuft.config.training import DataConfig
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class EvalConfig:
         map: the t-SNE map.
         gallery: query images of the report's gallery; 0 leaves it out.
         on_bad_file: error names the file and stops; skip leaves it out and counts it.
+        suffixes: of image files in folders, as data.suffixes of a run.
         cache: folder that keeps features by content hash; none keeps nothing.
         seed: seed of draws and K-means.
         device: auto, cuda or cpu.
@@ -155,6 +157,7 @@ class EvalConfig:
     map: MapConfig = field(default_factory=MapConfig)
     gallery: AtLeast0 = 24
     on_bad_file: Literal["error", "skip"] = "error"
+    suffixes: tuple[str, ...] = DataConfig.suffixes
     cache: str | None = None
     seed: int = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -95,7 +95,9 @@ def list_images(paths: str | Sequence[str], suffixes: Sequence[str] = IMAGE_SUFF
 
 
 def labeled_folder(path: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> tuple[list[str], list[int], list[str]]:
-    """Images of class sub-folders.
+    """Images of class sub-folders; those that lie beside the sub-folders are left out, which is said.
+
+    An image that links lead to from several classes is one of the first alone, as in :func:`find_images`.
 
     Returns:
         (paths, labels, class names): classes are the sub-folders in sorted order, images of a class at any depth.
@@ -110,17 +112,21 @@ def labeled_folder(path: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> tuple
     names = sorted(os.path.basename(folder) for folder, _ in inner)
     if not names:
         raise ValueError(f"'{printable(path)}' has no class sub-folders; labels need one sub-folder per class")
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        try:
-            files = list_images(os.path.join(root, name), suffixes)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}; each sub-folder of '{printable(path)}' is a class, remove those without"
-            ) from error
-        paths += files
-        labels += [label] * len(files)
+    of_class: dict[str, list[str]] = {name: [] for name in names}
+    found = find_images(root, suffixes)
+    for file, name in zip(found.paths, found.names, strict=True):
+        first, inside, _ = name.partition(os.sep)
+        if inside:
+            of_class[first].append(file)
+    if empty := [name for name in names if not of_class[name]]:
+        raise ValueError(
+            f"'{printable(os.path.join(root, empty[0]))}' holds no images of its own (expected are files ending in "
+            f"{' '.join(suffixes)}); each sub-folder of '{printable(path)}' is a class, remove those without"
+        )
+    paths = [file for name in names for file in of_class[name]]
+    if beside := len(found.paths) - len(paths):
+        note(f"'{printable(root)}': {beside} images beside the class sub-folders are left out")
+    labels = [label for label, name in enumerate(names) for _ in of_class[name]]
     return paths, labels, names
 
 

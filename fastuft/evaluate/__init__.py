@@ -25,7 +25,9 @@ _EXPORTS = {
     "cached_features": "features",
     "extract_features": "features",
     "weights_hash": "features",
-    "read_images": "folders",
+    "Images": "folders",
+    "in_classes_of": "folders",
+    "read_classes": "folders",
     "UndefinedError": "inputs",
     "FixMatchResult": "semi",
     "fixmatch": "semi",
@@ -68,7 +70,9 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.features import cached_features as cached_features
     from fastuft.evaluate.features import extract_features as extract_features
     from fastuft.evaluate.features import weights_hash as weights_hash
-    from fastuft.evaluate.folders import read_images as read_images
+    from fastuft.evaluate.folders import Images as Images
+    from fastuft.evaluate.folders import in_classes_of as in_classes_of
+    from fastuft.evaluate.folders import read_classes as read_classes
     from fastuft.evaluate.inputs import UndefinedError as UndefinedError
     from fastuft.evaluate.looks import Sample as Sample
     from fastuft.evaluate.looks import look_at as look_at

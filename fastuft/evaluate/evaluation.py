@@ -55,8 +55,7 @@ def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone |
         before: the backbone to compare with, usually the initialization.
 
     Raises:
-        ValueError: one class only, classes of test images that no training image has, unreadable images, features that
-            are not finite.
+        ValueError: classes of test images that no training image has, unreadable images, features that are not finite.
     """
     folders = read_folders(config)
     for doubt in folders.doubts:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from fastuft.config import EvalConfig
-from fastuft.data import labeled_folder, list_images, verify_files
+from fastuft.data import IMAGE_SUFFIXES, labeled_folder, list_images, verify_files
 from fastuft.evaluate.inputs import quoted
 from fastuft.names import printable
 
 # Names that folders of images have for other reasons than a class.
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "images", "unsorted"}
+_ONE_CLASS = "one class sub-folder only ({}), and accuracies need at least two"
 _YEAR = re.compile(r"(19|20)\d\d([-_]\d\d){0,2}")
 
 
@@ -62,48 +63,63 @@ class Folders:
         return {name: images for name, images in found.items() if images is not None}
 
 
-def read_images(name: str, folder: str) -> Images:
-    """The images of ``folder``: labeled when all of them lie in sub-folders, of which there are at least two.
+def read_images(folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Images:
+    """The images of ``folder``: labeled when all of them lie in sub-folders.
 
     Raises:
-        ValueError: there is one class sub-folder alone.
+        ValueError: no images, or a sub-folder without.
     """
-    root = Path(folder)
-    if root.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir()):
-        paths = list_images(folder)
-        if all(Path(path).absolute().parent != root.absolute() for path in paths):
-            found, labels, classes = labeled_folder(folder)
-            if len(classes) < 2:
-                raise ValueError(
-                    f"{name}={folder!r} has one class sub-folder only ({quoted(classes)}); a labeled metric needs at "
-                    f"least two. For a report without labels name the images' own folder"
-                )
-            return Images([str(path) for path in found], np.asarray(labels), list(classes))
-        return Images([str(path) for path in paths], np.empty(0, np.int64), [])
-    return Images([str(path) for path in list_images(folder)], np.empty(0, np.int64), [])
+    root = os.path.abspath(os.path.expanduser(folder))
+    paths = list_images(folder, suffixes)
+    if os.path.isdir(root) and all(os.path.dirname(path) != root for path in paths):
+        found, labels, classes = labeled_folder(folder, suffixes)
+        return Images(found, np.asarray(labels), classes)
+    return _without_labels(paths)
+
+
+def _without_labels(paths: list[str]) -> Images:
+    return Images(paths, np.empty(0, np.int64), [])
+
+
+def read_classes(name: str, folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXES, *, fewest: int = 2) -> Images:
+    """The labeled images of ``folder``, the value of the option ``name``.
+
+    Raises:
+        ValueError: fewer class sub-folders than ``fewest``, or one without images.
+    """
+    found, labels, classes = labeled_folder(folder, suffixes)
+    if len(classes) < fewest:
+        raise ValueError(f"{name}={printable(folder)!r} has {_ONE_CLASS.format(quoted(classes))}")
+    return Images(found, np.asarray(labels), classes)
 
 
 def read_folders(config: EvalConfig) -> Folders:
     """The images that an evaluation looks at.
 
     Raises:
-        ValueError: a folder without images, one class sub-folder only, a class of the test images that no training
-            image has, or a single training image.
+        ValueError: a folder without images, a class of the test images that no training image has, or a single training
+            image.
     """
     bad_files: dict[str, str] = {}
 
     def read(name: str, folder: str) -> Images:
-        images = read_images(name, folder)
-        return _without_bad_files(name, images, bad_files) if config.on_bad_file == "skip" else images
+        images = read_images(folder, config.suffixes)
+        if config.on_bad_file == "skip":
+            images = _without_bad_files(name, images, bad_files)
+        if len(images.classes) == 1 and name != "test":  # classes of test images are the training images'
+            said.append(f"{name} has {_ONE_CLASS.format(quoted(images.classes))}: its images are taken without labels.")
+            return _without_labels(images.paths)
+        return images
 
+    said: list[str] = []
     train = read("train", config.train)
     if len(train.paths) < 2:
         raise ValueError(f"train={config.train!r} has one image; an evaluation needs at least two")
     test = read("test", config.test) if config.test else None
     source = read("source", config.source) if config.source else None
-    doubts = [doubt for images in (train, source) if images is not None for doubt in _doubts(images.classes)]
+    doubts = said + [doubt for images in (train, source) if images is not None for doubt in _doubts(images.classes)]
     if test is not None and test.labeled and train.labeled:
-        test, missing = _in_classes_of(train, test)
+        test, missing = in_classes_of(train, test)
         if missing:
             doubts.append(
                 f"The test images have none of {len(missing)} classes of the training images ({quoted(missing)}): "
@@ -133,8 +149,12 @@ def _without_bad_files(name: str, images: Images, bad_files: dict[str, str]) -> 
     return Images(paths, labels, [images.classes[label] for label in left])
 
 
-def _in_classes_of(train: Images, test: Images) -> tuple[Images, list[str]]:
-    """The test images with labels that count in the training images' classes, and classes that they have none of."""
+def in_classes_of(train: Images, test: Images) -> tuple[Images, list[str]]:
+    """The test images with labels that count in the training images' classes, and classes that they have none of.
+
+    Raises:
+        ValueError: a class of the test images that no training image has.
+    """
     missing = sorted(set(train.classes) - set(test.classes))
     extra = sorted(set(test.classes) - set(train.classes))
     if extra:

@@ -103,7 +103,7 @@ def embed_images(
         backbone, _ = open_backbone(
             config.checkpoint, config.arch, config.stem, key=config.init_key, channels=config.init_channels
         )
-    paths, bad = _usable(list_images(config.images), config)
+    paths, bad = _usable(list_images(config.images, config.suffixes), config)
     work = _Work(backbone, config, paths)
     parts = _Parts(Path(f"{config.out}.parts"), work.key()) if keep else None
     done: list[np.ndarray] = []

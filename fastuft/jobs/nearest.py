@@ -40,7 +40,12 @@ def search(config: SearchConfig) -> list[Found]:
     options = {name: value for name, value in settings.items() if name in known}
     try:
         wanted = EmbedConfig(
-            **{**options, "images": config.query, "checkpoint": config.checkpoint or settings["checkpoint"]}
+            **{
+                **options,
+                "images": config.query,
+                "checkpoint": config.checkpoint or settings["checkpoint"],
+                "suffixes": config.suffixes,
+            }
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{printable(config.in_)} lacks settings; write it with `fastuft embed`") from error

@@ -5,8 +5,10 @@ from fastuft.runfolder.folder import RunFolder
 from fastuft.runfolder.lock import FolderInUseError, FolderLostError, RunLock
 from fastuft.runfolder.progress import Progress
 from fastuft.runfolder.records import json_lines, read_json, read_json_lines, write_json
+from fastuft.runfolder.sealed import UNSEALED, damage, seal
 
 __all__ = [
+    "UNSEALED",
     "CheckpointError",
     "Checkpoints",
     "FolderInUseError",
@@ -14,9 +16,11 @@ __all__ = [
     "Progress",
     "RunFolder",
     "RunLock",
+    "damage",
     "json_lines",
     "load_checkpoint",
     "read_json",
     "read_json_lines",
+    "seal",
     "write_json",
 ]

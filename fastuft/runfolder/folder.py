@@ -14,6 +14,7 @@ from fastuft.runfolder.checkpoints import CheckpointError, Checkpoints, check_di
 from fastuft.runfolder.lock import RunLock
 from fastuft.runfolder.progress import Progress
 from fastuft.runfolder.records import json_lines, read_json, write_json
+from fastuft.runfolder.sealed import damage
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class RunFolder:
     @property
     def has_weights(self) -> bool:
         """Whether training has left anything that another run must not write over."""
-        return self.backbone_file.exists() or bool(self.checkpoints.all())
+        exported = (self.backbone_file, self.last_file, *self.judged_files())
+        return any(file.exists() for file in exported) or bool(self.checkpoints.all())
 
     def write_config(self, config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         """Write the configuration, nested mappings of plain values: as it is used, and as it was given.
@@ -214,8 +216,8 @@ class RunFolder:
     def _whole_backbone(self) -> tuple[Path | None, tuple[str, ...]]:
         if not self.backbone_file.exists():
             return None, ()
-        damage = _damage(self.backbone_file)
-        return (self.backbone_file, ()) if damage is None else (None, (damage,))
+        found = damage(self.backbone_file)
+        return (self.backbone_file, ()) if found is None else (None, (found,))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -231,20 +233,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged (not a mapping); restore it or use another folder")
     return values
-
-
-def _damage(path: Path) -> str | None:
-    """Why a safetensors file is not as long as its header says, or None."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            header = json.loads(file.read(length)) if length < size else {}
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        ends = []
-    if not ends or 8 + length + max(ends) != size:
-        return f"{path} is truncated or altered ({size} bytes)"
-    return None

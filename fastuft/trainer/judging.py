@@ -19,7 +19,7 @@ from fastuft.config import TrainConfig
 from fastuft.data import Manifest
 from fastuft.evaluate import Look, Sample, Verdict, best_look, judge, look_at, should_stop
 from fastuft.model import Backbone, export_backbone
-from fastuft.runfolder import Progress, RunFolder
+from fastuft.runfolder import UNSEALED, Progress, RunFolder, damage, seal
 from fastuft.trainer.recorder import Recorder
 
 Exported = Literal["judged", "start", "last"]
@@ -122,7 +122,7 @@ class Judge:
         features = self._images().features(backbone, self.device)
         if progress.global_step == 0:
             self._start = features
-            write_whole(self.folder.start_features_file, save(features))
+            write_whole(self.folder.start_features_file, seal(save(features, metadata=UNSEALED)))
             if self.selects:
                 export_backbone(backbone, self.folder.start_file)
         look = look_at(features, self._start, progress.global_step)
@@ -175,7 +175,8 @@ class Judge:
         """The run's judgment; None without a look at its start."""
         if not self.looks:
             return None
-        exported = self._export() if self.selects else "last"
+        # Stopped before its first step, a run has saved nothing that could be exported.
+        exported = self._export() if self.selects and self.folder.last_file.exists() else "last"
         return Judgment(judge(self.looks), exported, self.looks, self.seconds)
 
 
@@ -193,5 +194,6 @@ def _copy(source: Path, target: Path) -> None:
 
 def _read_features(file: Path) -> dict[str, Tensor] | None:
     with suppress(OSError, SafetensorError, ValueError):
-        return dict(load(file.read_bytes()))
+        if damage(file) is None:
+            return dict(load(file.read_bytes()))
     return None

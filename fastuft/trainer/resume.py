@@ -50,7 +50,8 @@ def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, A
     Processes that torchrun has started anew after a failure go on from what the folder holds, whatever ``resume`` says.
 
     Raises:
-        ValueError: the folder holds a run and ``resume`` is no, or ``resume`` is older than what the folder holds.
+        ValueError: the folder holds a run and ``resume`` is no, or weights and no checkpoint and it is auto; or ``resume`` is
+            older than what the folder holds.
         CheckpointError: no checkpoint is whole, or the processes see different ones.
     """
     out, state = str(folder.path), None
@@ -65,6 +66,11 @@ def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, A
             raise CheckpointError(
                 f"resume='auto': no checkpoint in {folder.checkpoints.folder} is whole: {newest.reasons[0]}; move the run "
                 "away to start afresh"
+            )
+        if state is None and folder.has_weights:
+            raise ValueError(
+                f"resume='auto': out={out!r} holds an exported backbone and no checkpoint to go on from, and a new run would "
+                "write over it; bring the checkpoints back, choose another out with init set to the backbone, or move it away"
             )
     elif resume != "no":
         state = load_checkpoint(Path(resume))

@@ -120,6 +120,8 @@ class _Run:
         self.began = time.perf_counter()
         self.progress = Progress()
         check_memory(config, ranks)
+        if watch.wanted(config.watch):
+            watch.folders(config)
         state = find_checkpoint(config.resume, self.folder, ranks)
         saved = None if state is None else traits_from((state["init_report"] or {}).get("traits"))
         self.learner, report = build_learner(config, ranks, resumed=saved)

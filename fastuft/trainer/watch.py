@@ -7,8 +7,16 @@ from contextlib import closing, suppress
 import torch
 
 from fastuft.config import TrainConfig, WatchConfig
-from fastuft.data import EvalStream, Loading, labeled_folder
-from fastuft.evaluate import UndefinedError, clustering_accuracy, extract_features, retrieval_accuracy
+from fastuft.data import EvalStream, Loading
+from fastuft.evaluate import (
+    Images,
+    UndefinedError,
+    clustering_accuracy,
+    extract_features,
+    in_classes_of,
+    read_classes,
+    retrieval_accuracy,
+)
 from fastuft.model import Backbone
 
 
@@ -22,17 +30,33 @@ def due(watch: WatchConfig, epochs_done: int) -> bool:
     return wanted(watch) and epochs_done % watch.every_epochs == 0
 
 
+def folders(config: TrainConfig) -> dict[str, Images]:
+    """The watched images by name: train and test with labels in the same classes, source.
+
+    Raises:
+        ValueError: a folder that is watched for an accuracy has fewer than two classes, or one that training lacks.
+    """
+    watch, found = config.watch, {}
+    if watch.train and watch.test:
+        found["train"] = read_classes("watch.train", watch.train, config.data.suffixes)
+        found["test"], _ = in_classes_of(
+            found["train"], read_classes("watch.test", watch.test, config.data.suffixes, fewest=1)
+        )
+    if watch.source:
+        found["source"] = read_classes("watch.source", watch.source, config.data.suffixes)
+    return found
+
+
 def evaluate(backbone: Backbone, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """Figures of the query encoder's backbone as fractions: ``retrieval``, ``source_clustering``.
 
     One that has no value (the features of all images are the same) is left out: training goes on, and its verdict tells.
     """
 
-    def features(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
-        paths, labels, _ = labeled_folder(folder, config.data.suffixes)
+    def features(images: Images) -> tuple[torch.Tensor, torch.Tensor]:
         stream = EvalStream(
-            paths,
-            labels,
+            images.paths,
+            images.labels.tolist(),
             loading=Loading.of(config.data, mean=backbone.mean, std=backbone.std, device=device),
             size=config.augment.size,
             batch_size=config.data.batch_size,
@@ -43,14 +67,14 @@ def evaluate(backbone: Backbone, config: TrainConfig, device: torch.device) -> d
         return found, kept_labels
 
     figures = {}
-    watch = config.watch
-    if watch.train and watch.test:
-        gallery, gallery_labels = features(watch.train)
-        queries, query_labels = features(watch.test)
+    watched = folders(config)
+    if "train" in watched:
+        gallery, gallery_labels = features(watched["train"])
+        queries, query_labels = features(watched["test"])
         with suppress(UndefinedError):
             figures["retrieval"] = retrieval_accuracy(gallery, gallery_labels, queries, query_labels)
-    if watch.source:
-        source, source_labels = features(watch.source)
+    if "source" in watched:
+        source, source_labels = features(watched["source"])
         with suppress(UndefinedError):
             figures["source_clustering"] = clustering_accuracy(source, source_labels, seed=config.seed)
     return figures

@@ -167,6 +167,10 @@ def test_resolved_configuration_round_trip(received, tmp_path, capsys):
         (["stray"], ["'stray'", "--NAME VALUE", "'[A, B]'"]),
         (["--out="], ["out=''", "empty path"]),
         (["--optim.epochs", "3", "--optim.warmup_epochs", "4"], ["optim.warmup_epochs=4", "[0, 3]"]),
+        (["--model", "3"], ["model=3 is not allowed", "a group of arch, ", "--model.arch VALUE", "YAML file"]),
+        (["--model="], ["--model.arch VALUE"]),
+        (["--optim", "{lr: x}"], ["optim.lr=x", "a number"]),
+        (["--data.suffixes", "[1"], ["data.suffixes=[1", "a list, each item text"]),
         (["--config", "absent.yaml"], ["config", "absent.yaml"]),
     ],
 )

@@ -72,7 +72,23 @@ def test_classes_are_neither_hidden_nor_left_behind_by_systems(mixed):
 
 def test_an_empty_class_is_named(mixed):
     (mixed / "dogs").mkdir()
-    with pytest.raises(ValueError, match=r"dogs' holds no images; .* each sub-folder of '.*' is a class, remove"):
+    with pytest.raises(
+        ValueError, match=r"dogs' holds no images of its own .* each sub-folder of '.*' is a class, remove"
+    ):
+        labeled_folder(str(mixed))
+
+
+def test_an_image_has_one_class_wherever_links_lead(mixed, manifest, capsys):
+    (mixed / "dogs").mkdir()
+    os.link(manifest.paths[1], mixed / "dogs" / "two.png")
+    os.link(manifest.paths[1], mixed / "beside.png")
+    (mixed / "cats" / "up").symlink_to("..")
+    paths, labels, names = labeled_folder(str(mixed))
+    assert (labels, names) == ([0, 1], ["cats", "dogs"])
+    assert paths == [str(mixed / "cats" / "one.png"), str(mixed / "dogs" / "two.png")]
+    assert "1 images beside the class sub-folders are left out" in capsys.readouterr().err
+    (mixed / "felines").symlink_to("cats")
+    with pytest.raises(ValueError, match=r"felines' holds no images of its own"):
         labeled_folder(str(mixed))
 
 

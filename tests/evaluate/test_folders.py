@@ -6,7 +6,7 @@ import pytest
 from image_folders import write_images
 
 from fastuft.config import EvalConfig
-from fastuft.evaluate.folders import read_folders, read_images
+from fastuft.evaluate.folders import read_classes, read_folders, read_images
 
 
 def folders_of(tmp_path, train, test=None):
@@ -28,9 +28,41 @@ def test_labels_of_test_images_count_in_the_classes_of_train(tmp_path):
     assert "none of 1 classes of the training images ('green')" in folders.doubts[0]
 
 
-def test_one_class_sub_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"one class sub-folder only \('only'\)"):
-        read_images("train", write_images(tmp_path / "train", ["only"], 3, 0))
+@pytest.mark.parametrize("left", [["only"], ["only", "spoilt"]])
+def test_images_of_one_class_are_taken_without_labels_and_that_is_said(tmp_path, left):
+    train, source = (write_images(tmp_path / name, left, 3, 0) for name in ("train", "source"))
+    for path in tmp_path.rglob("spoilt/*"):
+        path.write_bytes(b"")
+    config = EvalConfig(checkpoint="c", train=train, test=train, source=source, on_bad_file="skip")
+    folders = read_folders(config)
+    assert not folders.train.labeled and not folders.source.labeled and not folders.judged
+    said = (
+        "has one class sub-folder only ('only'), and accuracies need at least two: its images are taken without labels"
+    )
+    assert [f"{name} {said}." for name in ("train", "source")] == folders.doubts[:2]
+
+
+def test_accuracies_that_were_asked_for_need_two_classes(tmp_path):
+    folder = write_images(tmp_path, ["only"], 3, 0)
+    with pytest.raises(
+        ValueError, match=r"watch\.train='.*' has one class sub-folder only \('only'\), and accuracies need"
+    ):
+        read_classes("watch.train", folder)
+    assert read_classes("watch.test", folder, fewest=1).classes == ["only"]
+
+
+def test_images_of_other_suffixes_are_read_where_they_are_named(tmp_path):
+    train = write_images(tmp_path, ["blue", "red"], 2, 0)
+    for path in list(tmp_path.rglob("*.png")):
+        path.rename(path.with_suffix(".tif"))
+    with pytest.raises(ValueError, match="holds no images"):
+        read_folders(EvalConfig(checkpoint="c", train=train))
+    assert read_folders(EvalConfig(checkpoint="c", train=train, suffixes=(".tif",))).train.labels.tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]
 
 
 def test_a_single_image_is_refused(tmp_path):
@@ -41,7 +73,7 @@ def test_a_single_image_is_refused(tmp_path):
 def test_loose_images_beside_sub_folders_mean_no_labels(tmp_path):
     write_images(tmp_path, ["mixed/red", "mixed/green"], 3, 0)
     (tmp_path / "mixed" / "red" / "0.png").rename(tmp_path / "mixed" / "loose.png")
-    images = read_images("train", str(tmp_path / "mixed"))
+    images = read_images(str(tmp_path / "mixed"))
     assert not images.labeled and len(images.paths) == 6
 
 

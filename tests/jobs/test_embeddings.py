@@ -167,6 +167,16 @@ def test_files_that_hold_no_embeddings_are_refused(tmp_path, content):
         read_embeddings(str(file))
 
 
+def test_images_of_other_suffixes_are_embedded_where_they_are_named(config, photos, tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    Image.open(photos / "7.png").save(folder / "seven.tif")
+    with pytest.raises(ValueError, match="holds no images"):
+        embed_images(dataclasses.replace(config, images=[str(folder)]))
+    wanted = dataclasses.replace(config, images=[str(folder)], suffixes=(".tif",))
+    assert embed_images(wanted, keep=False).paths == (str(folder / "seven.tif"),)
+
+
 @pytest.fixture
 def collection(config, capsys):
     words = ["embed", *config.images, "--checkpoint", config.checkpoint, "--out", config.out, "--loader", "torch"]
@@ -182,6 +192,13 @@ def test_search_prints_the_nearest_images(collection, photos, capsys):
     assert lines[1].split() == ["1.0000", str(photos / "7.png")]
     similarities = [float(line.split()[0]) for line in lines[1:]]
     assert similarities == sorted(similarities, reverse=True)
+
+
+def test_search_looks_for_images_of_other_suffixes(collection, photos, tmp_path, capsys):
+    Image.open(photos / "7.png").save(tmp_path / "seven.tif")
+    words = ["search", str(tmp_path), "--in", collection, "--top", "1", "--suffixes", ".tif"]
+    assert main(words) == 0
+    assert str(photos / "7.png") in capsys.readouterr().out
 
 
 def test_search_with_other_weights_is_refused(collection, photos, tmp_path, capsys):

@@ -148,6 +148,27 @@ def test_a_damaged_torch_archive_is_said_to_be_damaged(tmp_path):
         read_checkpoint(tmp_path / "x")
 
 
+@pytest.mark.parametrize("place", ["weight", "structure"])
+def test_a_flipped_byte_in_a_torch_archive_is_noticed(tmp_path, place):
+    content = bytearray(torch_bytes({"weight": torch.arange(1000.0)}))
+    marks = {"weight": torch.arange(500.0, 510.0).numpy().tobytes(), "structure": b"weight"}
+    content[content.index(marks[place])] ^= 1
+    (tmp_path / "x").write_bytes(bytes(content))
+    with pytest.raises(
+        ValueError, match=r"is a damaged torch archive \(Bad CRC-32 for file .*; copy or download it again"
+    ):
+        read_checkpoint(tmp_path / "x")
+
+
+def test_a_torch_archive_that_was_written_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        (tmp_path / "x").write_bytes(torch_bytes({"weight": torch.arange(10.0)}))
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(tmp_path / "x").tensors["weight"].tolist() == list(range(10))
+
+
 def test_missing_files_and_folders_without_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match="is not a file"):
         read_checkpoint(tmp_path / "x")

@@ -15,6 +15,7 @@ from fastuft.evaluate import Verdict
 from fastuft.model import load_backbone
 from fastuft.runfolder import RunFolder
 from fastuft.trainer import Callbacks, judging, train
+from fastuft.trainer import run as judging_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
 
@@ -124,6 +125,22 @@ def test_a_stopped_run_goes_on_to_the_same_looks_and_verdict(tiny, start, tmp_pa
     assert rows(resumed.run_dir, "look") == rows(whole.run_dir, "look")
     assert resumed.judgment.line() == whole.judgment.line()
     assert same_weights(resumed.run_dir / "backbone.safetensors", whole.run_dir / "backbone.safetensors")
+
+
+def test_a_run_that_is_stopped_before_its_first_step_exports_nothing_and_starts_again(tiny, start, monkeypatch):
+    fill = judging_run.prefill
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return fill(*arguments)
+
+    monkeypatch.setattr(judging_run, "prefill", stopped)
+    config = {"init": start, "select": "judged", "verdict": {"looks": 2}}
+    result = train(tiny(**config))
+    assert (result.interrupted, result.steps) == ("SIGTERM", 0)
+    assert not RunFolder(result.run_dir).has_weights
+    monkeypatch.undo()
+    assert train(tiny(**config, resume="auto")).finished
 
 
 def test_a_look_that_a_kill_came_before_is_taken_on_resume(tiny, start):

@@ -320,6 +320,22 @@ def test_a_run_that_failed_before_its_first_checkpoint_does_not_block_its_folder
     assert train(tiny(max_steps=1)).steps == 1
 
 
+@pytest.mark.parametrize("left", ["backbone.safetensors", "last.safetensors", "judged_00000008.safetensors"])
+def test_weights_without_a_checkpoint_are_not_written_over(tiny, left):
+    folder = RunFolder(train(tiny(max_steps=1)).run_dir)
+    for file in (*folder.checkpoints.folder.iterdir(), folder.metrics_file):
+        file.unlink()
+    folder.backbone_file.rename(folder.path / left)
+    content = (folder.path / left).read_bytes()
+    for resume, reason in (
+        ("auto", "holds an exported backbone and no checkpoint to go on"),
+        ("no", "holds a run already"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            train(tiny(max_steps=1, resume=resume))
+    assert (folder.path / left).read_bytes() == content and not folder.metrics_file.exists()
+
+
 def test_a_folder_that_another_run_works_in_is_refused(tiny):
     config = tiny(max_steps=1)
     folder = RunFolder(Path(config.out))
@@ -368,6 +384,32 @@ def test_watching_features_that_are_all_the_same_leaves_the_figures_out(tiny, fo
 
     watch = {"train": folders[0], "test": folders[0], "source": folders[1], "every_epochs": 1}
     assert run_module.watch.evaluate(Collapsed(), tiny(watch=watch), torch.device("cpu")) == {}
+
+
+@pytest.mark.parametrize(
+    ("watch", "reason"),
+    [
+        ({"train": "class0", "test": ""}, r"watch\.train='.*' has one class sub-folder only \('one'\)"),
+        ({"source": "class0"}, r"watch\.source='.*' has one class sub-folder only"),
+        ({"train": "", "test": "class0"}, r"test has class sub-folders that train lacks: 'one'"),
+        ({"train": "", "test": "class0/one"}, "has no class sub-folders"),
+    ],
+)
+def test_what_cannot_be_watched_is_said_before_anything_else(tiny, folders, tmp_path, watch, reason):
+    shutil.copytree(Path(folders[0]) / "class0", tmp_path / "class0" / "one")
+    places = {name: str(tmp_path / place) if place else folders[0] for name, place in watch.items()}
+    with pytest.raises(ValueError, match=reason):
+        train(tiny(watch={**places, "every_epochs": 1}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_watched_images_of_fewer_classes_count_in_the_classes_of_the_gallery(tiny, folders, tmp_path):
+    for name in ("class0", "class2"):
+        shutil.copytree(Path(folders[0]) / name, tmp_path / "test" / name)
+    watched = run_module.watch.folders(
+        tiny(watch={"train": folders[0], "test": str(tmp_path / "test"), "every_epochs": 1})
+    )
+    assert set(watched["test"].labels) == {0, 2} and watched["test"].classes == ["class0", "class1", "class2"]
 
 
 def test_watching_changes_nothing_and_is_recorded(tiny, folders, tmp_path):

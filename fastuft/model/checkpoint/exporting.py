@@ -22,11 +22,13 @@ from fastuft.model.checkpoint.resnet_layouts import OWN_NAMES, TIMM_V2
 from fastuft.model.checkpoint.transformers_export import write_transformers
 from fastuft.model.resnet_v2 import ResNetV2
 from fastuft.model.timm_network import TimmBackbone
-from fastuft.runfolder import RunFolder
+from fastuft.runfolder import UNSEALED, RunFolder, seal
 
 
 def export_backbone(backbone: Backbone, path: str | Path) -> None:
     """Write a backbone as safetensors whose metadata says how to rebuild it and how to normalize its inputs.
+
+    The file holds its own digest (:func:`fastuft.runfolder.seal`), which is checked when it is read.
 
     Args:
         backbone: as ``build_backbone`` gives it.
@@ -49,7 +51,7 @@ def export_backbone(backbone: Backbone, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    write_whole(path, save(state, metadata={METADATA_KEY: json.dumps(metadata)}))
+    write_whole(path, seal(save(state, metadata={METADATA_KEY: json.dumps(metadata), **UNSEALED})))
 
 
 def export_state_dict(backbone: Backbone, layout: str, *, num_classes: int = 0) -> dict[str, Tensor]:

@@ -19,10 +19,12 @@ from torch import Tensor
 from fastuft.model.checkpoint.inert import inert_types
 from fastuft.model.checkpoint.sniffing import FileFormat, sniff
 from fastuft.names import printable
+from fastuft.runfolder import damage
 
 _DEEPEST = 16  # dicts inside each other before a checkpoint is taken for a loop
 _LARGEST_ARCHIVE = 64 << 30  # bytes that the arrays of a NumPy archive may take together
 _RATIO = 1000  # most that deflate can shrink an array; a larger claim is a lie
+_PART = 1 << 20  # bytes of a member read at once
 _SHARDS = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -62,11 +64,15 @@ def _read_safetensors(path: Path) -> Content:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Content(path, tensors, file.metadata() or {})
+            content = Content(path, tensors, file.metadata() or {})
     except Exception as error:  # the reader raises its own type, and Python's for what it cannot convert
         raise ValueError(
             f"checkpoint {str(path)!r} is a damaged safetensors file ({_reason(error)}); copy or download it again"
         ) from error
+    altered = damage(path)
+    if altered is not None:
+        raise ValueError(f"checkpoint {altered}; copy or download it again")
+    return content
 
 
 def _array_header(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], Any]:
@@ -128,10 +134,26 @@ def _objects(path: Path) -> str:
     return f" ({listed})" if names else ""
 
 
-def _read_torch(path: Path) -> Content:
+def _check_sums(path: Path) -> None:
+    """Check each member of a torch archive against its checksum, which torch leaves unread; 0 is written for none.
+
+    Raises:
+        BadZipFile: a member is not what was written.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.CRC:
+                with archive.open(member) as file:
+                    while file.read(_PART):  # raises at its end
+                        pass
+
+
+def _read_torch(path: Path, kind: FileFormat) -> Content:
     from pickle import UnpicklingError
 
     try:
+        if kind is FileFormat.TORCH:
+            _check_sums(path)
         with inert_types():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -241,7 +263,7 @@ def read_checkpoint(path: str | Path) -> Content:
         raise ValueError(f"checkpoint {str(path)!r} cannot be read ({error.strerror})") from error
     if kind is FileFormat.SAFETENSORS:
         return _read_safetensors(path)
-    content = _read_numpy(path) if kind is FileFormat.NUMPY else _read_torch(path)
+    content = _read_numpy(path) if kind is FileFormat.NUMPY else _read_torch(path, kind)
     if not content.tensors:
         raise ValueError(f"checkpoint {str(path)!r} holds no tensors; name a checkpoint of a network")
     return content

@@ -1,0 +1,67 @@
+"""Safetensors files that hold a digest of themselves: a flipped bit in them is noticed, which the format alone does not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+_KEY = "fastuft_digest"  # of the metadata
+_BLANK = "0" * 64  # stands in the digest's place while it is computed
+_PART = 1 << 24  # bytes read at once
+
+UNSEALED = {_KEY: _BLANK}
+"""Metadata that a file to be sealed is serialized with."""
+
+
+def seal(content: bytes) -> bytes:
+    """The bytes of a safetensors file, serialized with ``UNSEALED`` in its metadata, with their digest in its place.
+
+    Raises:
+        ValueError: no place for it.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    head, found, rest = content[:end].partition(_BLANK.encode())
+    if not found:
+        raise ValueError("the file has no place for its digest; serialize it with UNSEALED in its metadata")
+    return b"".join((head, hashlib.sha256(content).hexdigest().encode(), rest, content[end:]))
+
+
+def damage(path: Path) -> str | None:
+    """Why a safetensors file is not what was written: not as long as its header says, or of another digest; else None.
+
+    A file without a digest is whole when its length is right.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length, size = int.from_bytes(start, "little"), path.stat().st_size
+            head = file.read(length) if length < size else b""
+            expected = _expected(head, size - 8 - length)
+            if expected is None:
+                return f"{path} is truncated or altered ({size} bytes)"
+            if not expected:
+                return None
+            digest = hashlib.sha256(start + head.replace(expected.encode(), _BLANK.encode(), 1))
+            while part := file.read(_PART):
+                digest.update(part)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    if digest.hexdigest() == expected:
+        return None
+    return (
+        f"{path} does not match the digest in it: it was altered. Where that was done on purpose, write it without "
+        f"{_KEY} in its metadata"
+    )
+
+
+def _expected(head: bytes, data: int) -> str | None:
+    """The digest in a header, "" where it has none; None where the header is damaged or describes other than ``data`` bytes."""
+    try:
+        header: Any = json.loads(head)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        digest = header.get("__metadata__", {}).get(_KEY, "")
+        return digest if ends and max(ends) == data and isinstance(digest, str) else None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return None
