@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from small_job import write_small_job
 import fastuft
 from fastuft.cli import main
 from fastuft.cli.commands import COMMANDS
+from fastuft.model import Encoder, build_backbone
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -97,6 +99,23 @@ def test_files_named_in_the_pages_exist():
 def test_every_page_is_in_the_table_of_contents():
     listed = set(re.findall(r"^([\w]+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE))
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} <= listed
+
+
+def test_the_scaling_page_shows_its_models_table():
+    model = runpy.run_path(str(ROOT / "docs" / "scaling.py"))
+    cluster = model["Cluster"]()
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert model["table"](cluster) in page
+    assert f"computes for {1e3 * cluster.compute():.0f} ms" in page
+    assert f"checkpoint in {cluster.checkpoint():.2f} s" in page
+    assert f"| {model['PARAMETERS']:,} |" in page
+
+
+def test_the_scaling_models_parameters_are_those_of_a_resnet50_with_its_head():
+    backbone = build_backbone("resnet50")
+    encoder = Encoder(backbone, 128)
+    model = runpy.run_path(str(ROOT / "docs" / "scaling.py"))
+    assert sum(each.numel() for each in encoder.parameters()) == model["PARAMETERS"]
 
 
 @pytest.mark.docs
