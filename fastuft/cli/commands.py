@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastuft.cli import options
-from fastuft.config import EmbedConfig, EvalConfig, ReproduceConfig, SearchConfig, TrainConfig
+from fastuft.config import AUTO, AUTO_OPTIONS, EmbedConfig, EvalConfig, ReproduceConfig, SearchConfig, TrainConfig
 from fastuft.console import progress_bar, say, shown_progress
 from fastuft.names import printable
 
@@ -251,6 +251,7 @@ _FIRST_OF_TRAINING = (
     "source",
     "out",
     "resume",
+    "recipe",
     "model.arch",
     "data.batch_size",
     "optim.epochs",
@@ -259,6 +260,9 @@ _FIRST_OF_TRAINING = (
     "method.mix",
     "runtime.device",
 )
+
+# Finetuning by users: what the data and the machine decide is left to the run.
+_FINETUNE = {"recipe": "auto", **dict.fromkeys(AUTO_OPTIONS, AUTO)}
 
 # The recipe of MoCoV2 pretraining: 800 epochs, batch 2048, lr 0.24; the queue starts from random rows.
 _PRETRAIN = {
@@ -275,7 +279,7 @@ COMMANDS = {
         _finetune,
         "adapt a pretrained backbone to unlabeled images",
         "fastuft finetune --init moco_v2_800ep.pth.tar --target photos/ --source imagenet/train/ --out runs/photos",
-        {},
+        _FINETUNE,
         first=_FIRST_OF_TRAINING,
         more_examples=(
             "fastuft finetune --config runs/photos/config.yaml --resume auto",

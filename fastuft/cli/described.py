@@ -42,7 +42,7 @@ def allowed_values(kind: Any) -> str:
         return f"a group of {', '.join(field.name for field in fields(kind))}"
     parts = get_args(kind)
     if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, parts))}"
+        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
     if get_origin(kind) is tuple and parts[1:] == (...,):
         return f"a list, each item {allowed_values(parts[0])}"
     if get_origin(kind) is tuple:

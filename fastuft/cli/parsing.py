@@ -105,10 +105,10 @@ def one_line(error: Exception, command: Command | None) -> str:
 
 
 def words(options: Mapping[str, Any], command: Command) -> list[str]:
-    """Python values as the words of the command line that say the same."""
+    """Python values as the words of the command line that say the same; those of a file of options yield to the others."""
     flags: list[str] = []
     placed: list[str] = []
-    for name, value in _flat(options):
+    for name, value in sorted(_flat(options), key=lambda option: option[0] != "config"):
         if name == command.positional:
             placed += value if isinstance(value, list) else [value]
         else:

@@ -5,6 +5,7 @@ in ``__post_init__``, so that an impossible configuration is refused before any 
 """
 
 from fastuft.config.checks import (
+    AUTO,
     AtLeast0,
     AtLeast1,
     Fraction,
@@ -18,11 +19,13 @@ from fastuft.config.checks import (
     check_choice,
     check_range,
     check_values,
+    is_auto,
 )
 from fastuft.config.embedding import EmbedConfig, SearchConfig
 from fastuft.config.evaluation import ClusteringConfig, EvalConfig, FewShotConfig, MapConfig, SemiConfig
 from fastuft.config.reproduction import DATASETS, FIGURES, TABLES, ReproduceConfig, WeightsConfig
 from fastuft.config.training import (
+    AUTO_OPTIONS,
     AugmentConfig,
     BatchNormMode,
     DataConfig,
@@ -37,6 +40,8 @@ from fastuft.config.training import (
 )
 
 __all__ = [
+    "AUTO",
+    "AUTO_OPTIONS",
     "DATASETS",
     "FIGURES",
     "TABLES",
@@ -73,4 +78,5 @@ __all__ = [
     "check_choice",
     "check_range",
     "check_values",
+    "is_auto",
 ]

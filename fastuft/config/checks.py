@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -76,6 +76,29 @@ Fraction = Annotated[float, Range(0.0, 1.0)]
 AtLeast0 = Annotated[int, Range(0)]
 AtLeast1 = Annotated[int, Range(1)]
 
+AUTO = "auto"
+# What a run's recipe may choose. The word stands until the first lines of a run have put a number in its place
+# (fastuft.trainer.recipe); everything behind them sees numbers, and so does the type checker.
+if TYPE_CHECKING:
+    AutoAtLeast1 = int
+    AutoAtLeast2 = int
+    AutoSide = int
+    AutoPositive = float
+    AutoNonNegative = float
+    AutoFraction = float
+else:
+    AutoAtLeast1 = AtLeast1 | Literal["auto"]
+    AutoAtLeast2 = Annotated[int, Range(2)] | Literal["auto"]
+    AutoSide = Annotated[int, Range(8)] | Literal["auto"]
+    AutoPositive = Positive | Literal["auto"]
+    AutoNonNegative = NonNegative | Literal["auto"]
+    AutoFraction = Fraction | Literal["auto"]
+
+
+def is_auto(value: object) -> bool:
+    """Whether a value is left to the recipe."""
+    return isinstance(value, str) and value == AUTO
+
 
 def as_paths(value: str | list[str] | None) -> tuple[str, ...]:
     """A path, a list of paths or nothing, as a tuple of paths."""
@@ -98,8 +121,10 @@ def _check(name: str, value: Any, kind: Any) -> None:
             _check(name, item, parts[0])
     elif origin in (Union, UnionType) and value is not None:
         members = [part for part in parts if part is not NoneType]
-        if len(members) == 1:
-            _check(name, value, members[0])
+        words = [word for part in members if get_origin(part) is Literal for word in get_args(part)]
+        others = [part for part in members if get_origin(part) is not Literal] or members
+        if len(others) == 1 and not (isinstance(value, str) and value in words):
+            _check(name, value, others[0])
 
 
 def check_values(config: object, group: str = "") -> None:

@@ -2,17 +2,24 @@
 
 One tree describes a run completely: the command line builds it, the run folder keeps it as ``config.yaml``, and loading
 that file gives the same run again. Numbers default to the paper's recipe for unsupervised finetuning (lr 0.015, batch 256,
-200 epochs, K = 65536, tau = 0.2).
+200 epochs, K = 65536, tau = 0.2); the command line and ``fastuft.finetune`` leave those of ``AUTO_OPTIONS`` to the run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fastuft.config.checks import (
     AtLeast0,
     AtLeast1,
+    AutoAtLeast1,
+    AutoAtLeast2,
+    AutoFraction,
+    AutoNonNegative,
+    AutoPositive,
+    AutoSide,
     Fraction,
     NonNegative,
     PathName,
@@ -23,10 +30,25 @@ from fastuft.config.checks import (
     as_paths,
     check_range,
     check_values,
+    is_auto,
 )
 
 Mix = Literal["none", "cutmix", "mixup"]
 BatchNormMode = Literal["auto", "plain", "split", "shuffle", "sync", "frozen"]
+
+# What ``recipe: auto`` chooses for the data and the machine where it is left at auto, in this order.
+AUTO_OPTIONS = (
+    "augment.size",
+    "data.replay_fraction",
+    "data.batch_size",
+    "model.bn",
+    "method.queue_size",
+    "optim.epochs",
+    "method.key_momentum",
+    "optim.lr",
+    "optim.warmup_epochs",
+    "select",
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +60,8 @@ class ModelConfig:
             bit_resnet50 | bit_resnet101 (ResNet-v2 with GroupNorm and weight standardization), or timm:NAME.
         stem: imagenet (7x7, stride 2, max-pool) or small (3x3, no max-pool; stride 1, resnet_tiny's 2); never inferred.
         head_dim: width D of the embedding.
-        bn: batch statistics of the encoders; auto is split on one device and shuffle on several, frozen keeps those of
-            ``init``.
+        bn: batch statistics of the encoders; auto is split on one device (plain with ``recipe: auto``) and shuffle on
+            several, frozen keeps those of ``init``.
             Networks without BatchNorm ignore it.
         bn_group: images in one statistics group of ``split``; must divide the batch of one device.
     """
@@ -72,8 +94,8 @@ class MethodConfig:
     """
 
     temperature: Positive = 0.2
-    queue_size: AtLeast1 = 65536
-    key_momentum: Fraction = 0.999
+    queue_size: AutoAtLeast1 = 65536
+    key_momentum: AutoFraction = 0.999
     queue_prefill: bool = True
     mix: Mix = "cutmix"
     mix_weight: NonNegative = 1.0
@@ -107,7 +129,7 @@ class AugmentConfig:
         rotation: rotation drawn from +-rotation degrees; 0 leaves the operator out.
     """
 
-    size: Annotated[int, Range(8)] = 224
+    size: AutoSide = 224
     crop_scale: Annotated[tuple[float, float], Span(top=1.0)] = (0.2, 1.0)
     crop_ratio: Annotated[tuple[float, float], Span()] = (3 / 4, 4 / 3)
     brightness: Fraction = 0.4
@@ -148,8 +170,8 @@ class DataConfig:
             names without one.
     """
 
-    batch_size: Annotated[int, Range(2)] = 256
-    replay_fraction: Fraction = 0.1
+    batch_size: AutoAtLeast2 = 256
+    replay_fraction: AutoFraction = 0.1
     replay_seed: int = 0
     replay_mode: Literal["union", "balanced"] = "union"
     replay_share: Fraction = 0.5
@@ -185,21 +207,23 @@ class OptimConfig:
         optimizer: sgd, or apex_fused_sgd (needs NVIDIA's apex).
     """
 
-    lr: Positive = 0.015
+    lr: AutoPositive = 0.015
     scale_lr: bool = False
     momentum: Fraction = 0.9
     weight_decay: NonNegative = 1e-4
-    epochs: AtLeast1 = 200
+    epochs: AutoAtLeast1 = 200
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_epochs: float = 0.0
-    head_warmup_epochs: float = 0.0
+    warmup_epochs: AutoNonNegative = 0.0
+    head_warmup_epochs: NonNegative = 0.0
     clip_grad: NonNegative = 0.0
     optimizer: Literal["sgd", "apex_fused_sgd"] = "sgd"
 
     def __post_init__(self) -> None:
         check_values(self, "optim")
         for name in ("warmup_epochs", "head_warmup_epochs"):
-            check_range(f"optim.{name}", getattr(self, name), 0.0, self.epochs, remedy="it is a part of optim.epochs")
+            value = getattr(self, name)
+            if not is_auto(value) and not is_auto(self.epochs):
+                check_range(f"optim.{name}", value, 0.0, self.epochs, remedy="it is a part of optim.epochs")
 
 
 @dataclass(frozen=True)
@@ -295,9 +319,11 @@ class TrainConfig:
         seed: seed of initialization, order and augmentation.
         resume: no starts afresh and refuses a folder that holds a run; auto goes on from the newest good
             checkpoint in ``out`` or starts afresh; a path names the checkpoint.
+        recipe: what becomes of options that are auto: auto chooses them for the data and the machine and says why, paper takes
+            the paper's.
         max_steps: stop after this many steps (the schedule still spans all epochs).
         select: which weights are exported: last, those of the last step, or judged, those that the verdict without labels
-            finds best; the start's where none is better.
+            finds best; the start's where none is better. auto is left to the recipe.
         stop: never, or judged: end early where the verdict sees no use in going on.
         model: the network.
         method: the loss and its additions.
@@ -318,8 +344,9 @@ class TrainConfig:
     source: Paths | None = None
     seed: int = 0
     resume: PathName = "no"
+    recipe: Literal["auto", "paper"] = "paper"
     max_steps: AtLeast1 | None = None
-    select: Literal["last", "judged"] = "last"
+    select: Literal["auto", "last", "judged"] = "last"
     stop: Literal["never", "judged"] = "never"
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -332,6 +359,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.recipe == "paper":
+            self._take_the_papers()
         if not as_paths(self.target):
             raise ValueError("target is empty; name a folder or a list file of images")
         for name, default in (("init_key", None), ("init_channels", "auto"), ("allow_missing", [])):
@@ -349,3 +378,17 @@ class TrainConfig:
             raise ValueError("data.replay_mode='balanced' needs source images; set source, or use replay_mode union")
         if self.model.bn == "split" and not self.data.drop_last:
             raise ValueError("model.bn='split' needs whole batches; set data.drop_last to true, or use bn plain")
+
+    def _take_the_papers(self) -> None:
+        """Put the paper's values, which are the defaults here, in the place of those that are auto."""
+        for group in dataclasses.fields(self):
+            value = getattr(self, group.name)
+            if dataclasses.is_dataclass(value):
+                options = [
+                    option for option in dataclasses.fields(value) if f"{group.name}.{option.name}" in AUTO_OPTIONS
+                ]
+                papers = {o.name: o.default for o in options if is_auto(getattr(value, o.name))}
+                if papers:
+                    object.__setattr__(self, group.name, dataclasses.replace(value, **papers))  # type: ignore[type-var]
+            elif group.name in AUTO_OPTIONS and is_auto(value):
+                object.__setattr__(self, group.name, group.default)

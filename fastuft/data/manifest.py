@@ -52,7 +52,7 @@ class Manifest:
         target: str | Sequence[str],
         source: str | Sequence[str] | None = None,
         *,
-        fraction: float = 0.1,
+        fraction: float | None = 0.1,
         seed: int = 0,
         replay_cache: str | None = None,
         suffixes: Sequence[str] = IMAGE_SUFFIXES,
@@ -62,7 +62,8 @@ class Manifest:
         Args:
             target: folder, list file or several.
             source: the same; None trains on the target alone. Files that are target images too are left out of it.
-            fraction: share of the source that joins, at least one image.
+            fraction: share of the source that joins, at least one image; None takes as many as there are target images,
+                or all.
             seed: seed of the draw.
             replay_cache: folder to copy the drawn images to; training then reads the copies.
             suffixes: of image files in folders.
@@ -70,7 +71,7 @@ class Manifest:
         Raises:
             ValueError: an empty or missing folder, a source that holds target images only, or a fraction out of [0, 1].
         """
-        if not 0 <= fraction <= 1:
+        if fraction is not None and not 0 <= fraction <= 1:
             raise ValueError(f"data.replay_fraction={fraction!r} is out of range; allowed: [0, 1]")
         found = find_images(target, suffixes)
         targets, names = found.paths, [f"target/{name}" for name in found.names]
@@ -83,6 +84,7 @@ class Manifest:
             if not left:
                 raise ValueError(f"source={source!r} holds target images only; name the images of pretraining, or none")
             total = len(left)
+            fraction = min(1.0, len(targets) / total) if fraction is None else fraction
             count = max(1, round(fraction * total)) if fraction else 0
             chosen = keyed_generator(seed, "replay").permutation(total)[:count]
             rows = [left[index] for index in np.sort(chosen)]
@@ -91,7 +93,8 @@ class Manifest:
             if replay_cache is not None:
                 drawn = copy_to_cache(drawn, replay_cache)
         paths = (*targets, *drawn)
-        return cls(paths, len(targets), total, fraction if source else 0.0, seed, _digest(paths, names))
+        share = fraction if source and fraction is not None else 0.0
+        return cls(paths, len(targets), total, share, seed, _digest(paths, names))
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -18,6 +18,8 @@ from fastuft import console
 from fastuft.config import RuntimeConfig
 from fastuft.runfolder import RunFolder
 
+_SLOW = 20.0  # seconds of the first row from which its rate is believed
+
 
 def check_writers(runtime: RuntimeConfig) -> None:
     """Before any work starts, and on every rank alike.
@@ -49,6 +51,8 @@ class Recorder:
         self._wandb: Any = None
         self._bar: Any = None
         self._last_line = 0.0
+        self._estimated = False
+        self._rows, self._before = 0, resumed_step  # rows so far, and the last one's step
         self._total = total_steps
         self.earlier: list[dict[str, Any]] = []
         if not enabled:
@@ -118,6 +122,7 @@ class Recorder:
         """Show one row of training metrics: on the bar, or as a line now and then."""
         if not self.enabled:
             return
+        self._estimate(row)
         with self._terminal():
             if self._bar is not None:
                 self._bar.n = row["step"]
@@ -134,6 +139,19 @@ class Recorder:
                 f"epoch {row['epoch']}  step {row['step']}/{self._total}  loss {row['loss']:.4f}  lr {row['lr']:.3g}  "
                 f"{row['images_per_second']:.0f} img/s  data wait {row['data_wait_share']:.0%}  left {left / 60:.1f} min"
             )
+
+    def _estimate(self, row: dict[str, Any]) -> None:
+        """Once, from the measured rate: how long the run takes. The first steps are slower, and count only if they are slow."""
+        each, left = row["seconds_per_step"], self._total - row["step"]
+        passed = each * (row["step"] - self._before)
+        self._rows, self._before = self._rows + 1, row["step"]
+        if self._estimated or left <= 0 or (self._rows == 1 and passed < _SLOW):
+            return
+        self._estimated = True
+        end = time.strftime("%H:%M", time.localtime(time.time() + each * left))
+        self.say(
+            f"{each:.3g} s per step: {_duration(each * left)} left for {left} steps, until {end}; looks come on top"
+        )
 
     def say(self, text: str) -> None:
         """A line for the person, once, on the main rank."""
@@ -166,6 +184,11 @@ class Recorder:
         except OSError:
             self._bar = None
             console.silence(sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _figures(prefix: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:

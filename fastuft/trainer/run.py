@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fastuft.config import TrainConfig
+from fastuft.config import TrainConfig, is_auto
 from fastuft.data import Loading, Manifest, TrainStream
 from fastuft.device import DTYPES
 from fastuft.model import traits_from
@@ -24,6 +24,7 @@ from fastuft.trainer.learner_state import restore
 from fastuft.trainer.memory import check_memory
 from fastuft.trainer.metrics import StepMetrics
 from fastuft.trainer.prefill import prefill
+from fastuft.trainer.recipe import choices_text, settle, with_saved
 from fastuft.trainer.recorder import Recorder, check_writers
 from fastuft.trainer.resolved import plain, resolved_config
 from fastuft.trainer.resume import check_same_run, find_checkpoint
@@ -115,28 +116,32 @@ class _Run:
         callbacks: Callbacks,
         closing: ExitStack,
     ) -> None:
-        self.config, self.ranks, self.signals, self.callbacks = config, ranks, signals, callbacks
+        self.ranks, self.signals, self.callbacks = ranks, signals, callbacks
         self.folder = RunFolder(Path(config.out))
         self.began = time.perf_counter()
         self.progress = Progress()
-        check_memory(config, ranks)
         if watch.wanted(config.watch):
             watch.folders(config)
+        given = plain(config)
         state = find_checkpoint(config.resume, self.folder, ranks)
+        config = with_saved(config, state)
+        self.manifest = Manifest.build(
+            config.target,
+            config.source,
+            fraction=None if is_auto(config.data.replay_fraction) else config.data.replay_fraction,
+            seed=config.data.replay_seed,
+            replay_cache=config.data.replay_cache,
+            suffixes=config.data.suffixes,
+        )
+        config, self.choices = settle(config, self.manifest, ranks)
+        self.config = config
+        check_memory(config, ranks)
         saved = None if state is None else traits_from((state["init_report"] or {}).get("traits"))
         self.learner, report = build_learner(config, ranks, resumed=saved)
         if state is not None:
             self.init_report = state["init_report"]
         else:
             self.init_report = dataclasses.asdict(report) if report else None
-        self.manifest = Manifest.build(
-            config.target,
-            config.source,
-            fraction=config.data.replay_fraction,
-            seed=config.data.replay_seed,
-            replay_cache=config.data.replay_cache,
-            suffixes=config.data.suffixes,
-        )
         loading = self._loading()
         self.stream = TrainStream(
             self.manifest,
@@ -148,7 +153,7 @@ class _Run:
             world_size=ranks.world_size,
         )
         closing.callback(self.stream.close)
-        resolved, given = plain(resolved_config(config, self.learner, loading, self.init_report)), plain(config)
+        resolved = plain(resolved_config(config, self.learner, loading, self.init_report))
         self.total_steps = config.optim.epochs * self.stream.steps_per_epoch
         self.limit = min(self.total_steps, config.max_steps or self.total_steps)
         start = start_text(self.init_report)
@@ -182,6 +187,8 @@ class _Run:
         )
         closing.callback(self.recorder.close)
         self.recorder.say(headline(config, self.manifest, self.total_steps, start))
+        if self.choices:
+            self.recorder.say(choices_text(self.choices, self.manifest, ranks))
         self.last_row: dict[str, Any] = next((r for r in reversed(self.recorder.earlier) if r["kind"] == "train"), {})
         self.vote = StopVote(ranks)
         self.judge: Judge | None = None
@@ -223,6 +230,7 @@ class _Run:
                 metrics=self.last_row,
                 judgment=self.judgment,
                 judged_enough=self.judged_enough,
+                choices=self.choices,
             )
             self.folder.write_summary(summary)
             if self.judgment is not None and interrupted is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fastuft.data import Manifest
 from fastuft.runfolder import Progress
 from fastuft.trainer.judging import Judgment
 from fastuft.trainer.learner import Learner
+from fastuft.trainer.recipe import Choice
 
 
 def headline(config: TrainConfig, manifest: Manifest, total_steps: int, start: str) -> str:
@@ -50,6 +52,7 @@ def summary_of(
     metrics: dict[str, Any],
     judgment: Judgment | None,
     judged_enough: bool,
+    choices: list[Choice],
 ) -> dict[str, Any]:
     """What came of a run, as plain values.
 
@@ -65,6 +68,7 @@ def summary_of(
         metrics: the last row of training metrics.
         judgment: the verdict without labels; None where none was asked for.
         judged_enough: whether the verdict ended the run early.
+        choices: what the recipe chose when this part of the run began.
     """
     device = learner.ranks.device
     return {
@@ -79,6 +83,7 @@ def summary_of(
         "bad_file_list": [{"path": path, "reason": reason} for path, reason in sorted(bad_files.items())[:1000]],
         "manifest": manifest.summary(),
         "seeds": {"run": config.seed, "replay": config.data.replay_seed},
+        "recipe": {"name": config.recipe, "chosen": [asdict(choice) for choice in choices]},
         "bn": learner.bn,
         "precision": learner.precision,
         "world_size": learner.ranks.world_size,

@@ -114,12 +114,15 @@ def test_values_that_yaml_would_read_as_something_else_stay_text(received):
 def test_pretraining_has_its_own_recipe(received):
     main(["pretrain", "--target", "images", "--out", "run"])
     main(["pretrain", "--target", "images", "--out", "run", "--optim.lr", "0.5"])
+    main(["finetune", *NEEDED, "--recipe", "paper"])
     main(["finetune", *NEEDED])
-    pretrain, changed, finetune = received
+    pretrain, changed, paper, finetune = received
     assert (pretrain.optim.lr, pretrain.data.batch_size, pretrain.optim.epochs) == (0.24, 2048, 800)
     assert not pretrain.method.queue_prefill and pretrain.method.mix == "none" and pretrain.source is None
     assert changed.optim.lr == 0.5 and changed.optim.epochs == 800
-    assert finetune == TrainConfig(target="images", out="run", init="start.pth")
+    assert paper == TrainConfig(target="images", out="run", init="start.pth")
+    assert finetune.recipe == finetune.optim.lr == finetune.data.batch_size == "auto"
+    assert pretrain.recipe == "paper"
 
 
 def test_yaml_then_command_line(received, tmp_path):

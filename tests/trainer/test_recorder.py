@@ -103,7 +103,7 @@ def test_a_plain_line_has_rate_wait_and_time_left(tmp_path, capsys):
     writer.progress(row(41))  # too soon for another line
     writer.progress(row(100))
     writer.close()
-    first, last = capsys.readouterr().out.splitlines()
+    first, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch"))
     assert "step 40/100" in first and "1234 img/s" in first and "data wait 25%" in first and "left 0.5 min" in first
     assert "step 100/100" in last
 
@@ -140,3 +140,22 @@ def test_rows_tell_where_the_time_goes(tiny):
     assert sum(found["seconds"].values()) <= 1.01 * found["seconds_per_step"]
     assert 0 < found["data_wait_share"] < 1
     assert found["images_per_second"] == pytest.approx(16 / found["seconds_per_step"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        # A fast first row holds what happens once; the second is believed.
+        ([(10, 0.5), (20, 0.25)], "0.25 s per step: 17 min left for 4000 steps, until"),
+        ([(10, 4.0), (20, 9.0)], "4 s per step: 4 h 27 min left for 4010 steps, until"),
+        ([(4020, 9.0)], None),
+    ],
+)
+def test_how_long_it_takes_is_said_once(tmp_path, capsys, rows, said):
+    writer = recorder(tmp_path, total_steps=4020)
+    for step, seconds in rows + [(4000, 1.0)] * (said is not None):
+        writer.progress(row(step, seconds_per_step=seconds))
+    writer.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "per step:" in line]
+    assert len(lines) == (said is not None)
+    assert said is None or lines[0].startswith(said)
