@@ -130,7 +130,7 @@ def _export(config: options.ExportOptions) -> int:
 
 
 def _verify(config: options.VerifyOptions) -> int:
-    from fastuft.data import list_images, verify_files, write_bad_list
+    from fastuft.data import find_duplicates, list_images, verify_files, write_bad_list
 
     paths = list_images(config.paths, config.suffixes)
     with progress_bar(len(paths), unit="file") as bar:
@@ -143,6 +143,10 @@ def _verify(config: options.VerifyOptions) -> int:
         )
     for entry in bad[:20]:
         print(entry)
+    if config.duplicates:
+        with progress_bar(len(paths), unit="image") as bar:
+            found = find_duplicates(paths, progress=bar.update)
+        print(found.line() or f"no two of {found.checked:,} images look alike")
     if bad:
         write_bad_list(config.bad_list, bad)
         print(f"{len(bad)} of {len(paths)} files are bad; the list is in {config.bad_list}")

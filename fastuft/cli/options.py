@@ -44,6 +44,7 @@ class VerifyOptions:
     Args:
         paths: folders, list files or images.
         decode: also decode every image (slower; finds damage inside).
+        duplicates: also tell how many images look like another one: copies, other sizes, frames of a burst.
         bad_list: file to write bad files and reasons to.
         workers: threads; 0 takes one per processor, at least 16.
         max_megapixels: larger images count as bad.
@@ -52,6 +53,7 @@ class VerifyOptions:
 
     paths: list[str]
     decode: bool = False
+    duplicates: bool = True
     bad_list: str = "bad_files.txt"
     workers: AtLeast0 = 0
     max_megapixels: Positive = 180.0

@@ -2,6 +2,7 @@
 
 from fastuft.data.bad import BadFile, BadImageError, write_bad_list
 from fastuft.data.decoding import image_size, open_rgb, verify_files
+from fastuft.data.duplicates import Duplicates, find_duplicates
 from fastuft.data.evaluation import EvalStream
 from fastuft.data.labeled import LabeledTrainStream
 from fastuft.data.listing import IMAGE_SUFFIXES, labeled_folder, list_images
@@ -20,6 +21,7 @@ __all__ = [
     "BadFile",
     "BadImageError",
     "Batch",
+    "Duplicates",
     "EvalStream",
     "LabeledTrainStream",
     "Loader",
@@ -29,6 +31,7 @@ __all__ = [
     "TrainStream",
     "WeakStrongStream",
     "crop_regions",
+    "find_duplicates",
     "image_size",
     "labeled_folder",
     "list_images",

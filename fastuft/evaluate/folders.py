@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastuft.config import EvalConfig
-from fastuft.data import IMAGE_SUFFIXES, labeled_folder, list_images, verify_files
+from fastuft.data import IMAGE_SUFFIXES, find_duplicates, labeled_folder, list_images, verify_files
 from fastuft.evaluate.inputs import quoted
 from fastuft.names import printable
 
+_LOOKED_FOR = 20.0  # seconds that looking for test images among the training images may take
 # Names that folders of images have for other reasons than a class.
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "images", "unsorted"}
 _ONE_CLASS = "one class sub-folder only ({}), and accuracies need at least two"
@@ -125,6 +126,8 @@ def read_folders(config: EvalConfig) -> Folders:
                 f"The test images have none of {len(missing)} classes of the training images ({quoted(missing)}): "
                 "retrieval and few-shot accuracy are over the other classes."
             )
+    if test is not None:
+        doubts += _in_train(train, test)
     if bad_files:
         name, reason = next(iter(bad_files.items()))
         doubts.append(f"{len(bad_files)} bad files were left out (first: {name}: {reason}); eval.json lists them.")
@@ -165,6 +168,18 @@ def in_classes_of(train: Images, test: Images) -> tuple[Images, list[str]]:
     position = {name: number for number, name in enumerate(train.classes)}
     labels = np.array([position[test.classes[label]] for label in test.labels], dtype=np.int64)
     return Images(test.paths, labels, train.classes), missing
+
+
+def _in_train(train: Images, test: Images) -> list[str]:
+    """One line where test images are among the training images, which flatters every accuracy."""
+    found = find_duplicates(test.paths, known=train.paths, seconds=_LOOKED_FOR)
+    if not found.pair:
+        return []
+    trained, tested = map(printable, found.pair)
+    return [
+        f"{found.repeated} of {found.checked} test images look like a training image (first: {tested} like {trained}): "
+        "where they are copies, every accuracy below is flattered. Take them out of one of the two folders."
+    ]
 
 
 def _doubts(classes: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from fastuft.model import traits_from
 from fastuft.runfolder import Progress, RunFolder, RunLock
 from fastuft.trainer import judging, watch
 from fastuft.trainer.distributed import Ranks, StopVote, naming_lost_ranks, start_ranks, stop_ranks
+from fastuft.trainer.doubts import doubts_about
 from fastuft.trainer.hold import hold
 from fastuft.trainer.judging import Judge, Judgment
 from fastuft.trainer.kernel_check import check_before_training
@@ -189,6 +190,9 @@ class _Run:
         self.recorder.say(headline(config, self.manifest, self.total_steps, start))
         if self.choices:
             self.recorder.say(choices_text(self.choices, self.manifest, ranks))
+        if config.recipe == "auto" and state is None and ranks.is_main:
+            for line in doubts_about(self.manifest):
+                self.recorder.say(line)
         self.last_row: dict[str, Any] = next((r for r in reversed(self.recorder.earlier) if r["kind"] == "train"), {})
         self.vote = StopVote(ranks)
         self.judge: Judge | None = None
