@@ -265,11 +265,14 @@ _FIRST_OF_TRAINING = (
     "runtime.device",
 )
 
+# The values of options that are not given follow the network.
+_BY_FAMILY = {"optim.preset": "auto"}
 # Finetuning by users: what the data and the machine decide is left to the run.
-_FINETUNE = {"recipe": "auto", **dict.fromkeys(AUTO_OPTIONS, AUTO)}
+_FINETUNE = {**_BY_FAMILY, "recipe": "auto", **dict.fromkeys(AUTO_OPTIONS, AUTO)}
 
 # The recipe of MoCoV2 pretraining: 800 epochs, batch 2048, lr 0.24; the queue starts from random rows.
 _PRETRAIN = {
+    **_BY_FAMILY,
     "method.mix": "none",
     "method.queue_prefill": False,
     "data.batch_size": 2048,

@@ -15,6 +15,7 @@ from fastuft.cli.commands import COMMANDS, EXIT_FAILED
 from fastuft.cli.described import allowed_values
 from fastuft.cli.help import command_help, front_page
 from fastuft.cli.parsing import UsageError, build_parser, normalized, one_line, words
+from fastuft.cli.presets import parse
 from fastuft.console import ensure_standard_streams, say
 from fastuft.names import printable
 
@@ -107,7 +108,7 @@ def configured(name: str, options: Mapping[str, Any]) -> Any:
     command = COMMANDS[name]
     parser = build_parser([name])
     try:
-        parsed = parser.parse_args([name, *words(options, command)])
+        parsed = parse(parser, [name, *words(options, command)], name)
     except UsageError as error:
         raise ValueError(one_line(error, command)) from error
     return _instance(parser, parsed, name)
@@ -137,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _without_parser(arguments)
     label = "fastuft" if command is None else f"fastuft {named}"
     try:
-        parsed = parser.parse_args(normalized(arguments, command))
+        given = normalized(arguments, command)
+        parsed = parser.parse_args(given) if command is None else parse(parser, given, named or "")
     except UsageError as error:
         print(f"{label}: error: {one_line(error, command)}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -19,8 +19,13 @@ class UsageError(Exception):
     """The command line does not parse."""
 
 
-def build_parser(names: Sequence[str] = tuple(COMMANDS)) -> Any:
-    """The parser with the named sub-commands; building all of them costs start-up time."""
+def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, Any] | None = None) -> Any:
+    """The parser with the named sub-commands; building all of them costs start-up time.
+
+    Args:
+        names: of the sub-commands.
+        defaults: that differ from the commands' own.
+    """
     from jsonargparse import ArgumentParser
 
     class Parser(ArgumentParser):
@@ -43,7 +48,7 @@ def build_parser(names: Sequence[str] = tuple(COMMANDS)) -> Any:
         if command.positional is not None:
             _add_positional(child, command)
         child.add_class_arguments(command.config, skip={command.positional} if command.positional else set())
-        child.set_defaults(command.defaults)
+        child.set_defaults({**command.defaults, **(defaults or {})})
         subcommands.add_subcommand(name, child, help=command.summary)
     return parser
 

@@ -23,6 +23,7 @@ from fastuft.config.checks import (
 )
 from fastuft.config.embedding import EmbedConfig, SearchConfig
 from fastuft.config.evaluation import ClusteringConfig, EvalConfig, FewShotConfig, MapConfig, SemiConfig
+from fastuft.config.presets import Family, family_of, preset_options
 from fastuft.config.reproduction import DATASETS, FIGURES, TABLES, ReproduceConfig, WeightsConfig
 from fastuft.config.training import (
     AUTO_OPTIONS,
@@ -53,6 +54,7 @@ __all__ = [
     "DataConfig",
     "EmbedConfig",
     "EvalConfig",
+    "Family",
     "FewShotConfig",
     "Fraction",
     "MapConfig",
@@ -78,5 +80,7 @@ __all__ = [
     "check_choice",
     "check_range",
     "check_values",
+    "family_of",
     "is_auto",
+    "preset_options",
 ]

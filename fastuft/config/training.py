@@ -32,9 +32,12 @@ from fastuft.config.checks import (
     check_values,
     is_auto,
 )
+from fastuft.config.presets import Optimizer, Preset
 
 Mix = Literal["none", "cutmix", "mixup"]
 BatchNormMode = Literal["auto", "plain", "split", "shuffle", "sync", "frozen"]
+Pool = Literal["own", "cls", "mean"]
+AdamBeta = Annotated[float, Range(0.0, 0.99999)]
 
 # What ``recipe: auto`` chooses for the data and the machine where it is left at auto, in this order.
 AUTO_OPTIONS = (
@@ -64,6 +67,12 @@ class ModelConfig:
             several, frozen keeps those of ``init``.
             Networks without BatchNorm ignore it.
         bn_group: images in one statistics group of ``split``; must divide the batch of one device.
+        pool: features of a ViT: own (as the network or the checkpoint has it), cls (the class token) or mean (of the
+            patch tokens; class and register tokens left out).
+        drop_path: rate of stochastic depth in the query encoder's last block, from 0 in the first; the key encoder drops
+            nothing.
+        freeze_patch: leave a ViT's patch projection as it is (Chen, Xie and He 2021: its gradient is what makes contrastive
+            training of ViTs unstable).
     """
 
     arch: str = "resnet50"
@@ -71,6 +80,9 @@ class ModelConfig:
     head_dim: AtLeast1 = 128
     bn: BatchNormMode = "auto"
     bn_group: Annotated[int, Range(2)] = 32
+    pool: Pool = "own"
+    drop_path: Annotated[float, Range(0.0, 0.99)] = 0.0
+    freeze_patch: bool = False
 
     def __post_init__(self) -> None:
         check_values(self, "model")
@@ -195,28 +207,38 @@ class OptimConfig:
     """Optimizer and schedule.
 
     Args:
+        preset: whose values the options have that are not given: those of a family (resnet, vit, convnext), auto by
+            ``model.arch``, or none for the paper's. The command line and ``fastuft.finetune`` fill them in; a configuration
+            made in Python has what it was made with (``fastuft.config.preset_options`` tells them).
         lr: learning rate at the configured batch; see ``scale_lr``.
         scale_lr: multiply ``lr`` by batch_size / 256 (linear scaling, off by default).
-        momentum: SGD momentum.
-        weight_decay: SGD weight decay.
+        momentum: of SGD and LARS.
+        betas: decay of AdamW's two averages.
+        weight_decay: of SGD and LARS on the gradient, of AdamW on the weights themselves.
+        decay_norms: decay norms, biases, position embeddings and tokens too, as MoCo does; LARS never does.
+        layer_decay: rate of a layer over that of the next; the head has the whole rate. 1 gives all the same.
         epochs: passes over the union.
         schedule: cosine to zero over all steps, or constant.
         warmup_epochs: linear warm-up from zero.
         head_warmup_epochs: epochs at the start that train the head alone.
         clip_grad: largest gradient norm; 0 is off.
-        optimizer: sgd, or apex_fused_sgd (needs NVIDIA's apex).
+        optimizer: sgd, adamw, lars (needs timm), or apex_fused_sgd (needs NVIDIA's apex).
     """
 
+    preset: Preset = "none"
     lr: AutoPositive = 0.015
     scale_lr: bool = False
     momentum: Fraction = 0.9
+    betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.999)
     weight_decay: NonNegative = 1e-4
+    decay_norms: bool = True
+    layer_decay: Annotated[float, Range(0.0, 1.0, low_open=True)] = 1.0
     epochs: AutoAtLeast1 = 200
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_epochs: AutoNonNegative = 0.0
     head_warmup_epochs: NonNegative = 0.0
     clip_grad: NonNegative = 0.0
-    optimizer: Literal["sgd", "apex_fused_sgd"] = "sgd"
+    optimizer: Optimizer = "sgd"
 
     def __post_init__(self) -> None:
         check_values(self, "optim")
@@ -234,6 +256,8 @@ class RuntimeConfig:
         device: auto (cuda when present), cuda or cpu.
         precision: auto is bf16 on a GPU and fp32 on a CPU; fp16 uses a GradScaler.
         compile: torch.compile the encoders.
+        checkpoint_activations: compute each block's activations again in the backward pass instead of keeping them: less
+            memory, about a third more time.
         deterministic: bit-exact reruns on a GPU, at some cost; a CPU run always is.
         log_every: steps between metric rows.
         save_every: steps between checkpoints; 0 saves once an epoch.
@@ -247,6 +271,7 @@ class RuntimeConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: bool = False
+    checkpoint_activations: bool = False
     deterministic: bool = False
     log_every: AtLeast1 = 10
     save_every: AtLeast0 = 0

@@ -63,6 +63,8 @@ def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone |
     backbones = {AFTER: backbone} if before is None else {AFTER: backbone, BEFORE: before}
     device = choose_device(config.device)
     size = config.size or _usual_size(config.checkpoint, backbone)
+    for network in backbones.values():
+        network.check_size(size, "size")
     context = Context(config, folders, backbones, size)
     with at_work(list(backbones.values()), device):
         context.extract()

@@ -52,6 +52,8 @@ class _Work:
         """Hash of everything that the features depend on: files count by name, size and time of their last change."""
         digest = hashlib.blake2b(json.dumps(self.settings(), sort_keys=True).encode(), digest_size=16)
         digest.update(f"{self.config.part_size} {self.config.precision} {self.device.type}".encode())
+        if self.backbone.traits.pool != "own":
+            digest.update(self.backbone.traits.pool.encode())
         for path in self.paths:
             stat = os.stat(path)
             digest.update(f"{path!r} {stat.st_size} {stat.st_mtime_ns}".encode(errors="backslashreplace"))

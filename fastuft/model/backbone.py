@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 Stem = Literal["imagenet", "small"]
+Pool = Literal["own", "cls", "mean"]
 Triple = tuple[float, float, float]
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
@@ -26,12 +28,14 @@ class Traits:
         norm_eps: (shell pattern of LayerNorms, their epsilon).
         stride_in_1x1: bottlenecks take their stride in the first 1x1 convolution, as the first ResNets did, instead
             of in the 3x3 one.
+        pool: features of a ViT: cls, mean (of the patch tokens), or the network's own.
     """
 
     mean: Triple | None = None
     std: Triple | None = None
     norm_eps: tuple[tuple[str, float], ...] = ()
     stride_in_1x1: bool = False
+    pool: Pool = "own"
 
 
 def as_triple(values: object, name: str) -> Triple:
@@ -55,7 +59,11 @@ class Backbone(nn.Module, ABC):
         num_features: width of the features.
         mean, std: normalization of the inputs per channel, for pixels in [0, 1].
         input_size: side in pixels of the images that it was made for; others work where the network takes them.
+
+    ``recompute`` is whether activations are computed again in the backward pass.
     """
+
+    recompute = False
 
     def __init__(
         self, arch: str, stem: Stem, *, num_features: int, mean: Triple, std: Triple, input_size: int = 224
@@ -77,12 +85,48 @@ class Backbone(nn.Module, ABC):
             raise ValueError(
                 f"the checkpoint's bottlenecks take their stride in 1x1 convolutions; {self.arch} has none"
             )
+        if traits.pool != "own":
+            raise ValueError(
+                f"model.pool={traits.pool!r} is for ViTs, and {self.arch} has no tokens; leave it at 'own'"
+            )
         self.mean, self.std = traits.mean or self.mean, traits.std or self.std
         for pattern, eps in traits.norm_eps:
             for name, module in self.named_modules():
                 if isinstance(module, nn.LayerNorm) and fnmatchcase(name, pattern):
                     module.eps = eps
         self.traits = traits
+
+    @property
+    def patch(self) -> int | None:
+        """Side of the patches whose multiples the images may have, pixels; None where images are not cut into patches."""
+        return None
+
+    def check_size(self, side: int, option: str) -> None:
+        """Raise ValueError unless square images of ``side`` pixels can be taken; ``option`` is what they were asked by."""
+
+    def patch_projection(self) -> list[nn.Parameter]:
+        """Parameters of the projection of patches to tokens; empty where there is none."""
+        return []
+
+    def undecayed(self) -> Collection[str]:
+        """Shell patterns of parameters that weight decay spares although they are no vectors."""
+        return ()
+
+    def layers(self) -> dict[str, int]:
+        """How deep in the network each parameter is; 0 is nearest to the images.
+
+        Raises:
+            ValueError: not known of this network.
+        """
+        raise ValueError(f"optim.layer_decay: the order of the layers of {self.arch} is not known; set it to 1")
+
+    def checkpoint_activations(self) -> None:
+        """From now on compute each block's activations again in the backward pass instead of keeping them.
+
+        Raises:
+            ValueError: the network has no blocks to do so with.
+        """
+        self.recompute = True
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:

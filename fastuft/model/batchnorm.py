@@ -45,9 +45,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         normalized, means, variances, _ = grouped_batch_norm(
             x, self.weight, self.bias, residual, self.group, self.eps, relu
         )
-        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
-            buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
-            _note_statistics(Statistics(*buffers, self.momentum, means, variances))
+        mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is not None and variance is not None and count is not None:
+            _note_statistics(Statistics(mean, variance, count, self.momentum, means, variances))
         return normalized
 
 
@@ -81,6 +81,28 @@ def one_statistics_update() -> Iterator[None]:
     finally:
         _waiting.reset(token)
     _move_running_statistics(statistics)
+
+
+@contextmanager
+def statistics_inside_only(module: nn.Module) -> Iterator[None]:
+    """Running statistics of ``module`` move in calls that are made inside, and not where the backward pass makes one again.
+
+    From the first time on, until the end of the next: a call again comes at any time after. In a call again the statistics
+    are still handed over, since it must keep the same tensors, and move by nothing.
+    """
+    layers = [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+    for layer in layers:
+        layer.__dict__.pop(_COUNT, None)
+        layer.momentum = layer.__dict__.pop(_MOMENTUM, layer.momentum)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__[_MOMENTUM], layer.momentum = layer.momentum, 0.0
+            layer.__dict__[_COUNT] = None  # hides the buffer, which stays in the state dict
+
+
+_COUNT, _MOMENTUM = "num_batches_tracked", "_momentum_inside"
 
 
 def _note_statistics(statistics: Statistics) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fastuft.model.backbone import Backbone, Traits
-from fastuft.model.batchnorm import one_statistics_update
+from fastuft.model.batchnorm import one_statistics_update, statistics_inside_only
 
 
 class ProjectionHead(nn.Sequential):
@@ -46,7 +47,8 @@ class Encoder(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        with one_statistics_update():
+        tracking = statistics_inside_only(self.backbone) if self.backbone.recompute else nullcontext()
+        with one_statistics_update(), tracking:
             features = self.backbone(images)
         return self.head(features)
 
@@ -58,7 +60,8 @@ class Encoder(nn.Module):
 class MoCo(nn.Module):
     """Query encoder f_q, and key encoder f_k, its exponential moving average, which takes no gradient.
 
-    The key encoder's BatchNorm statistics are its own: only parameters are averaged, as in MoCo.
+    The key encoder's BatchNorm statistics are its own: only parameters are averaged, as in MoCo. It draws nothing at random:
+    of its layers BatchNorm alone is ever in training mode, so that drop path and dropout are off.
 
     Args:
         backbone: f_q's backbone; copied for f_k.
@@ -74,6 +77,15 @@ class MoCo(nn.Module):
         """Make both backbones do as a checkpoint's network did."""
         for encoder in (self.query_encoder, self.key_encoder):
             encoder.backbone.adopt(traits)
+
+    def train(self, mode: bool = True) -> MoCo:
+        """Training mode of the query encoder, and of the key encoder's BatchNorm where that is not frozen."""
+        super().train(mode)
+        norms = [m for m in self.key_encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        self.key_encoder.eval()
+        for norm in norms:
+            norm.train()
+        return self
 
     @torch.no_grad()
     def copy_query_to_key(self) -> None:

@@ -26,22 +26,25 @@ ARCHS: dict[str, _Builder] = {
 }
 
 
-def build_backbone(arch: str, stem: Stem = "imagenet") -> Backbone:
+def build_backbone(arch: str, stem: Stem = "imagenet", *, drop_path: float = 0.0) -> Backbone:
     """A randomly initialized backbone.
 
     Args:
         arch: a name in ``ARCHS``, or ``timm:NAME`` where timm is installed.
         stem: imagenet or small; timm networks bring their own and take imagenet only.
+        drop_path: rate of stochastic depth in the last block, of networks that have it (timm's).
 
     Raises:
-        ValueError: unknown network, or timm asked for where it is missing.
+        ValueError: unknown network, timm asked for where it is missing, or stochastic depth where there is none.
     """
     if stem not in ("imagenet", "small"):
         raise ValueError(f"model.stem={stem!r} is not allowed; choose one of 'imagenet', 'small'")
     if arch.startswith("timm:"):
         if stem != "imagenet":
             raise ValueError(f"model.stem={stem!r} is not available for timm networks; leave it at 'imagenet'")
-        return TimmBackbone(arch.removeprefix("timm:"))
+        return TimmBackbone(arch.removeprefix("timm:"), drop_path)
     if arch not in ARCHS:
         raise ValueError(f"model.arch={arch!r} is unknown; choose one of {', '.join(ARCHS)}, or timm:NAME")
+    if drop_path:
+        raise ValueError(f"model.drop_path={drop_path} is not available for {arch}; leave it at 0")
     return ARCHS[arch](arch, stem)

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from fastuft.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Stem, Traits, default_input_size
+from fastuft.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Stem, Traits, default_input_size
 from fastuft.model.batchnorm import norm_relu
+from fastuft.model.residual import ResidualNetwork
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -60,7 +61,7 @@ class Bottleneck(nn.Module):
         return norm_relu(self.bn3, self.conv3(x), shortcut)
 
 
-class ResNet(Backbone):
+class ResNet(ResidualNetwork):
     """Stem, residual stages and global average pooling.
 
     Args:
@@ -121,6 +122,6 @@ class ResNet(Backbone):
 
     def features(self, images: Tensor) -> Tensor:
         x: Tensor = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
-        for stage in range(self.num_stages):
-            x = self.get_submodule(f"layer{stage + 1}")(x)
+        for block in self.blocks():
+            x = self.run_block(block, x)
         return x.mean(dim=(2, 3))

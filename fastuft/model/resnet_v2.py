@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastuft.model.backbone import Backbone, Stem, Triple, default_input_size
+from fastuft.model.backbone import Stem, Triple, default_input_size
+from fastuft.model.residual import ResidualNetwork
 
 HALF: Triple = (0.5, 0.5, 0.5)
 
@@ -48,7 +49,7 @@ class PreActBottleneck(nn.Module):
         return y + shortcut
 
 
-class ResNetV2(Backbone):
+class ResNetV2(ResidualNetwork):
     """BiT ResNet-v2 (Kolesnikov et al. 2020): GroupNorm and weight standardization, inputs (x - 0.5) / 0.5.
 
     Args:
@@ -95,6 +96,6 @@ class ResNetV2(Backbone):
 
     def features(self, images: Tensor) -> Tensor:
         x: Tensor = self.maxpool(self.conv1(images))
-        for stage in range(self.num_stages):
-            x = self.get_submodule(f"layer{stage + 1}")(x)
+        for block in self.blocks():
+            x = self.run_block(block, x)
         return F.relu(self.norm(x), inplace=True).mean(dim=(2, 3))

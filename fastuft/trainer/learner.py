@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,10 +18,20 @@ from fastuft.config import MethodConfig, TrainConfig
 from fastuft.device import DTYPES, autocast, resolve_precision
 from fastuft.loss import KeyQueue
 from fastuft.mix import cutmix_, mixup_, sample_boxes, sample_lambda
-from fastuft.model import InitReport, MoCo, Traits, build_backbone, has_batchnorm, load_init, set_batchnorm_mode
+from fastuft.model import (
+    Encoder,
+    InitReport,
+    MoCo,
+    Traits,
+    build_backbone,
+    has_batchnorm,
+    load_init,
+    set_batchnorm_mode,
+)
 from fastuft.randomness import keyed_seed
 from fastuft.trainer.distributed import KeyShuffle, Ranks, gather_rows, upload
 from fastuft.trainer.optimizer import build_optimizer
+from fastuft.trainer.parameter_groups import parameter_groups
 
 # Renamed in torch 2.13, where the old name warns.
 _renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -189,6 +199,24 @@ def set_up_device(config: TrainConfig, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = not config.runtime.deterministic
 
 
+def _prepare(encoder: Encoder, config: TrainConfig) -> None:
+    """Freeze and recompute in the query encoder what the configuration says.
+
+    Raises:
+        ValueError: there is nothing to freeze, or nothing that can be computed again.
+    """
+    if config.model.freeze_patch:
+        frozen = encoder.backbone.patch_projection()
+        if not frozen:
+            raise ValueError(
+                f"model.freeze_patch=True: {config.model.arch} projects no patches to tokens; set it to false"
+            )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if config.runtime.checkpoint_activations:
+        encoder.backbone.checkpoint_activations()
+
+
 def build_learner(
     config: TrainConfig, ranks: Ranks, *, resumed: Traits | None = None
 ) -> tuple[Learner, InitReport | None]:
@@ -209,7 +237,8 @@ def build_learner(
     set_up_device(config, device)
     precision = resolve_precision(config.runtime.precision, device)
     torch.manual_seed(keyed_seed(config.seed, "init"))
-    backbone = build_backbone(config.model.arch, config.model.stem)
+    backbone = build_backbone(config.model.arch, config.model.stem, drop_path=config.model.drop_path)
+    backbone.check_size(config.augment.size, "augment.size")
     bn = resolve_bn(config, ranks.world_size, backbone)
     moco = MoCo(backbone, config.model.head_dim)
     report = None
@@ -223,7 +252,10 @@ def build_learner(
             key=config.init_key,
             channels=config.init_channels,
         )
+    if config.model.pool != "own":
+        moco.adopt(replace(moco.query_encoder.backbone.traits, pool=config.model.pool))
     moco.copy_query_to_key()
+    _prepare(moco.query_encoder, config)
     for encoder in (moco.query_encoder, moco.key_encoder):
         encoder.frozen_statistics = bn == "frozen"
     if bn not in ("none", "frozen"):
@@ -255,7 +287,7 @@ def build_learner(
         query=query,
         key=key,
         queue=queue,
-        optimizer=build_optimizer(config.optim, list(moco.query_encoder.parameters()), device),
+        optimizer=build_optimizer(config.optim, parameter_groups(moco.query_encoder, config.optim), device),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         method=config.method,
         ranks=ranks,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastuft.model import Backbone
 from fastuft.trainer.learner import Learner
+from fastuft.trainer.optimizer import load_optimizer
 
 _BACKBONE = "query_encoder.backbone."
 
@@ -47,7 +48,7 @@ def restore(learner: Learner, state: dict[str, Any]) -> None:
         if cuda is not None and ranks.device.type == "cuda":
             torch.cuda.set_rng_state(cuda, ranks.device)
     learner.queue.load_state_dict(state["queue"])
-    learner.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(learner.optimizer, state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
 
 

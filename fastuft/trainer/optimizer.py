@@ -1,14 +1,17 @@
-"""The optimizer of a run: torch's fused SGD, or apex's."""
+"""The optimizer of a run: torch's fused SGD or AdamW, timm's LARS, or apex's SGD."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from fastuft.config import OptimConfig
+from fastuft.trainer.parameter_groups import Parameters
 
 
 class ChannelsLastSGD(torch.optim.SGD):
@@ -23,15 +26,14 @@ class ChannelsLastSGD(torch.optim.SGD):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             updated = [parameter for parameter in group["params"] if parameter.grad is not None]
-            momentum = [self.state[parameter]["momentum_buffer"] for parameter in updated] if group["momentum"] else []
-            moved = [parameter.dim() == 4 and not parameter.is_contiguous() for parameter in updated]
+            momentum = [_momentum(self, parameter) for parameter in updated] if group["momentum"] else []
+            moved = _moved(updated)
             sgd(
                 _move(updated, moved),
                 _move([parameter.grad for parameter in updated], moved),
                 _move(momentum, moved) if momentum else [],  # type: ignore[arg-type]
                 fused=True,
-                grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
+                **_scaling(self),
                 **{
                     name: group[name]
                     for name in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
@@ -39,30 +41,108 @@ class ChannelsLastSGD(torch.optim.SGD):
             )
 
 
-def _move(tensors: list[Tensor], moved: list[bool]) -> list[Tensor]:
+class ChannelsLastAdamW(torch.optim.AdamW):
+    """torch's fused AdamW for a CPU, without copies of what is not contiguous, as :class:`ChannelsLastSGD`."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            updated = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in updated:
+                if not self.state[parameter]:
+                    average, square = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                    self.state[parameter] |= {"step": torch.zeros(()), "exp_avg": average, "exp_avg_sq": square}
+            states, moved = [self.state[parameter] for parameter in updated], _moved(updated)
+            beta1, beta2 = group["betas"]
+            adamw(
+                _move(updated, moved),
+                _move([parameter.grad for parameter in updated], moved),
+                _move([state["exp_avg"] for state in states], moved),
+                _move([state["exp_avg_sq"] for state in states], moved),
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                **_scaling(self),
+                beta1=beta1,
+                beta2=beta2,
+                **{name: group[name] for name in ("amsgrad", "lr", "weight_decay", "eps", "maximize")},
+            )
+
+
+def _scaling(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What torch's gradient scaler hands to a fused optimizer."""
+    return {name: getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")}
+
+
+def _momentum(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
+    """A parameter's momentum, zero at first.
+
+    Left to itself fused SGD takes uninitialized memory for it, which stays so where the gradient scaler skips the first step
+    (fp16 overflows there). From zeros the first step is the same.
+    """
+    state = optimizer.state[parameter]
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(parameter)
+    momentum: Tensor = state["momentum_buffer"]
+    return momentum
+
+
+def _moved(tensors: Sequence[Tensor]) -> list[bool]:
+    return [tensor.dim() == 4 and not tensor.is_contiguous() for tensor in tensors]
+
+
+def _move(tensors: Sequence[Tensor], moved: list[bool]) -> list[Tensor]:
     return [tensor.permute(0, 2, 3, 1) if move else tensor for tensor, move in zip(tensors, moved, strict=True)]
 
 
-def build_optimizer(config: OptimConfig, parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimConfig, parameters: Parameters, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of ``optim.optimizer``.
 
     Args:
         config: rate, momentum, weight decay, which optimizer.
-        parameters: what it updates.
+        parameters: what it updates, as :func:`parameter_groups` gives it.
         device: where they are.
 
     Raises:
-        ValueError: NVIDIA's apex is asked for and not installed.
+        ValueError: an optimizer of a package that is not installed.
     """
-    options: dict[str, Any] = {"momentum": config.momentum, "weight_decay": config.weight_decay, "lr": config.lr}
+    common: dict[str, Any] = {"weight_decay": config.weight_decay, "lr": config.lr}
+    on_cpu = device.type == "cpu"
     if config.optimizer == "sgd":
-        kind = ChannelsLastSGD if device.type == "cpu" else torch.optim.SGD
-        optimizer = kind(parameters, fused=True, **options)
-        # Left to itself it takes uninitialized memory for momentum, which stays so where the gradient scaler skips the
-        # first step (fp16 overflows there). From zeros the first step is the same.
-        for parameter in parameters if config.momentum else ():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        kind = ChannelsLastSGD if on_cpu else torch.optim.SGD
+        optimizer = kind(parameters, fused=True, momentum=config.momentum, **common)
+        for group in optimizer.param_groups if config.momentum else ():
+            for parameter in group["params"]:
+                _momentum(optimizer, parameter)
         return optimizer
+    if config.optimizer == "adamw":
+        return (ChannelsLastAdamW if on_cpu else torch.optim.AdamW)(
+            parameters, fused=True, betas=config.betas, **common
+        )
+    return (_lars if config.optimizer == "lars" else _apex)(parameters, momentum=config.momentum, **common)
+
+
+def _lars(parameters: Parameters, **options: Any) -> torch.optim.Optimizer:
+    """timm's: of a kept library that is an extra already, one call for all tensors on a GPU, and its state is torch's SGD's.
+
+    Its rate per tensor is meant for what decays, whatever the decay is.
+    """
+    try:
+        from timm.optim import Lars
+    except ImportError as error:
+        raise ValueError(
+            "optim.optimizer='lars' is timm's, which is not installed; pip install 'fastuft[timm]', or choose sgd or adamw"
+        ) from error
+    groups = [
+        {**group, "always_adapt": "weight_decay" not in group} if isinstance(group, dict) else group
+        for group in parameters
+    ]
+    built: torch.optim.Optimizer = Lars(groups, **options)
+    return built
+
+
+def _apex(parameters: Parameters, **options: Any) -> torch.optim.Optimizer:
     try:
         from apex.optimizers import FusedSGD
     except ImportError as error:
@@ -72,3 +152,11 @@ def build_optimizer(config: OptimConfig, parameters: list[nn.Parameter], device:
         ) from error
     fused: torch.optim.Optimizer = FusedSGD(parameters, **options)
     return fused
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on from a checkpoint's averages and counts, with this run's own settings: torch would take the checkpoint's."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastuft.config import AUTO_OPTIONS, TrainConfig, is_auto
+from fastuft.config import AUTO_OPTIONS, TrainConfig, family_of, is_auto, preset_options
 from fastuft.data import BadImageError, Manifest, image_size
 from fastuft.model import build_backbone
 from fastuft.trainer.distributed import Ranks
@@ -29,6 +29,7 @@ _LARGEST_QUEUE = 65536
 _MEMORY = 4.2  # times that the key encoder's average is renewed over a run
 _PROBED = 64  # images whose size is looked up
 _GRID = 32  # stride of the networks' last stage, pixels
+_VIT_SIDE = 224  # pixels
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ class _Chooser:
 
     def _size(self) -> tuple[int, str]:
         network = build_backbone(self.config.model.arch, self.config.model.stem).eval()
-        usual, sides = network.input_size, []
+        usual, step, sides = network.input_size, network.patch or _GRID, []
+        if network.patch is not None:  # ViTs are trained at 224 px; larger sizes come at the end, for dense tasks
+            usual = min(usual, _VIT_SIDE // step * step)
         paths = self.manifest.paths[: self.manifest.num_target]
         for path in paths[:: max(1, len(paths) // _PROBED)]:
             try:
@@ -135,7 +138,7 @@ class _Chooser:
             except BadImageError:  # the streams' affair, under data.on_bad_file
                 continue
         side = int(statistics.median(sides)) if sides else usual
-        fitting = max(_GRID, side * 7 // 8 // _GRID * _GRID)
+        fitting = max(step, side * 7 // 8 // step * step)
         if fitting >= usual:
             return usual, f"the network's own; the shorter side of the target images is {side} px"
         with torch.no_grad():
@@ -185,12 +188,24 @@ class _Chooser:
         momentum = round(1 - min(0.02, max(0.001, _MEMORY / steps)), 4)
         return momentum, f"the key encoder follows within {round(1 / (1 - momentum))} of {steps} steps"
 
+    def _preset(self) -> dict[str, Any]:
+        """Values of the optimizer that was chosen; none of SGD's, whose rates were measured here."""
+        model, optim = self.config.model, self.config.optim
+        return preset_options(family_of(model.arch), model.arch, optim.epochs, optim.optimizer)
+
     def _lr(self) -> tuple[float, str]:
+        found = self._preset().get("optim.lr")
+        if found is not None:
+            rate = found if self.config.optim.scale_lr else found * self.config.data.batch_size / 256
+            return float(f"{rate:.3g}"), f"MoCo v3's for {self.config.optim.optimizer}, in proportion to the batch"
         batch = self.config.data.batch_size
         per_image = _RATE / 64 * (256 if self.config.optim.scale_lr else batch)
         return float(f"{per_image:.3g}"), f"{_RATE:g} at 64 images, in proportion to the batch"
 
     def _warmup_epochs(self) -> tuple[float, str]:
+        found = self._preset().get("optim.warmup_epochs")
+        if found is not None:
+            return found, f"a tenth of the epochs, as {self.config.optim.optimizer} needs"
         return 0.0, "the rate begins at its largest: runs of a few hundred steps have no time to lose"
 
     def _select(self) -> tuple[str, str]:

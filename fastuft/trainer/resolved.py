@@ -17,7 +17,8 @@ def resolved_config(
 ) -> TrainConfig:
     """The configuration with ``auto`` and 0 replaced by what is in use.
 
-    Those are device, precision, BatchNorm mode, loader, threads, and the channels of the checkpoint that the run began from.
+    Those are device, precision, BatchNorm mode, loader, threads, and of the checkpoint that the run began from its channels and
+    its pooling.
 
     Args:
         config: as it was given.
@@ -33,7 +34,7 @@ def resolved_config(
     return dataclasses.replace(
         config,
         init_channels=init_report["channels"] if init_report else config.init_channels,
-        model=dataclasses.replace(config.model, bn=bn),
+        model=dataclasses.replace(config.model, bn=bn, pool=learner.moco.query_encoder.backbone.traits.pool),
         data=dataclasses.replace(config.data, loader=loader, threads=loading.num_threads),
         runtime=dataclasses.replace(
             config.runtime, device="cuda" if device.type == "cuda" else "cpu", precision=learner.precision

@@ -15,6 +15,11 @@ _FIXED = {
     "model.arch",
     "model.stem",
     "model.head_dim",
+    "model.pool",
+    "model.freeze_patch",
+    "optim.optimizer",
+    "optim.layer_decay",
+    "optim.decay_norms",
     "method.queue_size",
     "data.batch_size",
     "data.replay_mode",
@@ -111,7 +116,8 @@ def check_same_run(
     """
     before = {**_flat(json.loads(state["config"])), "content_hash": state["content_hash"]}
     now = {**_flat(config), "content_hash": content_hash}
-    changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    # An older program had fewer options, and did what their defaults say.
+    changed = {name: (before[name], value) for name, value in now.items() if name in before and before[name] != value}
     for name, (old, new) in changed.items():
         if name in _FIXED:
             raise ValueError(

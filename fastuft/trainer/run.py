@@ -321,7 +321,7 @@ class _Run:
             config.data.batch_size,
         )
         for group in self.learner.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         return lr
 
     def _stop(self) -> bool:

@@ -149,3 +149,15 @@ def test_the_notebook_runs():
     nbclient.NotebookClient(notebook, timeout=800, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("retrieval" in output.get("text", "") for output in outputs)
+
+
+def test_the_tests_that_the_table_of_layouts_names_are_there():
+    rows = [line for line in (ROOT / "docs" / "checkpoints.md").read_text().splitlines() if "`test_" in line]
+    assert len(rows) >= 20
+    for row in rows:
+        defined = ""
+        for name in re.findall(r"`(test_[\w.]+)`", row):
+            if name.endswith(".py"):
+                defined = (ROOT / "tests" / "model" / name).read_text()
+            else:
+                assert f"def {name}(" in defined, row

@@ -286,3 +286,15 @@ def test_shards_are_files_of_the_folder(tmp_path):
         read_checkpoint(tmp_path)
     save_file({"v": torch.ones(3)}, tmp_path / "b.safetensors")
     assert sorted(read_checkpoint(tmp_path).tensors) == ["v", "w"]
+
+
+def test_shards_of_torch_archives_are_read_too(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    shards = {"w": "pytorch_model-00001-of-00002.bin", "v": "pytorch_model-00002-of-00002.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+    for name, file in shards.items():
+        torch.save({name: torch.ones(2)}, tmp_path / file)
+    assert sorted(read_checkpoint(tmp_path).tensors) == ["v", "w"]
+    (tmp_path / shards["v"]).unlink()
+    with pytest.raises(ValueError, match=r"lacks pytorch_model-00002-of-00002\.bin"):
+        read_checkpoint(tmp_path)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.test_train_step import ALONE, a_batch, as_fakes
 
-from fastuft.config import DataConfig, MethodConfig, ModelConfig, RuntimeConfig, TrainConfig
+from fastuft.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from fastuft.data import Batch
 from fastuft.trainer.distributed import KeyShuffle, Ranks
 from fastuft.trainer.learner import build_learner
@@ -38,13 +38,14 @@ class Trace(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def trace_a_step(precision, **method):
+def trace_a_step(precision, optim=None, **method):
     config = TrainConfig(
         target="images",
         out="run",
         model=ModelConfig(arch="resnet50"),
         method=MethodConfig(queue_size=1024, **method),
         data=DataConfig(batch_size=256),
+        optim=OptimConfig(**(optim or {})),
         runtime=RuntimeConfig(device="cpu", precision=precision),
     )
     made, _ = build_learner(config, ALONE)
@@ -65,6 +66,13 @@ def test_a_resnet50_step_issues_at_most_2000_operators(precision):
     assert calls["fastuft::grouped_batch_norm"] == 3 * 53
     assert calls["fastuft::grouped_batch_norm_backward"] == 2 * 53
     assert calls["native_batch_norm"] == 0
+    assert sum(calls.values()) <= MOST_CALLS
+    assert not WAITING & calls.keys()
+
+
+def test_adamw_with_a_rate_per_layer_is_one_operator_per_group():
+    calls = trace_a_step("fp32", {"optimizer": "adamw", "layer_decay": 0.9, "decay_norms": False})
+    assert calls["_fused_adamw_"] == 2 * 17 + 2  # 16 blocks and the stem, and the head; with decay and without
     assert sum(calls.values()) <= MOST_CALLS
     assert not WAITING & calls.keys()
 

@@ -1,15 +1,18 @@
-"""The optimizer on a CPU is torch's SGD, without copies of channels_last weights."""
+"""The optimizers on a CPU are torch's SGD and AdamW, without copies of channels_last weights; which parameters go together."""
 
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from fastuft.config import OptimConfig
+from fastuft.model import Encoder, build_backbone
 from fastuft.trainer.optimizer import build_optimizer
+from fastuft.trainer.parameter_groups import parameter_groups
 
 CPU = torch.device("cpu")
 
@@ -79,3 +82,103 @@ def test_nothing_is_copied():
         optimizer.step()
     called = {event.key for event in profile.key_averages()}
     assert "aten::_fused_sgd_" in called and not called & {"aten::copy_", "aten::clone", "aten::contiguous"}
+
+
+def test_steps_are_those_of_plain_adamw():
+    ours, theirs = network(), network()
+    for model in (ours, theirs):
+        # A parameter without a gradient stays. This one's would be rounding alone, of which AdamW makes whole steps: the
+        # BatchNorm behind it takes a bias away.
+        model[0].bias.requires_grad_(False)
+    config = OptimConfig(optimizer="adamw", lr=0.01, weight_decay=0.1, betas=(0.8, 0.95))
+    optimizer = build_optimizer(config, list(ours.parameters()), CPU)
+    plain = torch.optim.AdamW(theirs.parameters(), 0.01, (0.8, 0.95), weight_decay=0.1, foreach=False, fused=False)
+    for seed in range(5):
+        for model, its in ((ours, optimizer), (theirs, plain)):
+            torch.manual_seed(seed)
+            gradients(model)
+            its.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+        assert mine.stride() == other.stride()
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # its state is torch's
+    for model, its in ((ours, optimizer), (theirs, plain)):
+        torch.manual_seed(9)
+        gradients(model)
+        its.step()
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_copies_nothing_and_leaves_a_step_out_that_overflowed():
+    model = network()
+    optimizer = build_optimizer(OptimConfig(optimizer="adamw", lr=0.1), list(model.parameters()), CPU)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(model(torch.full((2, 3, 6, 6), torch.inf)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert all(map(torch.equal, model.parameters(), before))
+    assert all(state["step"] == 0 for state in optimizer.state.values())
+    gradients(model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::_fused_adamw_" in called and not called & {"aten::clone", "aten::contiguous"}
+
+
+def layered(**options):
+    """Groups of the demo's network: (rate's factor, decay or None for the optimizer's) of each parameter by name."""
+    encoder = Encoder(build_backbone("resnet_tiny", "small"), 4)
+    groups = parameter_groups(encoder, OptimConfig(**options))
+    names = {id(parameter): name for name, parameter in encoder.named_parameters()}
+    assert isinstance(groups[0], dict)
+    found = {
+        names[id(p)]: (group.get("lr_scale"), group.get("weight_decay")) for group in groups for p in group["params"]
+    }
+    assert found.keys() == dict(encoder.named_parameters()).keys()
+    return found
+
+
+def test_rates_fall_from_the_head_to_the_images_and_vectors_do_not_decay():
+    found = layered(layer_decay=0.5, decay_norms=False)
+    assert found["head.2.weight"] == (1.0, None) and found["head.2.bias"] == (1.0, 0.0)
+    assert found["backbone.layer3.0.conv2.weight"] == (0.5, None)
+    assert found["backbone.layer3.0.downsample.1.weight"] == (0.5, 0.0)
+    assert found["backbone.layer1.0.conv1.weight"] == (0.125, None)
+    assert found["backbone.conv1.weight"] == (0.0625, None) and found["backbone.bn1.bias"] == (0.0625, 0.0)
+    assert {scale for scale, _ in layered(decay_norms=False).values()} == {1.0}
+    assert {decay for _, decay in layered(layer_decay=0.5).values()} == {None}
+    assert layered(optimizer="lars")["backbone.bn1.bias"] == (1.0, 0.0)  # whatever decay_norms says
+
+
+def test_the_papers_recipe_has_one_group_of_all():
+    encoder = Encoder(build_backbone("resnet_tiny", "small"), 4)
+    encoder.backbone.conv1.weight.requires_grad_(False)
+    groups = parameter_groups(encoder, OptimConfig())
+    assert [id(p) for p in groups] == [id(p) for p in encoder.parameters()][1:]
+
+
+def test_lars_without_timm_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(ValueError, match=r"optim.optimizer='lars' is timm's.*pip install 'fastuft\[timm\]'"):
+        build_optimizer(OptimConfig(optimizer="lars"), list(network().parameters()), CPU)
+
+
+@pytest.mark.peers
+def test_lars_is_that_of_the_paper():
+    """You et al. 2017, Algorithm 1, with the rate per tensor where weights decay alone."""
+    pytest.importorskip("timm.optim")
+    encoder = Encoder(build_backbone("resnet_tiny", "small"), 4)
+    config = OptimConfig(optimizer="lars", lr=0.5, momentum=0.0, weight_decay=0.01)
+    optimizer = build_optimizer(config, parameter_groups(encoder, config), CPU)
+    before = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
+    encoder(torch.randn(4, 3, 32, 32)).square().mean().backward()
+    optimizer.step()
+    for name, parameter in encoder.named_parameters():
+        gradient, old = parameter.grad, before[name]
+        if parameter.ndim > 1:
+            local = 0.001 * old.norm() / (gradient.norm() + 0.01 * old.norm())
+            torch.testing.assert_close(parameter, old - 0.5 * local * (gradient + 0.01 * old))
+        else:
+            torch.testing.assert_close(parameter, old - 0.5 * gradient)

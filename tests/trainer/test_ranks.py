@@ -114,6 +114,8 @@ WIDE = {"bn": "split", "bn_group": 8, "head_dim": 8192}  # several buckets
 def test_gradients_are_reduced_once_a_step_and_are_those_of_one_process(tiny, tmp_path):
     methods = {"both": {}, "clean": {"mix": "none"}, "mixed": {"mix_only": True}}
     configs = {name: tiny(model=WIDE, method=method) for name, method in methods.items()}
+    optim = {"optimizer": "adamw", "lr": 1e-4, "layer_decay": 0.8, "decay_norms": False}
+    configs["recomputed"] = tiny(model=WIDE, optim=optim, runtime={"checkpoint_activations": True})
     assert_two_steps_are_those_of_one(configs, configs, tmp_path)
 
 

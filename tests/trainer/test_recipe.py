@@ -20,6 +20,7 @@ from fastuft.runfolder import RunFolder
 from fastuft.trainer import recipe, train
 from fastuft.trainer.distributed import Ranks
 from fastuft.trainer.recipe import settle
+from fastuft.trainer.schedule import base_lr
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 GPU = SimpleNamespace(device=torch.device("cuda"), world_size=1, rank=0)
@@ -101,7 +102,7 @@ def test_views_are_no_larger_than_the_photographs(tmp_path):
 
 def test_a_network_of_one_size_keeps_it(tmp_path, monkeypatch):
     class Fixed(torch.nn.Module):
-        input_size = 224
+        input_size, patch = 224, None
 
         def forward(self, images):
             assert images.shape[-1] == 224, "wrong size"
@@ -173,3 +174,12 @@ def test_a_resumed_run_chooses_nothing_anew(tiny, start, tmp_path, monkeypatch, 
     assert "Chosen for" not in capsys.readouterr().out
     saved = RunFolder(tmp_path / "run").read_config()
     assert (saved["optim"]["lr"], saved["method"]["queue_size"]) == (0.0075, 32)
+
+
+@pytest.mark.parametrize("preset", ["none", "auto"])  # without and with optim.scale_lr
+def test_optimizers_that_need_other_rates_have_them(preset):
+    optim = {"preset": preset, "optimizer": "adamw", "lr": "auto", "warmup_epochs": "auto"}
+    config, _ = settled(images(400, 100), optim=optim)
+    batch = config.data.batch_size
+    assert base_lr(config.optim, batch) == pytest.approx(1.5e-4 * batch / 256, rel=1e-2) and batch < 256
+    assert config.optim.warmup_epochs == pytest.approx(config.optim.epochs / 10)

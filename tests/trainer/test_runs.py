@@ -111,8 +111,10 @@ def assert_parts_equal(whole, stops, tiny, tmp_path, changes):
         {"data": {"replay_mode": "balanced", "loader": "dali"}},
         {"runtime": {"precision": "bf16"}, "method": {"queue_prefill": False}},
         {"runtime": {"precision": "fp16"}},
+        {"optim": {"optimizer": "adamw", "lr": 1e-3, "decay_norms": False, "layer_decay": 0.8, "clip_grad": 1.0}},
+        {"optim": {"optimizer": "adamw", "lr": 1e-3}, "runtime": {"precision": "fp16", "checkpoint_activations": True}},
     ],
-    ids=["default", "plain", "mixup-only", "balanced-dali", "bf16", "fp16"],
+    ids=["default", "plain", "mixup-only", "balanced-dali", "bf16", "fp16", "adamw-layers", "adamw-fp16-recomputed"],
 )
 def test_a_stopped_run_goes_on_bit_exactly(tiny, tmp_path, changes):
     if changes.get("data", {}).get("loader") == "dali":
@@ -200,6 +202,9 @@ def test_rows_of_a_start_that_saved_nothing_do_not_come_twice(tiny):
         ({"model": {"bn": "sync"}}, "needs several CUDA devices"),
         ({"model": {"bn": "shuffle"}}, "exchanges images between processes and there is one"),
         ({"optim": {"optimizer": "apex_fused_sgd"}}, "unrelated web toolkit"),
+        ({"model": {"pool": "cls"}}, "model.pool='cls' is for ViTs, and resnet_tiny has no tokens"),
+        ({"model": {"drop_path": 0.1}}, "model.drop_path=0.1 is not available for resnet_tiny"),
+        ({"model": {"freeze_patch": True}}, "resnet_tiny projects no patches to tokens"),
         ({"resume": "nowhere.pt"}, "'nowhere.pt' is not a file"),
     ],
 )
@@ -214,7 +219,10 @@ def test_a_missing_gpu_is_said(tiny):
         train(tiny(runtime={"device": "cuda"}))
 
 
-@pytest.mark.parametrize(("section", "change"), [("method", {"queue_size": 32}), ("data", {"batch_size": 8})])
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [("method", {"queue_size": 32}), ("data", {"batch_size": 8}), ("optim", {"optimizer": "adamw"})],
+)
 def test_a_resumed_run_keeps_its_shape(tiny, section, change):
     train(tiny(max_steps=1))
     with pytest.raises(ValueError, match=f"{section}.{next(iter(change))} was .* in the checkpoint"):
@@ -227,6 +235,21 @@ def test_other_images_are_refused_and_other_settings_are_said(tiny, folders):
         train(tiny(resume="auto", source=None))
     with pytest.warns(UserWarning, match=r"optim.lr 0.05 -> 0.01"):
         train(tiny(max_steps=2, resume="auto", optim={"lr": 0.01}))
+
+
+def test_other_settings_of_the_optimizer_are_those_that_it_goes_on_with(tiny, monkeypatch):
+    train(tiny(max_steps=1, optim={"momentum": 0.0}))
+    seen = []
+
+    def looked(learner, batch, mark, **options):
+        seen.append({name: learner.optimizer.param_groups[0][name] for name in ("momentum", "weight_decay")})
+        return real(learner, batch, mark, **options)
+
+    real = run_module.train_step
+    monkeypatch.setattr(run_module, "train_step", looked)
+    with pytest.warns(UserWarning, match=r"optim.momentum 0.0 -> 0.5"):
+        train(tiny(max_steps=3, resume="auto", optim={"momentum": 0.5, "weight_decay": 1e-3}))
+    assert seen == [{"momentum": 0.5, "weight_decay": 1e-3}] * 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, monkeypatch):

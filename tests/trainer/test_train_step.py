@@ -25,6 +25,7 @@ from fastuft.trainer import distributed, learner, schedule, step
 from fastuft.trainer.distributed import KeyShuffle, Ranks
 from fastuft.trainer.learner import build_learner
 from fastuft.trainer.optimizer import build_optimizer
+from fastuft.trainer.parameter_groups import parameter_groups
 from fastuft.trainer.recorder import PartTimes
 from fastuft.trainer.step import RECORD, train_step
 
@@ -188,15 +189,21 @@ def as_fakes(made, config):
                     is_parameter = tensors is module._parameters
                     tensors[name] = nn.Parameter(fake, value.requires_grad) if is_parameter else fake
     # A GPU's optimizer, which the claim is about.
-    optimizer = build_optimizer(config.optim, list(made.moco.query_encoder.parameters()), torch.device("cuda"))
+    groups = parameter_groups(made.moco.query_encoder, config.optim)
+    optimizer = build_optimizer(config.optim, groups, torch.device("cuda"))
     return dataclasses.replace(made, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": {"mix": "mixup", "mix_per": "pair"}, "optim": {"clip_grad": 1.0}}, {"model": {"bn": "plain"}}],
-    ids=["default", "pairs-clipped", "plain"],
+    [
+        {},
+        {"method": {"mix": "mixup", "mix_per": "pair"}, "optim": {"clip_grad": 1.0}},
+        {"model": {"bn": "plain"}},
+        {"optim": {"optimizer": "adamw", "layer_decay": 0.9}},
+    ],
+    ids=["default", "pairs-clipped", "plain", "adamw"],
 )
 def test_a_step_needs_no_tensors_value(tiny, changes, precision):
     """On tensors without values ``.item()`` and its kin raise, wherever they are called from, torch's own code included."""
@@ -234,6 +241,23 @@ def test_activations_weights_and_momentum_stay_channels_last(tiny, bn):
         momentum = made.optimizer.state[query]["momentum_buffer"]
         assert query.stride() == key.stride() == momentum.stride()  # else fused updates fall back to slow ones
         assert query.ndim < 4 or query.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("bn", ["plain", "split"])
+def test_recomputed_activations_give_the_same_step(tiny, bn):
+    """Loss, weights and BatchNorm's statistics, and less is kept: each block's input alone."""
+    kept, made, records = {}, {}, {}
+    for recompute in (False, True):
+        learner, _ = build_learner(tiny(model={"bn": bn}, runtime={"checkpoint_activations": recompute}), ALONE)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.nbytes) or t, lambda t: t):
+            learner.query(a_batch().query)
+        learner, _ = build_learner(tiny(model={"bn": bn}, runtime={"checkpoint_activations": recompute}), ALONE)
+        records[recompute] = [train_step(learner, a_batch(), lambda part: None) for _ in range(2)]
+        kept[recompute], made[recompute] = sum(sizes), learner.moco.state_dict()
+    torch.testing.assert_close(records[True], records[False], rtol=0, atol=0)
+    torch.testing.assert_close(made[True], made[False], rtol=0, atol=0)
+    assert kept[True] < 0.6 * kept[False]
 
 
 def test_the_step_fits_a_screen():

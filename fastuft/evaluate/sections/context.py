@@ -83,6 +83,8 @@ class Context:
         config, backbone = self.config, self.backbones[arm]
         loader = resolve_loader(config.loader)
         settings = f"{self.size} {self.resize} {backbone.mean} {backbone.std} {loader} {self.device.type}"
+        if backbone.traits.pool != "own":
+            settings += f" {backbone.traits.pool}"
         with self.stream(arm, images) as stream:
             return cached_features(
                 backbone,

@@ -91,7 +91,9 @@ def _state_dict(backbone: Backbone, layout: str, name: str) -> str:
     if network is None:
         return f"state_dict = {read}"
     bare = "network.fc = torch.nn.Identity()\n" if layout == "torchvision" else ""
-    return f"network = {network}\n{bare}network.load_state_dict({read})"
+    pooling = {"cls": "[:, 0]", "mean": "[:, network.num_prefix_tokens :].mean(1)"}.get(backbone.traits.pool)
+    features = f"\nfeatures = network.fc_norm(network.forward_features(images){pooling})" if pooling else ""
+    return f"network = {network}\n{bare}network.load_state_dict({read}){features}"
 
 
 def _use(backbone: Backbone, layout: str, name: str) -> str:

@@ -6,12 +6,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastuft.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Traits, Triple, as_triple
+from fastuft.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Pool, Traits, Triple, as_triple
 from fastuft.model.checkpoint.reading import Content
 
 Channels = Literal["auto", "rgb", "bgr", "gray"]
@@ -115,11 +115,16 @@ def traits_from(saved: object) -> Traits:
         eps = tuple((str(pattern), float(value)) for pattern, value in saved.get("norm_eps", ()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"norm_eps={saved.get('norm_eps')!r} is not pairs of a pattern and a number") from error
-    return Traits(given["mean"], given["std"], eps, bool(saved.get("stride_in_1x1", False)))
+    pool = saved.get("pool", "own")
+    if pool not in get_args(Pool):
+        raise ValueError(f"pool={pool!r} is not one of {', '.join(get_args(Pool))}")
+    return Traits(given["mean"], given["std"], eps, bool(saved.get("stride_in_1x1", False)), pool)
 
 
 def saved_traits(content: Content) -> Traits:
     """The traits that a checkpoint carries for the network in it."""
     if "config" in content.settings:
         return transformers_traits(content.settings)
-    return traits_from(content.settings.get("init_report", {}).get("traits"))
+    saved = content.settings.get("init_report", {}).get("traits") or {}
+    pool = content.settings.get("model_config", {}).get("pool", "own")  # what the run chose, or found in its start
+    return traits_from({**saved, "pool": pool} if pool != "own" else saved)

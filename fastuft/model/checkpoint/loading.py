@@ -74,7 +74,7 @@ _HEADS = (("fc.0.", "fc.2."), ("head.0.", "head.2."), ("projection_head.layers.0
 
 def _find_head(tensors: Mapping[str, Tensor], prefix: str, head: Mapping[str, Tensor]) -> dict[str, str]:
     """{head name: file name} of a two-layer head of the right shapes beside or around the backbone, or nothing."""
-    around = prefix.rstrip(".").rpartition(".")[0]
+    around = prefix.rstrip(".").removesuffix(".network").rpartition(".")[0]  # timm's networks stand a level deeper
     for base in (prefix, f"{around}." if around else ""):
         for first, second in _HEADS:
             found: dict[str, str] = {}

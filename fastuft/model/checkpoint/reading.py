@@ -25,7 +25,7 @@ _DEEPEST = 16  # dicts inside each other before a checkpoint is taken for a loop
 _LARGEST_ARCHIVE = 64 << 30  # bytes that the arrays of a NumPy archive may take together
 _RATIO = 1000  # most that deflate can shrink an array; a larger claim is a lie
 _PART = 1 << 20  # bytes of a member read at once
-_SHARDS = "model.safetensors.index.json"
+_SHARDS = {"model.safetensors.index.json": ".safetensors", "pytorch_model.bin.index.json": ".bin"}
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -210,11 +210,11 @@ def is_transformers_folder(path: Path) -> bool:
     return path.is_dir() and (path / "config.json").is_file()
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = _json(folder / _SHARDS).get("weight_map")
+def _shards(folder: Path, index_name: str) -> list[Path]:
+    index = _json(folder / index_name).get("weight_map")
     names = sorted({str(name) for name in index.values()}) if isinstance(index, dict) else []
-    if not names or any(name != Path(name).name or not name.endswith(".safetensors") for name in names):
-        raise ValueError(f"{str(folder / _SHARDS)!r} names no shards beside it; copy or download the folder again")
+    if not names or any(name != Path(name).name or not name.endswith(_SHARDS[index_name]) for name in names):
+        raise ValueError(f"{str(folder / index_name)!r} names no shards beside it; copy or download the folder again")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -232,13 +232,14 @@ def _read_transformers(folder: Path) -> Content:
     single = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if single is not None:
         return Content(folder, read_checkpoint(single).tensors, settings=settings)
-    if not (folder / _SHARDS).is_file():
+    index = next((name for name in _SHARDS if (folder / name).is_file()), None)
+    if index is None:
         raise ValueError(
-            f"checkpoint {str(folder)!r} has a config.json and no weights beside it ({', '.join(_WEIGHTS)} or {_SHARDS}); "
+            f"checkpoint {str(folder)!r} has a config.json and no weights beside it ({', '.join((*_WEIGHTS, *_SHARDS))}); "
             "download the whole folder"
         )
     tensors: dict[str, Tensor] = {}
-    for shard in _shards(folder):
+    for shard in _shards(folder, index):
         tensors |= read_checkpoint(shard).tensors
     return Content(folder, tensors, settings=settings)
 

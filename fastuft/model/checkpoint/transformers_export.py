@@ -180,8 +180,11 @@ def _folder_of(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def features_in_transformers(backbone: Backbone) -> str:
     """Where the features are in the output of the exported network, as Python."""
     network = backbone.network if isinstance(backbone, TimmBackbone) else None
-    if getattr(network, "global_pool", None) == "avg" and hasattr(network, "blocks"):
+    averages = getattr(network, "global_pool", None) == "avg" and hasattr(network, "blocks")
+    if backbone.traits.pool == "mean" or (backbone.traits.pool == "own" and averages):
         return f"output.last_hidden_state[:, {getattr(network, 'num_prefix_tokens', 1)}:].mean(1)"
+    if backbone.traits.pool == "cls":
+        return "output.last_hidden_state[:, 0]"
     return "output.pooler_output.flatten(1)"
 
 
