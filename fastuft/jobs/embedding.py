@@ -105,6 +105,7 @@ def embed_images(
         backbone, _ = open_backbone(
             config.checkpoint, config.arch, config.stem, key=config.init_key, channels=config.init_channels
         )
+    backbone.check_size(config.size or backbone.input_size, "size")
     paths, bad = _usable(list_images(config.images, config.suffixes), config)
     work = _Work(backbone, config, paths)
     parts = _Parts(Path(f"{config.out}.parts"), work.key()) if keep else None

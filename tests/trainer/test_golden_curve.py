@@ -59,7 +59,7 @@ def test_losses_are_the_golden_ones(folders, tmp_path, request):
     common = {"method.mix": "none", "method.queue_prefill": "false", "optim.epochs": 1}
     assert main(["pretrain", *flags(start, target=source, **common)]) == 0
     more = {"init": start / "backbone.safetensors", "target": target, "source": source, "optim.epochs": 3}
-    assert main(["finetune", *flags(out, **more)]) == 0
+    assert main(["finetune", *flags(out, **more), "--recipe=paper"]) == 0
     curves = {}
     for name, folder in (("pretrain", start), ("finetune", out)):
         found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
