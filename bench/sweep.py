@@ -18,6 +18,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def main() -> None:
         folder = asked.out / f"{name}-{seed}"
         if not (folder / "result.json").exists():
             print(f"{name}, seed {seed}", flush=True)
+            folder.mkdir(exist_ok=True)
             started = start(asked, settings[names[0]]) if name == START else run(asked, settings[name], folder, seed)
             write_json(folder / "result.json", {"setting": name, "seed": seed, **started})
         write_tables(asked.out)
@@ -85,6 +87,7 @@ def run(asked: argparse.Namespace, given: Mapping[str, Any], folder: Path, seed:
     options = dict(given)
     source, share = options.pop("source", True), options.pop("images", 1.0)
     every = options.pop("shots_at", "last") == "every"
+    options.pop("fewshot", None)  # an option of the labels' figures
     looks = options.get("verdict", {}).get("looks", 5)
     # Where the verdict selects, every look has a checkpoint; all of them are kept until the labels were asked.
     kept = {"select": "judged", "runtime": {"save_every": 10**9, "keep_last": looks + 1, "tensorboard": False}}
@@ -141,7 +144,7 @@ def labels_of(
 
     features = {}
     for name in folders:
-        with stream(name) as images:
+        with closing(stream(name)) as images:
             features[name] = extract_features(backbone, images)[0]
     (paths, train, classes), (_, test, _) = folders["train"], folders["test"]
     figures: dict[str, Any] = {
@@ -149,7 +152,7 @@ def labels_of(
         "clustering": 100 * statistics.fmean(clustering_accuracy(features["train"], train, seed=s) for s in range(3)),
     }
     if shots:
-        with stream("test") as images:
+        with closing(stream("test")) as images:
             found = fewshot(
                 backbone,
                 paths,

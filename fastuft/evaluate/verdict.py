@@ -51,27 +51,26 @@ class Look:
 class Rule:
     """Thresholds of the verdict; the one place where they stand.
 
-    Changes are natural logarithms of the ratio to the start, so that they mean the same for every network. The values come
-    from a few short runs on the demo's digits (docs/verdict.md has the figures): too little to trust them elsewhere, which is
-    why nothing is selected by them unless it is asked for.
+    Changes of effective rank and LiDAR are natural logarithms of the ratio to the start, so that they mean the same for every
+    network. What the values rest on, and how far they can be trusted, stands in docs/verdict.md.
 
     Args:
         collapsed_rank: effective rank, as a share of the start's, below which the features have collapsed.
         collapsed_uniformity: uniformity above which all features lie close together (0: they are the same).
-        gain: change of effective rank from which the features are better.
-        loss: change of effective rank below which they are no better.
-        lidar_drop: fall of LiDAR that rules out "better".
-        agreement_drop: fall of view agreement that rules out "better".
+        agreement_gain: rise of view agreement from which the features are better, if they have spread too.
+        spread_gain: fall of uniformity from which they have.
+        rank_drop: fall of effective rank that rules out "better".
+        lidar_drop: fall of LiDAR that does.
         fewest_images: smaller samples tell nothing.
         patience: looks without a better one after which a run that may stop does.
     """
 
     collapsed_rank: float = 0.25
     collapsed_uniformity: float = -0.15
-    gain: float = 0.1
-    loss: float = 0.0
+    agreement_gain: float = 0.03
+    spread_gain: float = 0.1
+    rank_drop: float = 0.1
     lidar_drop: float = 0.25
-    agreement_drop: float = 0.02
     fewest_images: int = 50
     patience: int = 3
 
@@ -106,12 +105,11 @@ def _change(now: float | None, then: float | None) -> float | None:
     return math.log(now / then) if now and then and now > 0 and then > 0 else None
 
 
-def rank_change(look: Look, start: Look) -> float | None:
-    """Change of effective rank since the start, a natural logarithm; None where one has no value.
-
-    Training does not optimize it, as it does view agreement and alignment: those rise in a collapse too.
-    """
-    return _change(look.effective_rank, start.effective_rank)
+def agreement_gain(look: Look, start: Look) -> float | None:
+    """Rise of view agreement since the start; None where one has no value."""
+    if look.view_agreement is None or start.view_agreement is None:
+        return None
+    return look.view_agreement - start.view_agreement
 
 
 def collapsed(look: Look, start: Look, rule: Rule) -> bool:
@@ -125,10 +123,10 @@ def collapsed(look: Look, start: Look, rule: Rule) -> bool:
 
 
 def best_look(looks: Sequence[Look], rule: Rule | None = None) -> Look | None:
-    """The look of the largest effective rank among those after the start that have not collapsed; the later of equals."""
+    """The look of the largest view agreement among those after the start that have not collapsed; the later of equals."""
     limits, start = rule or Rule(), looks[0]
     whole = [look for look in looks[1:] if not collapsed(look, start, limits)]
-    known = [(change, look.step) for look in whole if (change := rank_change(look, start)) is not None]
+    known = [(gain, look.step) for look in whole if (gain := agreement_gain(look, start)) is not None]
     if not known:
         return None
     step = max(known)[1]
@@ -149,8 +147,9 @@ def should_stop(looks: Sequence[Look], rule: Rule | None = None) -> bool:
 def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
     """The verdict over the looks of a run, the start's first.
 
-    The best look is the one of the largest effective rank that has not collapsed. It is better than the start where that
-    gained at least ``gain``, and neither LiDAR nor the agreement of views fell.
+    The best look is the one of the largest view agreement that has not collapsed. It is better than the start where that
+    rose by ``agreement_gain``, the features have spread (training makes views agree, and agreement alone rises in a collapse
+    too), and neither effective rank nor LiDAR fell much. It is no better where views agree less at every look.
 
     Args:
         looks: in the order of their steps; the first is of step 0.
@@ -164,24 +163,25 @@ def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
     if start.images < limits.fewest_images:
         return Verdict("not known", last.step, f"{start.images} images are too few to tell")
     best = best_look(looks, limits)
-    change = None if best is None else rank_change(best, start)
-    if best is not None and change is not None and change >= limits.gain and not _forbidden(best, start, limits):
+    gain = None if best is None else agreement_gain(best, start)
+    if best is not None and gain is not None and gain >= limits.agreement_gain and not _forbidden(best, start, limits):
         return Verdict("better", best.step, _compared(best, start))
     if collapsed(last, start, limits):
         return Verdict("collapsed", 0, _compared(last, start))
-    if best is None or change is None:
-        return Verdict("not known", last.step, "the rank of the features has no value")
-    if change < limits.loss:
+    if best is None or gain is None:
+        return Verdict("not known", last.step, "the agreement of views has no value")
+    if gain < 0:
         return Verdict("no better", 0, _compared(best, start))
     return Verdict("not known", last.step, _compared(last, start))
 
 
 def _forbidden(look: Look, start: Look, rule: Rule) -> bool:
-    """Whether LiDAR or the agreement of views rules out that a look is better; so does a missing one."""
-    lidar = _change(look.lidar, start.lidar)
-    if lidar is None or look.view_agreement is None or start.view_agreement is None:
+    """Whether uniformity, effective rank or LiDAR rules out that a look is better; so does a missing one."""
+    rank, lidar = _change(look.effective_rank, start.effective_rank), _change(look.lidar, start.lidar)
+    if rank is None or lidar is None or look.uniformity is None or start.uniformity is None:
         return True
-    return lidar < -rule.lidar_drop or look.view_agreement < start.view_agreement - rule.agreement_drop
+    spread = look.uniformity <= start.uniformity - rule.spread_gain
+    return not spread or rank < -rule.rank_drop or lidar < -rule.lidar_drop
 
 
 _WORDS = {

@@ -15,14 +15,19 @@ def later(step, **changes):
     return dataclasses.replace(START, step=step, **changes)
 
 
-def test_higher_rank_with_steady_views_is_better():
-    verdict = judge([START, later(10, effective_rank=45.0), later(20, effective_rank=42.0, lidar=21.0)])
-    assert (verdict.outcome, verdict.step) == ("better", 10)
-    assert "better than the start (best at step 10); effective rank 40.0 -> 45.0" in verdict.line()
+def good(step, view_agreement=0.6, **changes):
+    """Views agree more, and the features have spread."""
+    return later(step, **{"view_agreement": view_agreement, "uniformity": -2.4, **changes})
 
 
-def test_a_lower_rank_is_no_better_and_the_start_is_the_best():
-    verdict = judge([START, later(10, effective_rank=36.0), later(20, effective_rank=30.0)])
+def test_views_that_agree_over_features_that_spread_are_better():
+    verdict = judge([START, later(10, view_agreement=0.4), good(20), good(30, 0.7), good(40, 0.65)])
+    assert (verdict.outcome, verdict.step) == ("better", 30)
+    assert "better than the start (best at step 30); effective rank 40.0 -> 40.0" in verdict.line()
+
+
+def test_views_that_agree_less_are_no_better_and_the_start_is_the_best():
+    verdict = judge([START, good(10, 0.45), good(20, 0.49)])
     assert (verdict.outcome, verdict.step) == ("no better", 0)
 
 
@@ -32,10 +37,17 @@ def test_view_agreement_and_alignment_never_say_better_alone():
 
 
 @pytest.mark.parametrize(
-    "fallen", [{"view_agreement": 0.3}, {"lidar": 10.0}, {"view_agreement": None}, {"lidar": None}]
+    "fallen",
+    [
+        {"view_agreement": 0.51},
+        {"uniformity": -1.9},
+        {"lidar": 10.0},
+        {"lidar": None},
+        {"effective_rank": 30.0},
+    ],
 )
-def test_a_higher_rank_with_less_agreement_or_lidar_is_not_known(fallen):
-    assert judge([START, later(10, effective_rank=80.0, **fallen)]).outcome == "not known"
+def test_little_agreement_or_a_fall_of_another_measure_is_not_known(fallen):
+    assert judge([START, good(10, **fallen)]).outcome == "not known"
 
 
 @pytest.mark.parametrize(
@@ -48,13 +60,13 @@ def test_features_that_become_alike_have_collapsed(change):
 
 
 def test_a_good_look_before_a_collapse_is_selected():
-    verdict = judge([START, later(10, effective_rank=50.0, lidar=30.0), later(20, effective_rank=2.0)])
+    verdict = judge([START, good(10), later(20, effective_rank=2.0)])
     assert (verdict.outcome, verdict.step) == ("better", 10)
 
 
 def test_a_start_that_lies_close_together_is_not_taken_for_a_collapse():
     start = dataclasses.replace(START, uniformity=-0.1)
-    look = dataclasses.replace(start, step=5, effective_rank=50.0, lidar=30.0)
+    look = dataclasses.replace(start, step=5, view_agreement=0.6, uniformity=-0.3)
     assert judge([start, look]).outcome == "better"
 
 
@@ -63,7 +75,7 @@ def test_a_start_that_lies_close_together_is_not_taken_for_a_collapse():
     [
         ([START], "no look after the start"),
         ([dataclasses.replace(START, images=20), later(10, images=20, lidar=90.0)], "20 images are too few"),
-        ([dataclasses.replace(START, effective_rank=None), later(10)], "has no value"),
+        ([dataclasses.replace(START, view_agreement=None), later(10)], "has no value"),
     ],
 )
 def test_what_cannot_be_told_is_not_known_and_keeps_the_last(looks, why):
@@ -73,11 +85,10 @@ def test_what_cannot_be_told_is_not_known_and_keeps_the_last(looks, why):
 
 def test_the_best_so_far_is_the_last_or_one_before():
     """What lets a run keep one file: adding a look makes it the best, or leaves the best as it was."""
-    ranks = [41, 45, 44, 45, 3, 50, 49]
     looks = [START]
     best = None
-    for number, rank in enumerate(ranks, 1):
-        looks.append(later(number, effective_rank=float(rank)))
+    for number, agreement in enumerate([0.41, 0.45, 0.44, 0.45, 0.03, 0.5, 0.49], 1):
+        looks.append(good(number, agreement))
         now = best_look(looks)
         assert now is best or now is looks[-1]
         best = now
@@ -85,17 +96,17 @@ def test_the_best_so_far_is_the_last_or_one_before():
 
 
 def test_a_run_stops_when_nothing_became_better_for_some_looks():
-    looks = [START, later(1, effective_rank=50.0), later(2), later(3)]
+    looks = [START, good(1), later(2), later(3)]
     assert not should_stop(looks)
     assert should_stop([*looks, later(4)])
-    assert not should_stop([*looks, later(4, effective_rank=51.0)])
+    assert not should_stop([*looks, good(4, 0.7)])
     assert not should_stop([START])
 
 
 def test_thresholds_are_an_argument():
-    looks = [START, later(10, effective_rank=40.4)]
+    looks = [START, good(10, 0.51)]
     assert judge(looks).outcome == "not known"
-    assert judge(looks, Rule(gain=0.005)).outcome == "better"
+    assert judge(looks, Rule(agreement_gain=0.005)).outcome == "better"
 
 
 def test_a_row_of_metrics_is_a_look():

@@ -88,13 +88,18 @@ def test_the_judged_backbone_is_the_exported_one(tiny, start, judged_as, outcome
 
 def test_the_best_step_is_kept_until_a_better_one_comes(tiny, start, monkeypatch, judged_as):
     judged_as("better")
-    ranks = iter([10.0, 30.0, 20.0, 40.0, 35.0])
+    agreements = iter([0.1, 0.3, 0.2, 0.4, 0.35])
     look_at = judging.look_at
     monkeypatch.setattr(
         judging,
         "look_at",
         lambda *arguments: judging.Look(
-            **{**judging.asdict(look_at(*arguments)), "effective_rank": next(ranks), "lidar": 10.0, "uniformity": -2.0}
+            **{
+                **judging.asdict(look_at(*arguments)),
+                "view_agreement": next(agreements),
+                "effective_rank": 10.0,
+                "uniformity": -2.0,
+            }
         ),
     )
     result = train(tiny(init=start, select="judged", verdict={"looks": 4}, runtime={"keep_every": 2}))

@@ -1,0 +1,193 @@
+"""How well a verdict without labels agrees with labels: rank correlations, regret, and a rule fitted without one data set.
+
+    python bench/verdict.py photos=runs/sweep/sweep.json digits=runs/digits/sweep.json
+
+Reads what ``bench/sweep.py`` wrote, one file per data set, and prints Markdown: for every measure the rank correlation with
+labels over all looks; for the rule in use, and for one whose thresholds were chosen on the other data sets, what it says of
+each run and what that costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastuft.evaluate import Look, Rule, judge
+
+MEASURES = ("effective_rank", "lidar", "uniformity", "alignment", "view_agreement", "neighbors_kept", "source_cka")
+LABELS = ("retrieval", "clustering")
+HELPED = 2.0  # points by which a run is better than its start
+HARMED = 1.0  # points below the start that an export may lose
+GRID = {
+    "agreement_gain": (0.01, 0.02, 0.03, 0.05, 0.08),
+    "spread_gain": (0.0, 0.05, 0.1, 0.2),
+    "rank_drop": (0.0, 0.02, 0.05, 0.1, 0.2),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its looks, and the labels' figures at each of them in percent, retrieval and clustering.
+
+    Args:
+        name: setting and seed.
+        looks: with the start's first.
+        labels: [looks, len(LABELS)].
+    """
+
+    name: str
+    looks: list[Look]
+    labels: np.ndarray
+
+    @property
+    def gains(self) -> np.ndarray:
+        """Points above the start by look, the mean of retrieval and clustering."""
+        gains: np.ndarray = (self.labels - self.labels[0]).mean(1)
+        return gains
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rule makes of one run.
+
+    Args:
+        run: its name.
+        said: the verdict.
+        end: points above the start at the last look.
+        exported: points above the start of the weights that ``select: judged`` exports.
+        retrieval: the same, of retrieval alone.
+        best: points above the start of the best look, 0 where none is above it.
+    """
+
+    run: str
+    said: str
+    end: float
+    exported: float
+    retrieval: float
+    best: float
+
+
+def read(file: Path) -> list[Run]:
+    """The runs of a sweep's JSON file."""
+    runs = []
+    for entry in json.loads(file.read_text(encoding="utf-8"))["runs"]:
+        rows = [row for row in entry["looks"] if row.get("labels")]
+        if len(rows) > 1:
+            labels = np.array([[row["labels"][name] for name in LABELS] for row in rows])
+            runs.append(Run(f"{entry['setting']}-{entry['seed']}", [Look.of(row) for row in rows], labels))
+    return runs
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks of values, ties at their mean."""
+    array = np.asarray(values, float)
+    return np.array([((array < v).sum() + (array <= v).sum() - 1) / 2 for v in array])
+
+
+def correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's rank correlation; nan where one is constant or of fewer than two values."""
+    a, b = ranks(one), ranks(other)
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def correlations(runs: Iterable[Run]) -> dict[str, list[float]]:
+    """Rank correlation of the change of each measure with the gain of each of LABELS, over all looks but the starts."""
+    pairs = [(run, i) for run in runs for i in range(1, len(run.looks))]
+    found = {}
+    for name in MEASURES:
+        known = [(run, i) for run, i in pairs if None not in (getattr(run.looks[i], name), getattr(run.looks[0], name))]
+        changes = [getattr(run.looks[i], name) - getattr(run.looks[0], name) for run, i in known]
+        gains = [[run.labels[i, j] - run.labels[0, j] for run, i in known] for j in range(len(LABELS))]
+        found[name] = [correlation(changes, gain) for gain in gains]
+    return found
+
+
+def outcome(run: Run, rule: Rule) -> Outcome:
+    """What a rule makes of a run."""
+    verdict = judge(run.looks, rule)
+    steps = [look.step for look in run.looks]
+    taken = {"better": verdict.step, "no better": 0, "collapsed": 0}.get(verdict.outcome, steps[-1])
+    at = steps.index(taken)
+    retrieval = float(run.labels[at, 0] - run.labels[0, 0])
+    return Outcome(run.name, verdict.outcome, float(run.gains[-1]), float(run.gains[at]), retrieval, max(run.gains))
+
+
+def cost(runs: Iterable[Run], rule: Rule) -> float:
+    """What a rule is chosen by, lower is better: harm counts first, then useful runs that are not told, then regret."""
+    total = 0.0
+    for run in runs:
+        found = outcome(run, rule)
+        total += 100.0 * (found.retrieval < -HARMED)
+        total += 10.0 * (found.best >= HELPED and found.said != "better")
+        total += found.best - found.exported
+    return total
+
+
+def fitted(runs: Sequence[Run]) -> Rule:
+    """The rule of the grid that costs least; of equals the one nearest to the rule in use."""
+    rules = [replace(Rule(), **dict(zip(GRID, values, strict=True))) for values in itertools.product(*GRID.values())]
+    usual = Rule()
+    return min(rules, key=lambda rule: (cost(runs, rule), sum(abs(getattr(rule, n) - getattr(usual, n)) for n in GRID)))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; numbers with two digits."""
+
+    def shown(value: Any) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *([shown(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[Any]:
+    """Runs that helped and how many were told, exports below the start, and regret."""
+    helped = [found for found in outcomes if found.best >= HELPED]
+    told = sum(found.said == "better" for found in helped)
+    harmed = sum(found.retrieval < -HARMED for found in outcomes)
+    regret = float(np.mean([found.best - found.exported for found in outcomes]))
+    return [len(outcomes), f"{told} of {len(helped)}", harmed, regret]
+
+
+def report(sets: Mapping[str, Sequence[Run]]) -> str:
+    """Everything, as Markdown."""
+    every = [run for runs in sets.values() for run in runs]
+    groups = {**sets, "all": every} if len(sets) > 1 else dict(sets)
+    head = ["rank correlation", *(f"{name}: {label}" for name in groups for label in LABELS)]
+    found = {name: correlations(runs) for name, runs in groups.items()}
+    parts = [table(head, [[m.replace("_", " "), *(v for name in groups for v in found[name][m])] for m in MEASURES])]
+    told, totals = [], []
+    for name, runs in sets.items():
+        others = [run for other, own in sets.items() if other != name for run in own]
+        rules = {"in use": Rule(), **({"fitted on the others": fitted(others)} if others else {})}
+        for kind, rule in rules.items():
+            outcomes = [outcome(run, rule) for run in runs]
+            thresholds = ", ".join(f"{option} {getattr(rule, option):g}" for option in GRID)
+            totals.append([f"{name}: {kind} ({thresholds})", *summary(outcomes)])
+            if kind == "in use":
+                told += [[f"{name}: {o.run}", o.said, o.end, o.exported, o.retrieval, o.best] for o in outcomes]
+    words = ["run", "verdict", "gain at the end", "gain exported", "of it in retrieval", "best gain"]
+    parts += [table(words, told)]
+    parts += [table(["rule", "runs", "told of those that helped", "harmed exports", "mean regret"], totals)]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Print the report of the named files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweeps", nargs="+", help="NAME=FILE of each data set's sweep.json")
+    named = [entry.partition("=") for entry in parser.parse_args().sweeps]
+    print(report({name: read(Path(file)) for name, _, file in named}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The sweep on folders: what is finished is kept, labels stand beside every look, and the verdict's report reads it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fastuft.model import build_backbone, export_backbone
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+def script(name):
+    """A script of the benchmarks as a module."""
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two classes of colors in train and test, and a source without classes."""
+    root = tmp_path_factory.mktemp("sweep")
+    for name, count in (("train", 24), ("test", 8), ("source", 16)):
+        for index in range(count):
+            generator = np.random.default_rng([index, count])
+            pixels = generator.integers(0, 200, (4, 4, 3)) + np.array([55, 0, 0] if index % 2 else [0, 0, 55])
+            place = root / name / (f"class{index % 2}" if name != "source" else "") / f"{index:02d}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).resize((40, 40), Image.Resampling.BICUBIC).save(place)
+    torch.manual_seed(0)
+    export_backbone(build_backbone("resnet_tiny", "small"), root / "start.safetensors")
+    sweep = {
+        "common": {
+            "model": {"arch": "resnet_tiny", "stem": "small", "head_dim": 8},
+            "augment": {"size": 32},
+            "data": {"loader": "torch", "threads": 1},
+            "optim": {"epochs": 2},
+            "verdict": {"looks": 2},
+            "fewshot": {"epochs": 2},
+        },
+        "settings": {"naive": {"source": False, "method": {"mix": "none"}}, "half": {"images": 0.5}},
+    }
+    (root / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    return root
+
+
+def test_a_sweep_goes_on_and_its_looks_have_labels(folders, tmp_path, monkeypatch, capsys):
+    sweep = script("sweep")
+    arguments = ["sweep.py", str(folders / "sweep.yaml"), "--init", str(folders / "start.safetensors")]
+    for name in ("train", "test", "source"):
+        arguments += [f"--{name}", str(folders / name)]
+    arguments += ["--out", str(tmp_path), "--shots", "1", "--only"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "naive"])
+    sweep.main()
+    monkeypatch.setattr(sys, "argv", [*arguments, "naive", "half"])
+    before = (tmp_path / "naive-0" / "result.json").read_bytes()
+    sweep.main()
+    assert (tmp_path / "naive-0" / "result.json").read_bytes() == before
+    start, half, naive = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+    assert (start["setting"], half["setting"], naive["setting"]) == ("start", "half", "naive")
+    assert naive["options"]["source"] is False and len(half["looks"]) == 3
+    assert half["looks"][0]["labels"] == start["looks"][0]["labels"]
+    for look in half["looks"]:
+        assert 0 <= look["labels"]["retrieval"] <= 100 and look["view_agreement"] is not None
+    assert set(half["looks"][-1]["labels"]["fewshot"]) == {"1"} and "fewshot" not in half["looks"][1]["labels"]
+    assert len((tmp_path / "target_0.5.txt").read_text().splitlines()) == 12
+    assert "| naive | 0 | " in (tmp_path / "sweep.md").read_text()
+    assert not (tmp_path / "naive-0" / "run" / "checkpoints").exists()
+
+    verdict = script("verdict")
+    monkeypatch.setattr(sys, "argv", ["verdict.py", *(f"{n}={tmp_path / 'sweep.json'}" for n in ("one", "two"))])
+    capsys.readouterr()
+    verdict.main()
+    said = capsys.readouterr().out
+    assert "| view agreement | " in said and "one: fitted on the others" in said and "| two: naive-0 | " in said
+
+
+def test_an_unknown_setting_is_refused(folders, tmp_path, monkeypatch, capsys):
+    sweep = script("sweep")
+    given = ["sweep.py", str(folders / "sweep.yaml"), "--init", "i", "--train", "a", "--test", "b", "--source", "c"]
+    monkeypatch.setattr(sys, "argv", [*given, "--out", str(tmp_path), "--only", "nothing"])
+    with pytest.raises(SystemExit):
+        sweep.main()
+    assert "nothing not among half, naive" in capsys.readouterr().err
+
+
+def looks(verdict, gains):
+    """A run whose retrieval and view agreement change alike."""
+    found = [
+        verdict.Look(step, 256, 40.0, 20.0, -2.0 - 0.5 * (step > 0), 0.3, 0.5 + gain / 100)
+        for step, gain in enumerate([0.0, *gains])
+    ]
+    labels = np.array([[50 + gain, 50 + gain] for gain in (0.0, *gains)])
+    return verdict.Run("run", found, labels)
+
+
+def test_correlation_and_regret_are_what_they_are_called():
+    verdict = script("verdict")
+    assert verdict.correlation([1, 2, 3], [10, 20, 25]) == pytest.approx(1.0)
+    assert verdict.correlation([1, 1, 2], [3, 3, 1]) == pytest.approx(-1.0)
+    assert np.isnan(verdict.correlation([1, 1], [1, 2]))
+    runs = [looks(verdict, (-3.0, 6.0, 4.0))]
+    found = verdict.correlations(runs)
+    assert found["view_agreement"] == pytest.approx([1.0, 1.0]) and np.isnan(found["lidar"][0])
+    told = verdict.outcome(runs[0], verdict.Rule())
+    assert (told.said, told.best, told.exported, told.end) == ("better", 6.0, 6.0, 4.0)
+    lost = verdict.outcome(looks(verdict, (-8.0, -9.0)), verdict.Rule())
+    assert (lost.said, lost.best, lost.exported) == ("no better", 0.0, 0.0)
+
+
+def test_a_rule_that_exports_harm_costs_more_than_one_that_says_nothing():
+    verdict = script("verdict")
+    good, bad = looks(verdict, (6.0,)), looks(verdict, (4.0, 0.0))
+    bad.labels[1] = 40.0  # views agree, labels do not
+    assert verdict.fitted([good, bad]).agreement_gain == 0.05
