@@ -12,8 +12,9 @@
 
 #include "tensors.h"
 
-namespace fastuft {
-namespace {
+// Named, not anonymous: nvcc puts a hash of this file's path into the names of an anonymous namespace, and the same sources
+// would give another library in another folder.
+namespace fastuft::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
@@ -513,12 +514,11 @@ void mixup_(Tensor images, const Tensor& lam, int64_t group) {
   });
 }
 
-}  // namespace
-}  // namespace fastuft
+}  // namespace fastuft::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fastuft, CUDA, m) {
-  m.impl("cutmix", TORCH_BOX(&fastuft::cutmix));
-  m.impl("cutmix_", TORCH_BOX(&fastuft::cutmix_));
-  m.impl("mixup", TORCH_BOX(&fastuft::mixup));
-  m.impl("mixup_", TORCH_BOX(&fastuft::mixup_));
+  m.impl("cutmix", TORCH_BOX(&fastuft::cuda::cutmix));
+  m.impl("cutmix_", TORCH_BOX(&fastuft::cuda::cutmix_));
+  m.impl("mixup", TORCH_BOX(&fastuft::cuda::mixup));
+  m.impl("mixup_", TORCH_BOX(&fastuft::cuda::mixup_));
 }

@@ -1,5 +1,10 @@
 """Settings of the documentation: Sphinx with MyST, because it reads Markdown and checks every internal link."""
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
+
 import fastuft
 
 project = "fastuft"
@@ -7,8 +12,8 @@ author = "The fastuft developers"
 copyright = "2026, the fastuft developers"
 release = fastuft.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["dollarmath", "deflist", "colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 
@@ -21,3 +26,21 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = "fastuft"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+
+
+def inline_math(writer: HTML5Translator, node: nodes.math) -> None:
+    """Formulas are MathML, which browsers draw by themselves: no script from elsewhere, and they read offline."""
+    writer.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def displayed_math(writer: HTML5Translator, node: nodes.math_block) -> None:
+    writer.body.append(tex2mathml(node.astext(), as_block=True))
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (inline_math, None), (displayed_math, None))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from fastuft.cli.commands import COMMANDS, Command
 from fastuft.cli.described import allowed_values, default_of, option_texts, value_text
@@ -101,7 +101,9 @@ def command_help(name: str, topic: str | None = None) -> str:
     if topic not in (None, "all", *groups):
         raise ValueError(f"help={topic!r} is not allowed; choose one of {', '.join(['all', *groups])}, or leave it out")
     usage = f"usage: fastuft {name}"
-    usage += f" {command.positional.upper()} ..." if command.positional else ""
+    if command.positional:
+        several = get_origin(get_type_hints(command.config)[command.positional]) is list
+        usage += f" {command.positional.upper()}{' ...' if several else ''}"
     lines = [usage + " [--OPTION VALUE ...]", "", f"{command.summary[0].upper()}{command.summary[1:]}.", ""]
     every = {full: entry for section in sections.values() for full, entry in section.items()}
     if topic not in (None, "all"):

@@ -44,6 +44,9 @@ class StrongConfig:
         ops: operators to draw from.
         num_ops: operators applied to each image, drawn with replacement.
         cutout: side of the erased square as a share of the image's, centered anywhere and clipped.
+
+    Raises:
+        ValueError: no or unknown operators, or a number out of range.
     """
 
     ops: tuple[str, ...] = tuple(RANGES)

@@ -8,13 +8,13 @@ from fastuft.evaluate.inputs import ArrayLike, as_labels
 
 
 def top1_accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Share of items whose prediction is their label (CIFAR-100 and Food-101 in the paper)."""
+    """Share of items whose prediction is their label, both [N] (CIFAR-100 and Food-101 in the paper)."""
     truth = as_labels("labels", labels)
     return float(np.mean(as_labels("predicted", predicted, len(truth)) == truth))
 
 
 def mean_class_accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Mean over the classes in ``labels`` of each class's accuracy (Pet and Caltech101 in the paper)."""
+    """Mean over the classes in ``labels`` of each class's accuracy, both [N] (Pet and Caltech101 in the paper)."""
     truth = as_labels("labels", labels)
     right = as_labels("predicted", predicted, len(truth)) == truth
     _, of = np.unique(truth, return_inverse=True)

@@ -22,6 +22,9 @@ def tsne(features: ArrayLike, *, perplexity: float = 30.0, seed: int = 0) -> np.
 
     Returns:
         coordinates [N, 2] float32.
+
+    Raises:
+        UndefinedError: fewer than five images.
     """
     x = F.normalize(as_features("features", features), dim=1).cpu().numpy()
     if len(x) < 5:

@@ -99,8 +99,8 @@ def look_at(features: dict[str, Tensor], start: dict[str, Tensor] | None, step: 
     """The measures of a backbone's features; those that compare with the start are None where it is unknown.
 
     Args:
-        features: of the sample, see :meth:`Sample.features`.
-        start: of the same sample at the start.
+        features: of the sample, [N, F] each, see :meth:`Sample.features`.
+        start: of the same sample at the start, [N, F] each.
         step: steps done.
     """
     target, first, second = features["target"], features["first"], features["second"]

@@ -23,7 +23,7 @@ def _paired(first: str, x: ArrayLike, second: str, y: ArrayLike) -> tuple[torch.
 
 
 def alignment(first: ArrayLike, second: ArrayLike, power: float = 2.0) -> float:
-    """Mean of |x - y|^power over unit features of two views of each image (Wang and Isola 2020); 0 is perfect."""
+    """Mean of |x - y|^power over unit features [N, F] of two views of each image (Wang and Isola 2020); 0 is perfect."""
     a, b = _paired("first", first, "second", second)
     distance = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).norm(dim=1)
     return float(distance.pow(power).double().mean())
@@ -32,7 +32,10 @@ def alignment(first: ArrayLike, second: ArrayLike, power: float = 2.0) -> float:
 def uniformity(features: ArrayLike, t: float = 2.0, *, most: int = 4096, seed: int = 0) -> float:
     """log of the mean of exp(-t |x - y|^2) over pairs of unit features (Wang and Isola 2020); lower is more uniform.
 
-    Over all pairs of at most ``most`` rows drawn with ``seed``.
+    Over all pairs of at most ``most`` rows of [N, F] drawn with ``seed``.
+
+    Raises:
+        UndefinedError: fewer than two rows.
     """
     x = as_features("features", features)
     if len(x) < 2:
@@ -48,6 +51,9 @@ def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
     """Linear centered kernel alignment of two representations of the same images (Kornblith et al. 2019).
 
     |Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F); 1 up to rotation and scale, 0 for unrelated. x: [N, F], y: [N, G].
+
+    Raises:
+        UndefinedError: one of both is constant over the images.
     """
     pair = _paired("x", x, "y", y)
     a, b = (v.double() - v.double().mean(0) for v in pair)
@@ -59,7 +65,11 @@ def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def mean_cosine(before: ArrayLike, after: ArrayLike) -> float:
-    """Mean cosine between the features of the same images; 1 where none moved. Both [N, F]."""
+    """Mean cosine between the features of the same images; 1 where none moved. Both [N, F].
+
+    Raises:
+        UndefinedError: their widths differ.
+    """
     a, b = _paired("before", before, "after", after)
     if a.shape[1] != b.shape[1]:
         raise UndefinedError(f"the features' widths differ ({a.shape[1]} before and {b.shape[1]} after)")
@@ -67,7 +77,7 @@ def mean_cosine(before: ArrayLike, after: ArrayLike) -> float:
 
 
 def neighbor_overlap(before: ArrayLike, after: ArrayLike, k: int = 5) -> float:
-    """Mean share of each item's ``k`` nearest other items that stay the same; 1 when neighborhoods are unchanged."""
+    """Mean share of each item's ``k`` nearest other items that stay the same, [N, F] each; 1 where none changes."""
     a, b = _paired("before", before, "after", after)
     check_varied("before", a)
     check_varied("after", b)
@@ -103,6 +113,9 @@ def lidar(first: ArrayLike, second: ArrayLike, *, delta: float = 1e-4) -> float:
     means and W that of views around their image's mean plus ``delta`` times the identity: how many directions tell
     images apart beyond what augmentation varies. The
     features are scaled to unit mean square first, so that ``delta`` means the same for every network.
+
+    Raises:
+        UndefinedError: the features are constant over the images.
     """
     a, b = _paired("first", first, "second", second)
     views = torch.stack([a, b]).double()  # [2, N, F]

@@ -133,6 +133,7 @@ class Backbone(nn.Module, ABC):
         """Pooled features [B, num_features] of normalized images [B, 3, H, W]."""
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features [B, num_features] of normalized images [B, 3, H, W]."""
         return self.features(images)
 
     if TYPE_CHECKING:  # nn.Module's own returns Any

@@ -34,7 +34,11 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     group: int = 32
 
     def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """Normalize x [B, C, H, W], keeping its memory format; with ``relu``, then add ``residual`` and take the ReLU."""
+        """Normalize x [B, C, H, W], keeping its memory format; with ``relu``, then add ``residual`` and take the ReLU.
+
+        Raises:
+            ValueError: in training, a batch that the group does not divide.
+        """
         if not self.training:
             return _activate(super().forward(x), residual, relu)
         if x.shape[0] % self.group:

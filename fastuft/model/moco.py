@@ -47,6 +47,7 @@ class Encoder(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
+        """Embeddings [B, dim], not of unit length, of normalized images [B, 3, H, W]."""
         tracking = statistics_inside_only(self.backbone) if self.backbone.recompute else nullcontext()
         with one_statistics_update(), tracking:
             features = self.backbone(images)

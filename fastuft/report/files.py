@@ -52,7 +52,7 @@ class RunFiles:
     damaged: tuple[str, ...] = ()
 
     def series(self, key: str, kind: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of one logged quantity, without rows that lack it or are not finite."""
+        """(steps [N], values [N]) of one logged quantity, without rows that lack it or are not finite."""
         rows = [row for row in self.metrics if row.get("kind") == kind and isinstance(row.get(key), int | float)]
         return np.array([row["step"] for row in rows], dtype=float), np.array([row[key] for row in rows], dtype=float)
 

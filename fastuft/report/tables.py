@@ -78,7 +78,11 @@ class Table:
         return buffer.getvalue()
 
     def show(self, format: Format) -> str:
-        """The table in one of the formats."""
+        """The table in one of the formats.
+
+        Raises:
+            ValueError: another format.
+        """
         shown: dict[str, Callable[[], str]] = {"text": self.text, "markdown": self.markdown, "csv": self.csv}
         if format not in shown:
             raise ValueError(f"format={format!r} is not allowed; choose one of {', '.join(map(repr, shown))}")

@@ -51,6 +51,18 @@ def test_short_help_fits_two_screens_with_types_defaults_and_examples(capsys, na
     assert text == page(capsys, "help", name)
 
 
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("completion", "SHELL [--OPTION VALUE ...]"),
+        ("report", "RUNS ... [--OPTION VALUE ...]"),
+        ("demo", "[--OPTION VALUE ...]"),
+    ],
+)
+def test_usage_says_whether_one_or_several_are_taken(name, usage):
+    assert command_help(name).splitlines()[0] == f"usage: fastuft {name} {usage}"
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_all_options_are_shown_whole(name):
     command = COMMANDS[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
@@ -44,6 +45,20 @@ PUBLIC = {
 FUNCTIONS = [(name, value) for name, value in OBJECTS if inspect.isfunction(value)]
 
 
+def public_methods():
+    """(name, function) of the methods that public classes define themselves."""
+    for name, value in OBJECTS:
+        for method, function in vars(value).items() if inspect.isclass(value) else ():
+            function = getattr(function, "__func__", function)  # of class and static methods
+            if inspect.isfunction(function) and not method.startswith("_"):
+                yield f"{name}.{method}", function
+
+
+CALLABLES = [*FUNCTIONS, *public_methods()]
+ARRAY = re.compile(r"\b(Tensor|ndarray|ArrayLike)\b")
+SHAPE = re.compile(r"\[|shape|as for :func:")  # a shape, or a word of where it is said
+
+
 def arguments_of(value):
     """(name, annotation) of each argument that a caller gives; of a class those that it does not inherit."""
     if inspect.isclass(value) and "__init__" not in vars(value):
@@ -78,7 +93,7 @@ def described(value):
 
 
 def test_there_are_public_objects():
-    assert len(OBJECTS) > 60 and len(PUBLIC) > 10
+    assert len(OBJECTS) > 60 and len(PUBLIC) > 10 and len(CALLABLES) > 100
 
 
 def wrong_arguments(name, value):
@@ -102,30 +117,45 @@ def test_docstrings_list_every_argument():
     assert not [wrong for name, value in OBJECTS for wrong in wrong_arguments(name, value)]
 
 
+def without_shape_or_unit(name, value):
+    """Arrays and returned arrays whose shape, and quantities whose unit, the docstring does not say."""
+    texts, whole = described(value), inspect.getdoc(value) or ""
+    for argument, annotation in arguments_of(value):
+        text = texts.get(argument, whole)
+        if ARRAY.search(annotation) and "[tuple" not in annotation and not SHAPE.search(text):
+            yield f"{name}: {argument} has no shape: {text!r}"
+        if argument in UNITS and argument in texts and not any(unit in text for unit in UNITS[argument]):
+            yield f"{name}: {argument} has no unit: {text!r}"
+    if ARRAY.search(str(inspect.signature(value).return_annotation)) and not SHAPE.search(whole):
+        yield f"{name}: what it returns has no shape"
+
+
+def undocumented_errors(name, value):
+    """Exceptions that a function raises itself, or a class when it is made, and does not name."""
+    makers = [vars(value)[maker] for maker in ("__init__", "__post_init__") if maker in vars(value)]
+    documentation = inspect.getdoc(value) or ""
+    for function in makers if inspect.isclass(value) else [value]:
+        try:
+            source = inspect.getsource(function)
+        except OSError:  # made by dataclass
+            continue
+        documentation += inspect.getdoc(function) or ""
+        raised = [node.exc for node in ast.walk(ast.parse(textwrap.dedent(source))) if isinstance(node, ast.Raise)]
+        names = {getattr(call.func, "id", "") for call in raised if isinstance(call, ast.Call)}
+        yield from (f"{name}: {error}" for error in sorted(names) if error not in documentation)
+
+
+def test_everything_public_has_a_docstring():
+    assert not [name for name, value in (*OBJECTS, *CALLABLES) if not inspect.getdoc(value)]
+
+
 def test_tensors_have_shapes_and_quantities_units():
-    wrong = []
-    for name, value in FUNCTIONS:
-        texts, whole = described(value), inspect.getdoc(value) or ""
-        for argument, annotation in arguments_of(value):
-            text = texts.get(argument, whole)
-            if re.fullmatch(r"(torch\.)?Tensor( \| None)?", annotation) and not re.search(
-                r"\[|shape|as for :func:", text
-            ):
-                wrong.append(f"{name}: {argument} has no shape: {text!r}")
-            if argument in UNITS and argument in texts and not any(unit in text for unit in UNITS[argument]):
-                wrong.append(f"{name}: {argument} has no unit: {text!r}")
-    assert not wrong
+    assert not [wrong for name, value in CALLABLES for wrong in without_shape_or_unit(name, value)]
 
 
-def raises_value_error(value):
-    """Whether the function itself raises ValueError."""
-    raised = [node.exc for node in ast.walk(ast.parse(inspect.getsource(value))) if isinstance(node, ast.Raise)]
-    return any(isinstance(call, ast.Call) and getattr(call.func, "id", "") == "ValueError" for call in raised)
-
-
-def test_errors_that_a_function_raises_are_documented():
-    silent = [name for name, value in FUNCTIONS if "Raises:" not in inspect.getdoc(value) and raises_value_error(value)]
-    assert not silent
+def test_errors_that_are_raised_are_documented():
+    classes = [(name, value) for name, value in OBJECTS if inspect.isclass(value)]
+    assert not [wrong for name, value in (*CALLABLES, *classes) for wrong in undocumented_errors(name, value)]
 
 
 def test_the_checks_find_what_is_wrong():
@@ -140,3 +170,19 @@ def test_the_checks_find_what_is_wrong():
 
     assert wrong_arguments("scaled", scaled) == ["scaled: no timeout", "wait"]
     assert described(scaled) == {"x": "a tensor.", "wait": "how long."}
+    assert list(without_shape_or_unit("scaled", scaled)) == [
+        "scaled: x has no shape: 'a tensor.'",
+        "scaled: what it returns has no shape",
+    ]
+    assert list(undocumented_errors("scaled", scaled)) == ["scaled: ValueError"]
+
+
+def test_a_quantity_without_its_unit_is_found():
+    def wait(timeout: float) -> None:
+        """Wait.
+
+        Args:
+            timeout: how long.
+        """
+
+    assert list(without_shape_or_unit("wait", wait)) == ["wait: timeout has no unit: 'how long.'"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import runpy
 import shlex
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from fastuft.cli.commands import COMMANDS
 from fastuft.model import Encoder, build_backbone
 
 ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("loss", "mix", "model", "data", "trainer", "evaluate", "report")
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`(fastuft [^`\n]+)`(?!`)")
@@ -38,38 +41,59 @@ def commands(page):
     return [line for line in lines if line.startswith(("fastuft ", "torchrun ", "pip ", "make ", "python ", "sbatch "))]
 
 
-def test_pages_have_commands():
-    assert sum(len(commands(page)) for page in PAGES) > 20
+EVERY_COMMAND = [(page, line) for page in PAGES for line in commands(page)]
+
+
+@pytest.fixture
+def parse_only(monkeypatch):
+    """Commands parse and check their options, and then do nothing."""
+    for name, command in list(COMMANDS.items()):
+        monkeypatch.setitem(COMMANDS, name, dataclasses.replace(command, run=lambda config: 0))
+
+
+@pytest.mark.parametrize(("page", "line"), EVERY_COMMAND, ids=[f"{page.name}: {line}" for page, line in EVERY_COMMAND])
+def test_every_command_of_a_page_is_one_that_works(page, line, parse_only, capsys):
+    words = shlex.split(line)
+    if words[0] == "torchrun":
+        words = ["fastuft", *words[words.index("fastuft.cli") + 1 :]]
+    if words[0] == "fastuft":
+        assert main([word for word in words[1:] if word != "..."]) == 0, capsys.readouterr().err
+    elif words[0] == "make":
+        assert {word for word in words[1:] if "=" not in word} <= TARGETS
+    elif words[0] == "pip":
+        extras = [extra for found in re.findall(r"fastuft\[([\w,-]+)\]", line) for extra in found.split(",")]
+        assert set(extras) <= EXTRAS
+    else:
+        script = next(word for word in words[1:] if not word.startswith("-") and "/" in word)
+        assert (ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)
+def test_options_of_a_page_are_read_from_a_file(page, parse_only, tmp_path, capsys):
+    for number, block in enumerate(blocks(page, "yaml")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(block)
+        words = [
+            "finetune",
+            "--config",
+            str(file),
+            "--init",
+            "start.pth",
+            "--target",
+            "photos/",
+            "--out",
+            "runs/photos",
+        ]
+        assert main(words) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_of_a_page_is_one_that_works(page, monkeypatch, capsys):
-    for name, command in list(COMMANDS.items()):
-        monkeypatch.setitem(COMMANDS, name, dataclasses.replace(command, run=lambda config: 0))
-    for line in commands(page):
-        words = shlex.split(line)
-        if words[0] == "torchrun":
-            words = ["fastuft", *words[words.index("fastuft.cli") + 1 :]]
-        if words[0] == "fastuft":
-            if words[1] != "..." and "--print_config" not in words and "--config" not in words:
-                assert main([word for word in words[1:] if word != "..."]) == 0, (line, capsys.readouterr().err)
-        elif words[0] == "make":
-            assert {word for word in words[1:] if "=" not in word} <= TARGETS, line
-        elif words[0] == "pip":
-            extras = [extra for found in re.findall(r"fastuft\[([\w,-]+)\]", line) for extra in found.split(",")]
-            assert set(extras) <= EXTRAS, line
-        else:
-            script = next(word for word in words[1:] if not word.startswith("-") and "/" in word)
-            assert (ROOT / script).is_file(), line
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_options_named_in_a_sentence_parse(page, monkeypatch, capsys):
-    for name, command in list(COMMANDS.items()):
-        monkeypatch.setitem(COMMANDS, name, dataclasses.replace(command, run=lambda config: 0))
+def test_options_named_in_a_sentence_parse(page, parse_only, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("optim: {epochs: 1}\n")
     for line in INLINE.findall(page.read_text()):
         words = shlex.split(line)[1:]
-        if words[0].isupper() or any(word in line for word in ("CHECKPOINT", "--config", "--version")):
+        if words[0].isupper() or words[-1] == "--config":  # a placeholder; half of an option
             continue
         assert words[0] in {*COMMANDS, "help"}, line
         if len(words) > 1 and not words[1].isupper():
@@ -136,9 +160,19 @@ def test_the_site_builds_without_a_warning_and_shows_every_public_name(tmp_path)
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    reference = (tmp_path / "api.html").read_text()
-    for name in dir(fastuft):
-        assert name.startswith("__") or f'id="fastuft.{name}"' in reference or f".{name}" in reference, name
+    reference = (tmp_path / "api.html").read_text() + (tmp_path / "rooms.html").read_text()
+    assert 'id="fastuft.api.evaluate"' in reference and "cdn." not in reference
+    wanted = {name: f"fastuft.{name}" for name in fastuft.__all__ if name not in ("__version__", "evaluate")}
+    for room in ROOMS:
+        face = import_module(f"fastuft.{room}")
+        names = (
+            name
+            for name in face.__all__
+            if inspect.isroutine(getattr(face, name)) or inspect.isclass(getattr(face, name))
+        )
+        wanted |= {name: f"fastuft.{room}.{name}" for name in names if name not in wanted}
+    assert len(wanted) > 100
+    assert not [full for full in wanted.values() if f'id="{full}"' not in reference]
 
 
 @pytest.mark.docs

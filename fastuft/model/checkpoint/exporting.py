@@ -63,6 +63,9 @@ def export_state_dict(backbone: Backbone, layout: str, *, num_classes: int = 0) 
             and into a torchvision network whose ``fc`` is ``nn.Identity()``.
         num_classes: adds a zero classifier of this size, so that the file loads strictly into the full network.
 
+    Returns:
+        tensors by their names there, in the shapes that the library expects.
+
     Raises:
         ValueError: unknown layout, or a network that the library does not have.
     """
