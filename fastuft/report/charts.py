@@ -11,7 +11,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from fastuft.names import printable
@@ -81,7 +80,7 @@ def _short(name: str) -> str:
     return shown if len(shown) <= _LABEL else f"{shown[: _LABEL - 1]}…"
 
 
-def _legend(owner: Canvas | Axes, handles: Sequence[Artist], names: Sequence[str], **options: Any) -> None:
+def _legend(owner: Canvas, handles: Sequence[Artist], names: Sequence[str], **options: Any) -> None:
     """A legend that shows names as they are: no mathematics between dollars, none left out for a leading underscore."""
     legend = owner.legend(handles, [str(number) for number in range(len(names))], **options)
     for text, name in zip(legend.get_texts(), names, strict=True):
@@ -110,7 +109,10 @@ def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | Non
                 window = 1 if key == "lr" else max(1, len(values) // 25) | 1
                 if window > 1:
                     axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-                axes.plot(steps, smooth(values, window), style, color=color, linewidth=1.5, label=f"{number}")
+                point = "o" if len(steps) == 1 else ""  # a line of one point would not be seen
+                axes.plot(
+                    steps, smooth(values, window), style, marker=point, color=color, linewidth=1.5, label=f"{number}"
+                )
             axes.set_title(title)
             axes.set_xlabel("step")
         handles = panels[0].get_legend_handles_labels()[0]
@@ -139,13 +141,13 @@ def _panels(
         return None
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
+    drawn: dict[str, Artist] = {}
     with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(min(4.6, 9.2 / max(2, columns)) * columns, 2.8 * lines), layout="constrained")
+        canvas = Canvas(figsize=(min(4.6, 9.2 / max(2, columns)) * columns, 2.8 * lines + 0.3), layout="constrained")
         grid = np.atleast_1d(canvas.subplots(lines, columns)).flatten()
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         for axes, (key, title) in zip(grid, panels, strict=False):
-            drawn = {}
             for number, (name, runs) in enumerate(arms.items()):
                 steps, values = runs[0].series(key, kind)
                 if len(steps):
@@ -154,7 +156,7 @@ def _panels(
                     drawn[name] = axes.lines[-1]
             axes.set_title(title)
             axes.set_xlabel("step")
-            _legend(axes, list(drawn.values()), list(drawn), fontsize=8)
+        _legend(canvas, list(drawn.values()), list(drawn), loc="outside lower center", ncols=min(4, len(drawn)))
         return _uri(canvas, "svg")
 
 

@@ -17,6 +17,7 @@ from fastuft.report.charts import curves, looks, maps, watched
 from fastuft.report.files import RunFiles
 from fastuft.report.render import render, write_page
 from fastuft.report.tables import (
+    ACCURACIES,
     NONE,
     Runs,
     Table,
@@ -189,10 +190,20 @@ def _statements(groups: dict[str, list[RunFiles]]) -> list[str]:
     ]
 
 
-def _verdicts(groups: dict[str, list[RunFiles]]) -> list[tuple[str, str]]:
-    """(arm, line): what the first run of each arm says of itself without labels."""
-    found = ((name, lookup(runs[0].summary, "verdict", "line")) for name, runs in groups.items())
-    return [(name, line) for name, line in found if isinstance(line, str)]
+def _verdicts(groups: dict[str, list[RunFiles]], before_after: Table | None) -> list[tuple[str, list[str]]]:
+    """(arm, lines): its accuracies before and after, then what its first run says of itself without labels."""
+    measured: dict[str, list[str]] = {}
+    for name, metric, before, after, change in before_after.rows if before_after else ():
+        if metric in ACCURACIES:
+            measured.setdefault(name, []).append(f"{metric.removesuffix(' %')} {before} → {after} % ({change})")
+    verdicts = []
+    for name, runs in groups.items():
+        lines = [f"With labels: {', '.join(measured[name])}."] if name in measured else []
+        line = lookup(runs[0].summary, "verdict", "line")
+        lines += [line] if isinstance(line, str) else []
+        if lines:
+            verdicts.append((name, lines))
+    return verdicts
 
 
 def _curves(groups: dict[str, list[RunFiles]]) -> list[tuple[str, str]]:
@@ -219,7 +230,7 @@ def write_report(
     """
     loaded = as_runs(runs)
     groups = arms(loaded)
-    accuracies = accuracy_table(loaded)
+    accuracies, before_after = accuracy_table(loaded), before_after_table(loaded)
     classes: list[str] = next((c for run in loaded if (c := lookup(run.evaluation, "classes"))), [])
     styles: dict[str, str] = {}
     galleries = {name: rows for name, group in groups.items() if (rows := _gallery(group[0], styles))}
@@ -232,8 +243,8 @@ def write_report(
         accuracies=accuracies,
         best=best_cells(loaded, accuracies) if accuracies else set(),
         changes=change_table(loaded),
-        before_after=before_after_table(loaded),
-        verdicts=_verdicts(groups),
+        before_after=before_after,
+        verdicts=_verdicts(groups, before_after),
         looks=looks(groups),
         remarks=_remarks(groups),
         statements=_statements(groups),

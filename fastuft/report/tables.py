@@ -15,6 +15,7 @@ from fastuft.report.files import RunFiles, load_run
 Format = Literal["text", "markdown", "csv"]
 Runs = Sequence[RunFiles | tuple[str, Path | str]]
 NONE = "–"
+ACCURACIES = ("retrieval %", "clustering %", "source clustering %")  # what labels measure before and after
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,9 @@ def change_table(runs: Sequence[RunFiles]) -> Table | None:
 def before_after_table(runs: Sequence[RunFiles]) -> Table | None:
     """Each metric that is known before and after, with the difference; a row per arm and metric. None without any."""
     compared: list[tuple[str, float, int, tuple[str, ...], tuple[str, ...]]] = [
-        ("retrieval %", 100, 1, ("before", "retrieval"), ("retrieval",)),
-        ("clustering %", 100, 1, ("before", "clustering"), ("clustering",)),
-        ("source clustering %", 100, 1, ("forgetting", "before"), ("forgetting", "after")),
+        (ACCURACIES[0], 100, 1, ("before", "retrieval"), ("retrieval",)),
+        (ACCURACIES[1], 100, 1, ("before", "clustering"), ("clustering",)),
+        (ACCURACIES[2], 100, 1, ("forgetting", "before"), ("forgetting", "after")),
         ("alignment", 1, 3, ("label_free", "before", "alignment"), ("label_free", "alignment")),
         ("uniformity", 1, 3, ("label_free", "before", "uniformity"), ("label_free", "uniformity")),
         ("effective rank", 1, 1, ("label_free", "before", "effective_rank"), ("label_free", "effective_rank")),

@@ -188,7 +188,10 @@ def test_before_after_and_difference_stand_side_by_side(tmp_path):
     assert rows["retrieval %"] == ["80.0", "90.0", "+10.0"] and rows["clustering %"] == ["90.0", "81.2", "-8.8"]
     assert rows["alignment"] == ["0.400", "0.300", "-0.100"] and rows["uniformity"] == ["-2.000", "-2.500", "-0.500"]
     write_report(tmp_path / "report.html", [("ours", run)])
-    assert "<h2>Before and after</h2>" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Before and after</h2>" in page
+    assert "With labels: retrieval 80.0 → 90.0 % (+10.0), clustering 90.0 → 81.2 % (-8.8)." in page
+    assert page.index("<h2>Verdict</h2>") < page.index("<h2>Figures</h2>")
 
 
 def test_looks_and_verdicts_of_runs_are_shown(tmp_path):
@@ -200,7 +203,7 @@ def test_looks_and_verdicts_of_runs_are_shown(tmp_path):
     (run / "summary.json").write_text(json.dumps(summary | {"verdict": {"line": f"Without labels: {EVIL}"}}))
     write_report(tmp_path / "report.html", [("ours", run)])
     page = (tmp_path / "report.html").read_text()
-    assert "ours: Without labels: &lt;script&gt;" in page and 'alt="Label-free measures' in page
+    assert "<p>Without labels: &lt;script&gt;" in page and 'alt="Label-free measures' in page
 
 
 def test_runs_without_figures_say_so(tmp_path):
