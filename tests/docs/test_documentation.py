@@ -61,7 +61,7 @@ def test_every_command_of_a_page_is_one_that_works(page, line, parse_only, capsy
     elif words[0] == "make":
         assert {word for word in words[1:] if "=" not in word} <= TARGETS
     elif words[0] == "pip":
-        extras = [extra for found in re.findall(r"fastuft\[([\w,-]+)\]", line) for extra in found.split(",")]
+        extras = [extra for found in re.findall(r"(?:fastuft|\.)\[([\w,-]+)\]", line) for extra in found.split(",")]
         assert set(extras) <= EXTRAS
     else:
         script = next(word for word in words[1:] if not word.startswith("-") and "/" in word)
@@ -112,6 +112,11 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)
+
+
+def test_every_extra_is_explained():
+    table = (ROOT / "docs" / "install.md").read_text()
+    assert not [extra for extra in EXTRAS if f"`{extra}`" not in table]
 
 
 def test_files_named_in_the_pages_exist():

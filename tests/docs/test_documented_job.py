@@ -53,7 +53,7 @@ def test_the_commands_of_the_readme_do_the_job(place, capsys):
         run(line)
     assert "photos/class" in capsys.readouterr().out  # the nearest images
     assert (place / "backbone.pth").is_file() and (place / "photos.npz").is_file()
-    assert "accuracy" not in json.loads((place / "runs/photos/eval/eval.json").read_text())
+    assert (place / "runs/photos/eval/report.html").is_file()
 
 
 @pytest.mark.timeout(300)
@@ -72,5 +72,5 @@ def test_the_commands_of_the_tutorial_do_the_job(place, capsys):
         if " report " in line:
             shutil.copytree(place / "runs" / "photos", place / "runs" / "naive")
         run(line)
-    assert json.loads((place / "runs/photos/eval/eval.json").read_text())["metrics"]["retrieval"] is not None
+    assert json.loads((place / "runs/photos/eval/eval.json").read_text())["retrieval"] >= 0
     assert (place / "report.html").is_file() and (place / "runs/photos/eval/report.html").is_file()
