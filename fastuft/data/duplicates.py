@@ -76,7 +76,7 @@ def find_duplicates(
     Args:
         paths: the images.
         known: other images, such as those of training where ``paths`` are those of a test.
-        seconds: after which no more images are looked at; half of it for those of ``known``.
+        seconds: time in seconds after which no more images are looked at; half of it for those of ``known``.
         progress: called with the number of images that were looked at since the last call.
     """
     known_bits, known_files = _hashes(known, time.monotonic() + seconds / 2, progress)
