@@ -43,6 +43,13 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["bf
     return precision
 
 
+def queue_dtype(kind: Literal["auto", "fp8"], precision: Precision, device: torch.device) -> torch.dtype:
+    """What a queue of keys is kept in: auto is fp32 on a CPU, and on a GPU what its matrix products run in."""
+    if kind == "fp8":
+        return torch.float8_e4m3fn
+    return DTYPES[resolve_precision(precision, device)] if device.type == "cuda" else torch.float32
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """bf16 or fp16 forward passes on ``device``; fp32 switches autocast off."""
     dtype = DTYPES[resolve_precision(precision, device)]

@@ -1,9 +1,41 @@
-"""Tiles of activations in channels_last, [positions, channels], and sums over splits of the positions."""
+"""Tiles of activations in channels_last, [positions, channels]: how splits of the positions are shared out, read and summed."""
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+BLOCK_ROWS, BLOCK_CHANNELS = 32, 64
+BLOCK_SPLITS = 16  # partial sums that a program reads at a time
+NUM_WARPS = 4
+MAX_SPLITS = 64
+_PROGRAMS = 8  # per multiprocessor that a launch aims at
+
+
+@functools.cache
+def plan_positions(groups: int, num_rows: int, channels: int, multiprocessors: int) -> tuple[int, int, int]:
+    """(channels a program takes, splits of the positions of a group, positions per split): whole tiles, no empty split."""
+    block_channels = min(BLOCK_CHANNELS, max(16, triton.next_power_of_2(channels)))
+    tiles = triton.cdiv(num_rows, BLOCK_ROWS)
+    programs = groups * triton.cdiv(channels, block_channels)
+    splits = max(1, min(tiles, MAX_SPLITS, _PROGRAMS * multiprocessors // programs))
+    rows_per_split = triton.cdiv(tiles, splits) * BLOCK_ROWS
+    return block_channels, triton.cdiv(num_rows, rows_per_split), rows_per_split
+
+
+def shape_of(x: Tensor, group: int) -> tuple[int, int, int]:
+    """(groups, positions of each, channels)."""
+    return x.shape[0] // group, group * x.shape[2] * x.shape[3], x.shape[1]
+
+
+@triton.jit
+def positions(group, split, num_rows, rows_per_split, channels):
+    """(offset of a group's position 0, first position of a split, the one after its last)."""
+    first = split * rows_per_split
+    return group.to(tl.int64) * num_rows * channels, first, tl.minimum(first + rows_per_split, num_rows)
 
 
 @triton.jit

@@ -67,16 +67,31 @@ def _single(width: int) -> Launch:
     return Launch(16, 16, 4, 2, 2) if width == 256 else Launch(16, 16, 4, 1, 1)
 
 
-def launch(arch: int, precision: str, width: int, tall: bool, direct: bool) -> Launch:
+def _packed(arch: int, width: int) -> Launch:
+    """Half precision over an fp8 queue, which is decoded in registers; its bytes are half, so that short tiles serve it."""
+    if width == 512:
+        return Launch(16, 32, 8, 2, 1)
+    if width == 256 and arch < 100:
+        return Launch(64 if arch == 90 else 32, 32, 8, 2, 1)
+    if width == 128 and arch == 80:
+        return Launch(64, 32, 8, 2, 1)
+    return _hopper(width, False) if arch == 90 else _half(arch, width, False)
+
+
+def launch(arch: int, precision: str, width: int, tall: bool, direct: bool, packed: bool = False) -> Launch:
     """The configuration for a chip (80, 90, 100, ...), precision and padded width.
 
     Half precision: 128 rows share each tile of keys where there are many (``tall``), because the queue then crosses the L2
     cache half as often as with 64; registers bound the width of a tile of keys (accumulators [block_b, width] and scores
     [block_b, block_k], both fp32). ``direct``: tiles go from memory to the product as they are, by descriptors; where they
-    pass through registers, wide rows leave less room.
+    pass through registers, wide rows leave less room. ``packed``: the queue is fp8.
     """
     if precision in ("ieee", "tf32"):
         return _single(width)
+    if packed:
+        return _packed(arch, width)
+    if arch == 80 and width == 256 and not direct:
+        return Launch(64, 32, 8, 2, 1)  # an fp32 queue's tiles of 64 keys take more shared memory than there is
     return _hopper(width, tall) if arch == 90 and (direct or width <= 128) else _half(arch, width, tall)
 
 

@@ -1,16 +1,16 @@
-"""The argument lists of the queue losses, each written once: operators, kernels and the portable path take these values.
+"""The argument lists of the operators, each written once: operators, kernels and the portable paths take these values.
 
 An operator's schema is read off its class, field by field, and its implementation gets the fields back as one value.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", str: "str"}
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool", str: "str"}
 
 
 class Problem(NamedTuple):
@@ -18,6 +18,7 @@ class Problem(NamedTuple):
 
     Args:
         q: queries [B, D]. k_a, k_b: their keys [B, D]. lam: weight of k_a, [B] or [1]. queue: [K, D].
+        queue_scales: [K] fp32 of an fp8 queue, whose codes ``queue`` holds as uint8; None for others.
         temperature: tau.
         normalize: L2-normalize q and the keys.
         unit_queue: the caller states that no row of the queue is longer than 1 (but for rounding).
@@ -32,6 +33,7 @@ class Problem(NamedTuple):
     k_b: Tensor | None
     lam: Tensor | None
     queue: Tensor
+    queue_scales: Tensor | None
     temperature: float
     normalize: bool
     unit_queue: bool
@@ -46,13 +48,55 @@ class LseProblem(NamedTuple):
 
     z: Tensor
     queue: Tensor
+    queue_scales: Tensor | None
     temperature: float
     precision: str
     need_mu: bool
     impl: str
 
 
-def schema(arguments: type[Problem] | type[LseProblem]) -> str:
+class BatchNorm(NamedTuple):
+    """One call of BatchNorm over groups of the batch, in training.
+
+    Args:
+        x: [B, C, H, W]; B is a multiple of ``group``.
+        weight: [C], or None for 1. bias: [C], or None for 0; both or neither.
+        residual: like x, added after the affine map.
+        group: images per group. eps: added to the variance.
+        relu: whether negative values become 0, last.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    group: int
+    eps: float
+    relu: bool
+
+
+class BatchNormGradient(NamedTuple):
+    """One call of its gradient.
+
+    Args:
+        grad: of the output, like x. x, weight, group, eps: as in BatchNorm.
+        out: the output where ``relu`` was asked for, else None.
+        means, scales: of the groups, [B / group, C]; scales are 1 / sqrt(variance + eps).
+        residual: whether the residual's gradient is wanted.
+    """
+
+    grad: Tensor
+    x: Tensor
+    weight: Tensor | None
+    out: Tensor | None
+    means: Tensor
+    scales: Tensor
+    group: int
+    eps: float
+    residual: bool
+
+
+def schema(arguments: type[Any]) -> str:
     """The argument list of the operator that takes these fields."""
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(arguments).items())
 
@@ -61,10 +105,12 @@ def tile_precision(precision: str, query: torch.dtype, queue: torch.dtype) -> st
     """What tiles of query and queue are multiplied in: ieee or tf32 (both fp32), bf16 or fp16.
 
     "auto" takes the half-precision dtype of the query or the queue, bf16 where both occur (its range holds any row),
-    and ieee for fp32 with fp32.
+    and ieee for fp32 with fp32. An fp8 queue (uint8) holds either exactly up to its scales: with an fp32 query it takes bf16.
     """
     if precision != "auto":
         return precision
     if torch.bfloat16 in (query, queue):
         return "bf16"
-    return "fp16" if torch.float16 in (query, queue) else "ieee"
+    if torch.float16 in (query, queue):
+        return "fp16"
+    return "bf16" if queue == torch.uint8 else "ieee"

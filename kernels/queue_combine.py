@@ -3,6 +3,9 @@
 Steps (3) to (7) are those of ``queue_sweep``. Backward, for the upstream gradient u of the loss and factor f (1/B of a mean):
 
     dL/dq = (f u) dL/dh, computed in fp32 and cast last
+
+The mean of the losses is a launch of its own (torch's). In combine it would take the last program to end, which would have
+to see what all others wrote: that order is not Triton's to promise, and no interpreter shows where it is broken.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastuft.kernels.launch_plan import Plan
+from fastuft.kernels.launch_plan import Plan, chip
 from fastuft.kernels.problem import Problem
 from fastuft.kernels.rows import load_rows, unit_rows
 
@@ -72,6 +75,7 @@ def combine_kernel(
     width,
     scale,  # c
     inverse_tau,
+    PDL: tl.constexpr,
     UNIT: tl.constexpr,
     HAS_LOSS: tl.constexpr,
     TWO_KEYS: tl.constexpr,
@@ -82,6 +86,8 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """(3) to (7) of one row, over its slots in order."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # for the sweep's end; nothing is read before it
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < width
@@ -163,6 +169,11 @@ def scale_kernel(grad_ptr, upstream_ptr, out_ptr, upstream_stride, numel, width,
     tl.store(out_ptr + element, scaled.to(out_ptr.dtype.element_ty), inside)
 
 
+def dependent_launches(device: torch.device) -> bool:
+    """Whether combine is launched while the sweep runs (programmatic dependent launch, sm_90 on), to start as it ends."""
+    return device.type == "cuda" and chip(device)[0] >= 90
+
+
 def combine(problem: Problem, partials: Partials, has_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], gradient [B, D], alignment [B]), or without a loss (empty, mu [B, D], lse [B]); [B, 0] where not needed."""
     q, k_a, k_b, lam = problem[:4]
@@ -175,12 +186,14 @@ def combine(problem: Problem, partials: Partials, has_loss: bool) -> tuple[Tenso
     weights = row if lam is None else lam
     lam_stride = weights.stride(0) if weights.numel() > 1 else 0
     k_b = k_a if k_b is None else k_b
+    pdl = dependent_launches(q.device)
+    options = {"launch_pdl": True} if pdl else {}
     combine_kernel[(num_rows,)](
         partials.m, partials.total, partials.acc, q, k_a, k_b, weights, loss, grad, row, q.stride(0), k_a.stride(0),
         k_b.stride(0), lam_stride, num_rows, partials.plan.key_tiles, partials.plan.units_per_program,
-        partials.total.shape[1], width, partials.scale, 1 / problem.temperature, partials.unit, has_loss,
+        partials.total.shape[1], width, partials.scale, 1 / problem.temperature, pdl, partials.unit, has_loss,
         lam is not None, problem.normalize, problem.need_grad, partials.block_b, COMBINE_SLOTS,
-        max(16, triton.next_power_of_2(width)), num_warps=COMBINE_WARPS,
+        max(16, triton.next_power_of_2(width)), num_warps=COMBINE_WARPS, **options,
     )  # fmt: skip
     return loss, grad, row
 

@@ -39,10 +39,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastuft.kernels.fp8 import decode_rows
 from fastuft.kernels.launch_plan import Plan, chip, plan_units, tall_rows
 from fastuft.kernels.launch_table import Launch, launch
 from fastuft.kernels.problem import LseProblem, Problem, tile_precision
-from fastuft.kernels.queue_combine import Partials, combine
+from fastuft.kernels.queue_combine import Partials, combine, dependent_launches
 from fastuft.kernels.rows import load_rows, unit_rows
 
 LOG2_E = math.log2(math.e)
@@ -92,7 +93,7 @@ def load_tile(
 @triton.jit
 def fold_tile(
     b_z,  # [BLOCK_B, BLOCK_D]
-    x,  # [BLOCK_K, BLOCK_D] as the queue holds them
+    x,  # [BLOCK_K, BLOCK_D] as the queue holds them, or fp32
     left,  # keys from here on, read where MASKED
     m,
     l,  # noqa: E741 (the formula's name)
@@ -129,7 +130,8 @@ def fold_tile(
 @triton.jit
 def sweep_kernel(
     z,  # [B, D] in TILE_DTYPE, a descriptor or a pointer
-    queue,  # [K, D], likewise
+    queue,  # [K, D], likewise; codes where FP8
+    scales_ptr,  # [K] fp32, where FP8
     m_ptr,  # [slots, slot_rows] fp32, unless UNIT
     l_ptr,  # [slots, slot_rows] fp32
     acc_ptr,  # [slots, slot_rows, D] fp32, where NEED_MU
@@ -144,6 +146,9 @@ def sweep_kernel(
     width,
     scale,  # c
     DESCRIPTORS: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    PDL: tl.constexpr,  # combine may be put on the chip from now on; it waits for the end of this launch
     UNIT: tl.constexpr,
     NEED_MU: tl.constexpr,
     TAIL: tl.constexpr,  # whether K is not a whole number of tiles
@@ -155,6 +160,8 @@ def sweep_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """(1), (2) of the units of one program."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     first_unit = program * units_per_program
     last_unit = tl.minimum(first_unit + units_per_program, units)
@@ -168,6 +175,8 @@ def sweep_kernel(
         acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
         for start in range(first, last, BLOCK_K):
             x = load_tile(queue, queue_stride, start, num_keys, width, DESCRIPTORS, BLOCK_K, BLOCK_D)
+            if FP8:
+                x = decode_rows(x, scales_ptr, start, num_keys, NATIVE_FP8, BLOCK_K)
             m, l, acc = fold_tile(  # noqa: E741
                 b_z, x, last - start, m, l, acc, scale, TAIL, UNIT, NEED_MU, TILE_DTYPE, DOT_DTYPE, PRECISION
             )
@@ -237,7 +246,7 @@ def _sweep(z: Tensor, queue: Tensor, problem: Problem, precision: str, config: L
     m = total if unit else new(slots, slot_rows)
     acc = new(slots, slot_rows, width) if problem.need_grad else total
     descriptors = config.descriptors and _fits_a_descriptor(z, block_d) and _fits_a_descriptor(queue, block_d)
-    p_z, p_queue = z, queue
+    p_z, p_queue, scales = z, queue, problem.queue_scales
     if descriptors:
         p_z = TensorDescriptor.from_tensor(z, [config.block_b, block_d])
         p_queue = TensorDescriptor.from_tensor(queue, [config.block_k, block_d])
@@ -245,9 +254,11 @@ def _sweep(z: Tensor, queue: Tensor, problem: Problem, precision: str, config: L
     # The interpreter multiplies bf16 tiles wrongly; there they are widened once rounded.
     dot = tl.float32 if _INTERPRETED and dtype == torch.bfloat16 else tile
     scale = LOG2_E / problem.temperature
+    hopper = chip(z.device)[0] >= 90
     sweep_kernel[(plan.programs,)](
-        p_z, p_queue, m, total, acc, z.stride(0), queue.stride(0), num_rows, num_keys, plan.key_tiles, plan.units,
-        plan.units_per_program, slot_rows, width, scale, descriptors, unit, problem.need_grad,
+        p_z, p_queue, total if scales is None else scales, m, total, acc, z.stride(0), queue.stride(0), num_rows,
+        num_keys, plan.key_tiles, plan.units, plan.units_per_program, slot_rows, width, scale, descriptors,
+        scales is not None, hopper, dependent_launches(z.device), unit, problem.need_grad,
         num_keys % config.block_k != 0, tile, dot, "tf32" if precision == "tf32" else "ieee", config.block_b,
         config.block_k, block_d, num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
     )  # fmt: skip
@@ -264,17 +275,18 @@ def _run(problem: Problem, has_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
         dtype, block_d = _TILE_DTYPES[precision], max(16, triton.next_power_of_2(width))
         z = _prepared(q, dtype, problem.normalize)
         direct = queue.dtype == dtype and _fits_a_descriptor(z, block_d) and _fits_a_descriptor(queue, block_d)
-        config = launch(arch, precision, block_d, tall_rows(num_rows, num_keys, width), direct)
+        packed, tall = problem.queue_scales is not None, tall_rows(num_rows, num_keys, width)
+        config = launch(arch, precision, block_d, tall, direct, packed)
         plan = plan_units(num_rows, num_keys, config, multiprocessors)
-        partials = _sweep(z, queue, problem, precision, config, plan)
         k_a, k_b = _rows(problem.k_a), None if problem.k_b is None else _rows(problem.k_b)
+        partials = _sweep(z, queue, problem, precision, config, plan)
         return combine(problem._replace(q=q, k_a=k_a, k_b=k_b), partials, has_loss)
 
 
 def queue_lse(problem: LseProblem) -> tuple[Tensor, Tensor]:
     """(lse [B], mu [B, D] or [B, 0]) in fp32."""
-    z, queue, temperature, precision, need_mu, impl = problem
-    loss = Problem(z, z, None, None, queue, temperature, False, False, precision, "none", need_mu, impl)
+    z, queue, scales, temperature, precision, need_mu, impl = problem
+    loss = Problem(z, z, None, None, queue, scales, temperature, False, False, precision, "none", need_mu, impl)
     _, mu, lse = _run(loss, False)
     return lse, mu
 

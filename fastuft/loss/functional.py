@@ -10,10 +10,12 @@ from torch import Tensor
 from fastuft.kernels.problem import LseProblem, Problem
 from fastuft.loss import ops
 from fastuft.loss.options import Impl, LossOptions, Precision, Reduction
+from fastuft.loss.queue import KeyQueue
 from fastuft.values import visible
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _AUTOCAST = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_CODES = (torch.uint8, torch.float8_e4m3fn)
 _DEFAULTS = LossOptions()
 
 
@@ -27,14 +29,31 @@ def _check_matrix(name: str, value: object, query: Tensor | None = None) -> None
         raise ValueError(
             f"{name} has dtype {value.dtype}; allowed: float32, float16, bfloat16 (float64 with impl='torch')"
         )
-    if query is None:
-        return
+    if query is not None:
+        _check_fits(name, value, query)
+
+
+def _check_fits(name: str, value: Tensor, query: Tensor) -> None:
     if value.shape[1] != query.shape[1]:
         raise ValueError(f"{name} has width {value.shape[1]}; it must be the query's, {query.shape[1]}")
     if value.device != query.device:
         raise ValueError(f"{name} is on {value.device} and the query on {query.device}; move it there")
     if value.requires_grad:
         raise ValueError(f"{name} requires grad; keys and queue are constants of this loss: pass {name}.detach()")
+
+
+def _negatives(queue: Tensor | KeyQueue, query: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+    """(rows [K, D], their scales [K] or None, whether they are known to be unit rows), checked."""
+    if isinstance(queue, KeyQueue):
+        _check_fits("queue", queue.keys, query)
+        return queue.keys, queue.scales, True
+    if isinstance(queue, Tensor) and queue.dtype in _CODES:
+        raise ValueError(
+            f"queue has dtype {queue.dtype}, whose rows mean nothing without their scales; pass the KeyQueue itself, "
+            "not its keys"
+        )
+    _check_matrix("queue", queue, query)
+    return queue, None, False
 
 
 def _check_query(name: str, query: Tensor) -> None:
@@ -72,8 +91,16 @@ def _precision(options: LossOptions, q: Tensor) -> str:
     return options.precision
 
 
+def _check_fp8(scales: Tensor | None, options: LossOptions) -> None:
+    if scales is not None and options.precision in ("ieee", "tf32"):
+        raise ValueError(
+            f"precision={options.precision!r} is not allowed with an fp8 queue, whose rows have 4 binary places: the kernels "
+            "multiply them in half precision; use 'auto' or 'bf16'"
+        )
+
+
 def _run(
-    q: Tensor, keys: dict[str, Tensor], lam: float | Tensor | None, queue: Tensor, options: LossOptions
+    q: Tensor, keys: dict[str, Tensor], lam: float | Tensor | None, queue: Tensor | KeyQueue, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
     """(loss, alignment [B] of each sample) after all checks; keys are one or two, by argument name."""
     _check_query("q", q)
@@ -81,7 +108,8 @@ def _run(
         _check_matrix(name, key, q)
         if key.shape[0] != q.shape[0]:
             raise ValueError(f"{name} has {key.shape[0]} rows; it must have the query's, {q.shape[0]}")
-    _check_matrix("queue", queue, q)
+    rows, scales, unit = _negatives(queue, q)
+    _check_fp8(scales, options)
     k_a, k_b = (*keys.values(), None)[:2]
     assert k_a is not None
     problem = Problem(
@@ -89,10 +117,11 @@ def _run(
         k_a,
         k_b,
         None if lam is None else _as_weight(lam, q),
-        queue,
+        rows,
+        scales,
         options.temperature,
         options.normalize,
-        options.unit_queue,
+        options.unit_queue or unit,
         _precision(options, q),
         options.reduction,
         torch.is_grad_enabled() and q.requires_grad,
@@ -105,7 +134,7 @@ def _run(
 def info_nce(
     q: Tensor,
     k: Tensor,
-    queue: Tensor,
+    queue: Tensor | KeyQueue,
     temperature: float = 0.2,
     *,
     normalize: bool = True,
@@ -125,7 +154,8 @@ def info_nce(
     Args:
         q: queries [B, D], float32, float16 or bfloat16 (float64 with ``impl="torch"``); takes the gradient.
         k: their positive keys [B, D], a constant.
-        queue: negatives [K, D], a constant, used as they are (unit rows in MoCo); K may be 0.
+        queue: negatives [K, D], a constant, used as they are (unit rows in MoCo); K may be 0. A :class:`fastuft.KeyQueue`
+            stands for its keys, and states that they are unit rows.
         temperature, normalize, reduction, impl, precision, unit_queue: see :class:`fastuft.loss.LossOptions`.
 
     Returns:
@@ -143,7 +173,7 @@ def mixed_info_nce(
     k_a: Tensor,
     k_b: Tensor,
     lam: float | Tensor,
-    queue: Tensor,
+    queue: Tensor | KeyQueue,
     temperature: float = 0.2,
     *,
     normalize: bool = True,
@@ -172,7 +202,7 @@ def mixed_info_nce(
 
 
 def info_nce_with_terms(
-    q: Tensor, k: Tensor, queue: Tensor, options: LossOptions = _DEFAULTS
+    q: Tensor, k: Tensor, queue: Tensor | KeyQueue, options: LossOptions = _DEFAULTS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, alignment, distribution): Eq. 1-3, loss = alignment + distribution, reduced alike.
 
@@ -182,7 +212,12 @@ def info_nce_with_terms(
 
 
 def mixed_info_nce_with_terms(
-    q: Tensor, k_a: Tensor, k_b: Tensor, lam: float | Tensor, queue: Tensor, options: LossOptions = _DEFAULTS
+    q: Tensor,
+    k_a: Tensor,
+    k_b: Tensor,
+    lam: float | Tensor,
+    queue: Tensor | KeyQueue,
+    options: LossOptions = _DEFAULTS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, alignment, distribution) of Eq. 6; the terms weigh both positives as the loss does.
 
@@ -197,7 +232,12 @@ def _with_terms(loss: Tensor, alignment: Tensor, reduction: Reduction) -> tuple[
 
 
 def queue_lse(
-    z: Tensor, queue: Tensor, temperature: float = 0.2, *, impl: Impl = "auto", precision: Precision = "auto"
+    z: Tensor,
+    queue: Tensor | KeyQueue,
+    temperature: float = 0.2,
+    *,
+    impl: Impl = "auto",
+    precision: Precision = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The primitive: log-sum-exp over the queue, and the queue's mean under that softmax, in one sweep.
 
@@ -205,7 +245,7 @@ def queue_lse(
 
     Args:
         z: [B, D], used as they are.
-        queue: [K, D], a constant; for K = 0, lse is -inf and mu is 0.
+        queue: [K, D], a constant, or a :class:`fastuft.KeyQueue`; for K = 0, lse is -inf and mu is 0.
         temperature, impl, precision: see :class:`fastuft.loss.LossOptions`.
 
     Returns:
@@ -216,5 +256,6 @@ def queue_lse(
     """
     options = LossOptions(temperature, impl=impl, precision=precision)
     _check_query("z", z)
-    _check_matrix("queue", queue, z)
-    return ops.queue_lse(LseProblem(z, queue, options.temperature, _precision(options, z), True, impl))
+    rows, scales, _ = _negatives(queue, z)
+    _check_fp8(scales, options)
+    return ops.queue_lse(LseProblem(z, rows, scales, options.temperature, _precision(options, z), True, impl))

@@ -52,7 +52,7 @@ class NTXentLoss(nn.Module):
             raise ValueError(
                 f"memory_bank_size={memory_bank_size} is not allowed: the bank needs both sizes; give (K, D), e.g. (65536, 128)"
             )
-        self.options = LossOptions(temperature, impl=impl, unit_queue=True)
+        self.options = LossOptions(temperature, impl=impl)
         self.memory_bank = KeyQueue(*sizes, gather_distributed=gather_distributed)
 
     def extra_repr(self) -> str:
@@ -61,7 +61,7 @@ class NTXentLoss(nn.Module):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Loss of queries out0 [B, D] with keys out1 [B, D]; then, if out0 requires grad, the bank takes out1."""
         keys = out1.detach()
-        loss = info_nce(out0, keys, self.memory_bank.keys, **vars(self.options))
+        loss = info_nce(out0, keys, self.memory_bank, **vars(self.options))
         if out0.requires_grad:
             self.memory_bank.enqueue_(keys)
         return loss

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastuft.loss.functional import info_nce, mixed_info_nce
 from fastuft.loss.options import Impl, LossOptions, Precision, Reduction
+from fastuft.loss.queue import KeyQueue
 
 
 class _QueueLoss(nn.Module):
@@ -31,7 +32,7 @@ class _QueueLoss(nn.Module):
 class InfoNCELoss(_QueueLoss):
     """:func:`fastuft.info_nce` as a module (Eq. 4)."""
 
-    def forward(self, q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, queue: Tensor | KeyQueue) -> Tensor:
         """Loss of queries q [B, D] with keys k [B, D] against queue [K, D]."""
         return info_nce(q, k, queue, **vars(self.options))
 
@@ -39,6 +40,6 @@ class InfoNCELoss(_QueueLoss):
 class MixedInfoNCELoss(_QueueLoss):
     """:func:`fastuft.mixed_info_nce` as a module (Eq. 6)."""
 
-    def forward(self, q: Tensor, k_a: Tensor, k_b: Tensor, lam: float | Tensor, queue: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k_a: Tensor, k_b: Tensor, lam: float | Tensor, queue: Tensor | KeyQueue) -> Tensor:
         """Loss of mixed queries q [B, D] with keys k_a, k_b [B, D] of weight lam, 1 - lam against queue [K, D]."""
         return mixed_info_nce(q, k_a, k_b, lam, queue, **vars(self.options))

@@ -28,7 +28,7 @@ _library = torch.library.Library("fastuft", "FRAGMENT")
 _library.define(f"queue_lse({schema(LseProblem)}) -> (Tensor, Tensor)")
 _library.define(f"mixed_info_nce({schema(Problem)}) -> (Tensor, Tensor, Tensor)")
 _library.define("scaled_gradient(Tensor gradient, Tensor upstream, float factor, ScalarType dtype) -> Tensor")
-_library.define("enqueue_(Tensor(a!) queue, Tensor(b!) pointer, Tensor keys) -> ()")
+_library.define("enqueue_(Tensor(a!) queue, Tensor(b!)? scales, Tensor(c!) pointer, Tensor keys) -> ()")
 
 _reasons: dict[tuple[object, ...], str | None] = {}
 
@@ -114,7 +114,8 @@ def _queue_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
         _warn_of_exact_products(problem.precision, problem.z, problem.queue)
         return queue_sweep.queue_lse(problem)
     compute = torch.float64 if torch.float64 in (problem.z.dtype, problem.queue.dtype) else torch.float32
-    return portable.queue_lse(problem.z.to(compute), problem.queue, problem.temperature, problem.need_mu)
+    rows = portable.Queue(problem.queue, problem.queue_scales)
+    return portable.queue_lse(problem.z.to(compute), rows, problem.temperature, problem.need_mu)
 
 
 @_without_autocast
@@ -140,14 +141,14 @@ def _scaled_gradient(gradient: Tensor, upstream: Tensor, factor: float, dtype: t
     return (gradient * (upstream.reshape(-1, 1) * factor)).to(dtype)
 
 
-def _enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+def _enqueue_(queue: Tensor, scales: Tensor | None, pointer: Tensor, keys: Tensor) -> None:
     usable = triton_installed() and fused.refusal(fused.ENQUEUE) is None
     if keys.is_cuda and queue.dtype != torch.float64 and usable:
         from fastuft.kernels import enqueue
 
-        enqueue.enqueue_(queue, pointer, keys)
+        enqueue.enqueue_(queue, scales, pointer, keys)
     else:
-        portable.enqueue_(queue, pointer, keys)
+        portable.enqueue_(queue, scales, pointer, keys)
 
 
 for _name, _implementation in (
@@ -187,7 +188,7 @@ def _(gradient: Tensor, upstream: Tensor, factor: float, dtype: torch.dtype) -> 
 
 
 @library.register_fake("fastuft::enqueue_", lib=_library)
-def _(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+def _(queue: Tensor, scales: Tensor | None, pointer: Tensor, keys: Tensor) -> None:
     return None
 
 

@@ -24,9 +24,10 @@ class LossOptions:
         impl: triton (fused kernels), torch (any device), or auto: triton on CUDA where it applies.
         precision: what the fused kernels multiply in; they always accumulate in fp32. auto: autocast's dtype under
             autocast, else the half-precision dtype of query or queue, else ieee (fp32, exact, without tensor cores);
-            tf32 and bf16 round queries and queue to that format. The portable path multiplies in fp32.
-        unit_queue: states that no row of the queue is longer than 1, as in a :class:`fastuft.KeyQueue`; the fused kernels
-            then need no running maximum. A false statement gives infinite or inexact losses.
+            tf32 and bf16 round queries and queue to that format; an fp8 queue takes half precision, bf16 with an fp32 query.
+            The portable path multiplies in fp32.
+        unit_queue: states that no row of the queue is longer than 1; the fused kernels then need no running maximum. A
+            false statement gives infinite or inexact losses. A :class:`fastuft.KeyQueue` in place of its keys states it.
 
     Raises:
         ValueError: a value that is not allowed.

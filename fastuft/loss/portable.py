@@ -7,11 +7,14 @@ that a cache holds; elsewhere, and for half-precision queues, it is chunked here
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastuft.kernels.problem import Problem
+from fastuft.loss import fp8
 
 EPSILON = 1e-12  # shorter rows count as zero: their gradient is 0, as for torch's normalize with its default eps
 _ROWS = 1024
@@ -19,6 +22,18 @@ _KEYS = 1024
 _PART_BYTES = 1 << 21  # of the queue: a part stays in a core's cache while all blocks of rows meet it
 _PARTS = 8  # given to the attention operator at once, as its heads
 _PARTIAL_BYTES = 1 << 22  # of their mu
+
+
+class Queue(NamedTuple):
+    """Rows [K, D]; ``scales`` [K] where they are codes of an fp8 queue."""
+
+    rows: Tensor
+    scales: Tensor | None
+
+    def tile(self, start: int, dtype: torch.dtype) -> Tensor:
+        """Rows from ``start`` on, _KEYS of them at most, in dtype."""
+        tile = self.rows[start : start + _KEYS]
+        return tile.to(dtype) if self.scales is None else fp8.decode(tile, self.scales[start : start + _KEYS], dtype)
 
 
 def normalize_rows(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,15 +58,15 @@ def _unit_rows_on_host(h: Tensor) -> Tensor:
     return normalize_rows(h)[0]
 
 
-def _sweep_chunked(z: Tensor, queue: Tensor, temperature: float, need_mu: bool) -> tuple[Tensor, Tensor]:
+def _sweep_chunked(z: Tensor, queue: Queue, temperature: float, need_mu: bool) -> tuple[Tensor, Tensor]:
     """Online softmax over tiles of rows and keys; keys are brought to z's dtype tile by tile."""
     all_lse, all_mu = [], []
     for rows in (z / temperature).split(_ROWS):
         running_max = rows.new_full((len(rows), 1), -torch.inf)
         total = rows.new_zeros(len(rows), 1)
         weighted = rows.new_zeros(rows.shape)
-        for tile in queue.split(_KEYS):
-            keys = tile.to(rows.dtype)
+        for start in range(0, len(queue.rows), _KEYS):
+            keys = queue.tile(start, rows.dtype)
             scores = rows @ keys.T
             new_max = torch.maximum(running_max, scores.amax(1, keepdim=True))
             weights = scores.sub_(new_max).exp_()
@@ -99,13 +114,14 @@ def _sweep_attention(z: Tensor, queue: Tensor, temperature: float) -> tuple[Tens
     return torch.cat(all_lse), torch.cat(all_mu)
 
 
-def queue_lse(z: Tensor, queue: Tensor, temperature: float, need_mu: bool) -> tuple[Tensor, Tensor]:
+def queue_lse(z: Tensor, queue: Queue, temperature: float, need_mu: bool) -> tuple[Tensor, Tensor]:
     """(lse [B], mu [B, D]) in z's dtype for z [B, D], queue [K, D]; mu is [B, 0] where it is not needed."""
-    if len(queue) == 0:
+    rows = queue.rows
+    if len(rows) == 0:
         return z.new_full((len(z),), -torch.inf), z.new_zeros(len(z), z.shape[1] if need_mu else 0)
     # That operator reads each row as consecutive elements, whatever its strides say.
-    if need_mu and z.device.type == "cpu" and queue.dtype == z.dtype and queue.stride(1) == 1:
-        return _sweep_attention(z.contiguous(), queue, temperature)
+    if need_mu and z.device.type == "cpu" and rows.dtype == z.dtype and rows.stride(1) == 1:
+        return _sweep_attention(z.contiguous(), rows, temperature)
     return _sweep_chunked(z, queue, temperature, need_mu)
 
 
@@ -120,14 +136,14 @@ def mixed_info_nce(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
     Computed in fp32, or fp64 where an input is. A weight outside [0, 1] gives NaN.
     """
-    q, k_a, k_b, lam, queue, temperature, normalize = problem[:7]
+    q, k_a, k_b, lam, queue, scales, temperature, normalize = problem[:8]
     compute = torch.float64 if torch.float64 in (q.dtype, k_a.dtype, queue.dtype) else torch.float32
 
     def unit(rows: Tensor) -> Tensor:
         return normalize_rows(rows.to(compute))[0] if normalize else rows.to(compute)
 
     z, inverse_norm = normalize_rows(q.to(compute)) if normalize else (q.to(compute), None)
-    lse, mu = queue_lse(z, queue, temperature, problem.need_grad)
+    lse, mu = queue_lse(z, Queue(queue, scales), temperature, problem.need_grad)
     weight: Tensor | float = 1.0
     if lam is not None:
         lam = lam.to(compute)
@@ -152,25 +168,32 @@ def mixed_info_nce(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return loss, grad, alignment
 
 
-def enqueue_(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+def enqueue_(queue: Tensor, scales: Tensor | None, pointer: Tensor, keys: Tensor) -> None:
     """Write the unit rows of keys [B, D] into queue [K, D] from ``pointer`` (int64 scalar) on, wrapping, and advance it.
 
-    Of more than K keys the last K stay. On a device nothing waits: the host does not read the pointer.
+    ``scales`` [K] are an fp8 queue's, written with it. Of more than K keys the last K stay. On a device nothing waits: the
+    host does not read the pointer.
     """
     size = len(queue)
     on_host = queue.device.type == "cpu"
     kept = keys[-size:].to(torch.promote_types(queue.dtype, torch.float32))
     rows = _unit_rows_on_host(kept) if on_host else normalize_rows(kept)[0]
     skipped = len(keys) - len(rows)
+    written = [(queue, rows)]
+    if scales is not None:
+        codes, lengths = fp8.encode(rows)
+        written = [(queue, codes), (scales, lengths)]
     if on_host:
         start = int(pointer)
         first = (start + skipped) % size
         head = min(len(rows), size - first)
-        queue[first : first + head] = rows[:head]
-        if head < len(rows):
-            queue[: len(rows) - head] = rows[head:]
+        for target, new in written:
+            target[first : first + head] = new[:head]
+            if head < len(new):
+                target[: len(new) - head] = new[head:]
         pointer.fill_((start + len(keys)) % size)
     else:
         places = (pointer + skipped + torch.arange(len(rows), device=queue.device)) % size
-        queue.index_copy_(0, places, rows.to(queue.dtype))
+        for target, new in written:
+            target.index_copy_(0, places, new.to(target.dtype))
         pointer.add_(len(keys)).remainder_(size)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from torch import Tensor, distributed, nn
 
-from fastuft.loss import ops
+from fastuft.loss import fp8, ops
 from fastuft.loss.portable import normalize_rows
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, fp8.FP8, torch.float64)
 
 
 class KeyQueue(nn.Module):
     """The last ``size`` keys as unit rows, in persistent buffers: a resumed run goes on with the same negatives.
 
-    Starts from random unit rows. Use ``queue.keys`` in the loss first and ``queue.enqueue_(k)`` after it, so that a query
-    never meets its own key as a negative; no copy of the queue is needed.
+    Starts from random unit rows. Give the queue (or ``queue.keys``) to the loss first and call ``queue.enqueue_(k)`` after it,
+    so that a query never meets its own key as a negative; no copy of the queue is needed.
 
     Args:
         size: K, rows kept.
         dim: D, width of a key.
         generator: of the random start.
-        dtype: of the rows. Half precision halves the sweep's traffic; unit rows lose little by it.
+        dtype: of the rows. Half precision halves the sweep's traffic; unit rows lose little by it. torch.float8_e4m3fn
+            halves it again, with a scale for each row (:mod:`fastuft.loss.fp8`); docs/loss.md has the errors.
         device: of the buffers.
         gather_distributed: beside other processes (torch.distributed), whether :meth:`enqueue_` takes the keys of all of
             them, each of which must bring as many (True), or the given ones alone, because the caller has gathered them or
@@ -27,15 +33,17 @@ class KeyQueue(nn.Module):
             before each forward pass (``broadcast_buffers``), so that keys which were not gathered are lost.
 
     Attributes:
-        keys: [K, D] unit rows.
+        keys: [K, D] unit rows; in fp8 their codes, as uint8, which only the queue itself can be given to a loss with.
+        scales: [K] fp32 of an fp8 queue, else None.
         pointer: int64 scalar, the row that the next key is written to.
 
     Raises:
-        ValueError: a size that is not a positive integer, a dtype that is not a floating-point one, or
+        ValueError: a size that is not a positive integer, a dtype that is not allowed, or
             ``gather_distributed=True`` where PyTorch has no torch.distributed.
     """
 
     keys: Tensor
+    scales: Tensor | None
     pointer: Tensor
 
     def __init__(
@@ -57,17 +65,45 @@ class KeyQueue(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is out of range; it must be a positive integer")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype} is not allowed; choose a floating-point one")
-        compute = torch.promote_types(dtype, torch.float32)
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype={dtype} is not allowed; choose one of {', '.join(map(str, _DTYPES))}")
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
         rows = torch.randn(
             size, dim, generator=generator, dtype=compute, device=generator.device if generator else device
         )
-        self.register_buffer("keys", normalize_rows(rows)[0].to(device=device, dtype=dtype))
+        keys, scales = normalize_rows(rows)[0].to(device), None
+        if dtype == fp8.FP8:
+            keys, scales = fp8.encode(keys)
+        else:
+            keys = keys.to(dtype)
+        self.register_buffer("keys", keys)
+        self.register_buffer("scales", scales)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
 
     def extra_repr(self) -> str:
-        return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}"
+        kind = "" if self.scales is None else ", fp8"
+        return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}{kind}"
+
+    def rows(self) -> Tensor:
+        """The unit rows [K, D] as a matrix: ``keys``, or of an fp8 queue a decoded copy in float32."""
+        return self.keys if self.scales is None else fp8.decode(self.keys, self.scales)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Casting a model to half precision leaves the scales of its fp8 queue as they are, beside the codes.
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scales is not None and self.scales is not None:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """As usual, where the saved queue is of the other kind after encoding or decoding its rows."""
+        keys, scales = state_dict.get(f"{prefix}keys"), state_dict.get(f"{prefix}scales")
+        if keys is not None and self.scales is None and scales is not None:
+            state_dict[f"{prefix}keys"] = fp8.decode(keys, state_dict.pop(f"{prefix}scales"))
+        elif keys is not None and self.scales is not None and scales is None and keys.is_floating_point():
+            state_dict[f"{prefix}keys"], state_dict[f"{prefix}scales"] = fp8.encode(keys)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     @torch.no_grad()
     def enqueue_(self, keys: Tensor) -> None:
@@ -88,7 +124,7 @@ class KeyQueue(nn.Module):
             raise ValueError(f"keys is on {keys.device} and the queue on {self.keys.device}; move one of them")
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             keys = self._of_all_processes(keys)
-        ops.enqueue_(self.keys, self.pointer, keys)
+        ops.enqueue_(self.keys, self.scales, self.pointer, keys)
 
     def _of_all_processes(self, keys: Tensor) -> Tensor:
         if self.gather_distributed is None:

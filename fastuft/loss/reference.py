@@ -6,7 +6,8 @@ a = z.k_a / tau, b = z.k_b / tau, S = sum_j exp(z.queue_j / tau):
     Eq. 4:  L_q = -log( e^a / (e^a + S) )
     Eq. 6:  L_m = -( lam log( e^a / (e^a + S) ) + (1 - lam) log( e^b / (e^b + S) ) )
 
-Equations are those of Li et al. 2021, "Unsupervised Finetuning".
+The queue is a matrix of rows: of a :class:`fastuft.KeyQueue`, ``rows()``. Equations are those of Li et al. 2021,
+"Unsupervised Finetuning".
 """
 
 from __future__ import annotations

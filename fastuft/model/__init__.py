@@ -1,7 +1,7 @@
 """Backbones, the MoCo pair of encoders, BatchNorm modes, and checkpoints in and out."""
 
 from fastuft.model.backbone import Backbone, Stem, Traits
-from fastuft.model.batchnorm import SplitBatchNorm2d, has_batchnorm, set_batchnorm_mode
+from fastuft.model.batchnorm import SplitBatchNorm2d, grouped_channels, has_batchnorm, set_batchnorm_mode
 from fastuft.model.checkpoint import (
     Channels,
     InitReport,
@@ -39,6 +39,7 @@ __all__ = [
     "export_backbone",
     "export_state_dict",
     "grouped_batch_norm",
+    "grouped_channels",
     "has_batchnorm",
     "load_backbone",
     "load_init",

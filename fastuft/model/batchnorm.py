@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastuft.kernels.problem import BatchNorm
 from fastuft.model.grouped_batchnorm import grouped_batch_norm
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -47,7 +48,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 "set model.bn_group to a divisor of the batch of one device, or model.bn to plain"
             )
         normalized, means, variances, _ = grouped_batch_norm(
-            x, self.weight, self.bias, residual, self.group, self.eps, relu
+            BatchNorm(x, self.weight, self.bias, residual, self.group, self.eps, relu)
         )
         mean, variance, count = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is not None and variance is not None and count is not None:
@@ -153,6 +154,11 @@ def norm_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tenso
 def has_batchnorm(module: nn.Module) -> bool:
     """Whether any statistics over the batch are taken."""
     return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())
+
+
+def grouped_channels(module: nn.Module) -> tuple[int, ...]:
+    """Channels of the layers whose statistics are taken by group, each number once, ascending."""
+    return tuple(sorted({child.num_features for child in module.modules() if isinstance(child, SplitBatchNorm2d)}))
 
 
 def set_batchnorm_mode(module: Module, mode: str, group: int = 32) -> Module:

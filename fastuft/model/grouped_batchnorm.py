@@ -16,19 +16,14 @@ import torch
 from torch import Tensor, library
 
 from fastuft import fused
+from fastuft.kernels.problem import BatchNorm, BatchNormGradient, schema
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # output, means, variances, scales
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, weight, bias and residual; empty where there is none
 
+library.define("fastuft::grouped_batch_norm", f"({schema(BatchNorm)}) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define(
-    "fastuft::grouped_batch_norm",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, int group, float eps, bool relu) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-library.define(
-    "fastuft::grouped_batch_norm_backward",
-    "(Tensor grad, Tensor x, Tensor? weight, Tensor? out, Tensor means, Tensor scales, "
-    "int group, float eps, bool residual) -> (Tensor, Tensor, Tensor, Tensor)",
+    "fastuft::grouped_batch_norm_backward", f"({schema(BatchNormGradient)}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -45,10 +40,9 @@ def _use_fused(x: Tensor) -> bool:
     return grouped_batchnorm.unsupported(x) is None
 
 
-def portable_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, group: int, eps: float, relu: bool
-) -> Outputs:
+def portable_forward(problem: BatchNorm) -> Outputs:
     """The operator by the backend's own BatchNorm of each group."""
+    x, weight, bias, residual, group, eps, relu = problem
     compute = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (None if value is None else value.to(compute) for value in (weight, bias))
     parts = x.split(group)
@@ -68,18 +62,9 @@ def portable_forward(
     return (out.relu_() if relu else out), means, variances, scales
 
 
-def portable_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    out: Tensor | None,
-    means: Tensor,
-    scales: Tensor,
-    group: int,
-    eps: float,
-    residual: bool,
-) -> Gradients:
+def portable_backward(problem: BatchNormGradient) -> Gradients:
     """The gradient of the operator by the backend's own, group by group."""
+    grad, x, weight, out, means, scales, group, eps, residual = problem
     if out is not None:
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
     weight = None if weight is None else weight.to(means.dtype)
@@ -100,32 +85,22 @@ def portable_backward(
     return grad_x, grad_weight, grad_bias, grad if residual else x.new_empty(0)
 
 
-def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, group: int, eps: float, relu: bool
-) -> Outputs:
-    if _use_fused(x):
+def _forward(*arguments: Any) -> Outputs:
+    problem = BatchNorm(*arguments)
+    if _use_fused(problem.x):
         from fastuft.kernels import grouped_batchnorm
 
-        return grouped_batchnorm.forward(x, weight, bias, residual, group, eps, relu)
-    return portable_forward(x, weight, bias, residual, group, eps, relu)
+        return grouped_batchnorm.forward(problem)
+    return portable_forward(problem)
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    out: Tensor | None,
-    means: Tensor,
-    scales: Tensor,
-    group: int,
-    eps: float,
-    residual: bool,
-) -> Gradients:
-    if _use_fused(x):
-        from fastuft.kernels import grouped_batchnorm
+def _backward(*arguments: Any) -> Gradients:
+    problem = BatchNormGradient(*arguments)
+    if _use_fused(problem.x):
+        from fastuft.kernels import grouped_batchnorm_gradient
 
-        return grouped_batchnorm.backward(grad, x, weight, out, means, scales, group, residual)
-    return portable_backward(grad, x, weight, out, means, scales, group, eps, residual)
+        return grouped_batchnorm_gradient.backward(problem)
+    return portable_backward(problem)
 
 
 library.impl("fastuft::grouped_batch_norm", "default", _forward)
@@ -133,9 +108,8 @@ library.impl("fastuft::grouped_batch_norm_backward", "default", _backward)
 
 
 @library.register_fake("fastuft::grouped_batch_norm")
-def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, group: int, eps: float, relu: bool
-) -> Outputs:
+def _(*arguments: Any) -> Outputs:
+    x, group = BatchNorm(*arguments).x, BatchNorm(*arguments).group
     statistics = (x.shape[0] // group, x.shape[1])
     means, variances, scales = (
         x.new_empty(statistics, dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(3)
@@ -144,41 +118,32 @@ def _(
 
 
 @library.register_fake("fastuft::grouped_batch_norm_backward")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    out: Tensor | None,
-    means: Tensor,
-    scales: Tensor,
-    group: int,
-    eps: float,
-    residual: bool,
-) -> Gradients:
-    grad_weight, grad_bias = (means.new_empty(x.shape[1] if weight is not None else 0) for _ in range(2))
-    return torch.empty_like(x), grad_weight, grad_bias, torch.empty_like(x) if residual else x.new_empty(0)
+def _(*arguments: Any) -> Gradients:
+    problem = BatchNormGradient(*arguments)
+    x, channels = problem.x, problem.x.shape[1] if problem.weight is not None else 0
+    grad_weight, grad_bias = (problem.means.new_empty(channels) for _ in range(2))
+    return torch.empty_like(x), grad_weight, grad_bias, torch.empty_like(x) if problem.residual else x.new_empty(0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    x, weight, _, residual, ctx.group, ctx.eps, relu = inputs
+    problem = BatchNorm(*inputs)
     out, means, variances, scales = output
     ctx.mark_non_differentiable(means, variances, scales)
     ctx.set_materialize_grads(False)
-    ctx.residual = residual is not None
-    ctx.save_for_backward(x, weight, out if relu else None, means, scales)
+    ctx.group, ctx.eps, ctx.residual = problem.group, problem.eps, problem.residual is not None
+    ctx.save_for_backward(problem.x, problem.weight, out if problem.relu else None, means, scales)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * len(BatchNorm._fields)
     if torch.is_grad_enabled():
         raise RuntimeError(
             "BatchNorm over groups is differentiable once; leave create_graph out, or use set_batchnorm_mode(..., 'plain')"
         )
-    x, weight, *_saved = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias, grad_residual = _backward_op(
-        grad, x, weight, *_saved, ctx.group, ctx.eps, ctx.residual
-    )
+    x, weight, out, means, scales = ctx.saved_tensors
+    arguments = BatchNormGradient(grad, x, weight, out, means, scales, ctx.group, ctx.eps, ctx.residual)
+    grad_x, grad_weight, grad_bias, grad_residual = _backward_op(*arguments)
     if weight is None:
         grad_weight = grad_bias = None
     else:
@@ -203,31 +168,14 @@ class _GroupedBatchNorm(torch.autograd.Function):
     backward = staticmethod(_gradients)
 
 
-def grouped_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    group: int,
-    eps: float,
-    relu: bool,
-) -> Outputs:
+def grouped_batch_norm(problem: BatchNorm) -> Outputs:
     """BatchNorm of x [B, C, H, W] with statistics of each ``group`` consecutive images; then + residual, then ReLU.
-
-    Args:
-        x: float activations [B, C, H, W]; B is a multiple of ``group``.
-        weight: [C], or None for 1.
-        bias: [C], or None for 0; both or neither.
-        residual: [B, C, H, W] like x; asks for ``relu`` too.
-        group: images per group.
-        eps: added to the variance.
-        relu: whether negative values become 0.
 
     Returns:
         (output like x; means, unbiased variances and 1 / sqrt(variance + eps) of the groups, each [B / group, C], constants).
     """
-    arguments = (x, weight, bias, residual, group, eps, relu)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual))
+    leaves = (problem.x, problem.weight, problem.residual)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     eager = wanted and not torch.compiler.is_compiling()
     run: Callable[..., Outputs] = _GroupedBatchNorm.apply if eager else _forward_op
-    return run(*arguments)
+    return run(*problem)

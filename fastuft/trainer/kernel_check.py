@@ -12,19 +12,54 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastuft import fused
+from fastuft.device import DTYPES
+from fastuft.kernels.problem import BatchNorm
 from fastuft.loss import KeyQueue, mixed_info_nce
 from fastuft.mix import cutmix_, mixup_, sample_boxes
-from fastuft.model import grouped_batch_norm
+from fastuft.model import grouped_batch_norm, grouped_channels
 from fastuft.trainer.distributed import Ranks
+from fastuft.trainer.learner import Learner
 
 # Largest difference over the largest magnitude: a few units in the last place, and what a sum reorders.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 _GROUP = 4
+
+
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What a run gives its kernels.
+
+    Args:
+        dtype: of activations and embeddings.
+        width: D of the embeddings.
+        queue: dtype of the queue.
+        channels: of the layers with grouped BatchNorm.
+    """
+
+    dtype: torch.dtype
+    width: int
+    queue: torch.dtype
+    channels: Sequence[int] = ()
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name}, fp8 queue" if self.queue == FP8 else name
+
+
+def uses_of(learner: Learner) -> Uses:
+    """What the learner's steps give the kernels."""
+    queue = learner.queue
+    kind = queue.keys.dtype if queue.scales is None else FP8
+    return Uses(DTYPES[learner.precision], queue.keys.shape[1], kind, grouped_channels(learner.moco))
 
 
 @dataclass(frozen=True)
@@ -58,8 +93,9 @@ class Verdict:
         return f"{self.kernel} on {self.chip}: {self.reason}; its portable path runs instead, which is slower"
 
 
-def probes(device: torch.device, dtype: torch.dtype, width: int) -> list[Probe]:
-    """One for each kernel of a step, at the dtype and embedding width of the run."""
+def probes(device: torch.device, uses: Uses) -> list[Probe]:
+    """One for each kernel of a step, at the dtypes and widths of the run; of grouped BatchNorm, one for each width."""
+    dtype, width = uses.dtype, uses.width
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(device)
@@ -69,18 +105,18 @@ def probes(device: torch.device, dtype: torch.dtype, width: int) -> list[Probe]:
     def loss(gradient: bool) -> Sequence[Tensor]:
         generator.manual_seed(0)
         q, k_a, k_b = (draw(48, width).to(dtype) for _ in range(3))
-        queue = torch.nn.functional.normalize(draw(1000, width), dim=1).to(dtype)
+        queue = KeyQueue(1000, width, generator=generator, dtype=uses.queue).to(device)
         lam = torch.rand(48, generator=generator).to(device)
         q.requires_grad_(gradient)
-        value = mixed_info_nce(q, k_a, k_b, lam, queue, reduction="none", unit_queue=True)
+        value = mixed_info_nce(q, k_a, k_b, lam, queue, reduction="none")
         return torch.autograd.grad(value.sum(), q) if gradient else [value]
 
     def enqueue() -> Sequence[Tensor]:
         generator.manual_seed(0)
-        queue = KeyQueue(20, width, generator=generator, dtype=dtype).to(device)
+        queue = KeyQueue(20, width, generator=generator, dtype=uses.queue).to(device)
         for _ in range(2):  # the second wraps
             queue.enqueue_(draw(12, width).to(dtype))
-        return queue.keys, queue.pointer
+        return queue.rows(), queue.pointer
 
     def mixing() -> Sequence[Tensor]:
         generator.manual_seed(0)
@@ -88,12 +124,14 @@ def probes(device: torch.device, dtype: torch.dtype, width: int) -> list[Probe]:
         boxes, lam = sample_boxes(4, 33, 40, generator=generator)
         return cutmix_(images.clone(), boxes.to(device), _GROUP), mixup_(images, lam.to(device), _GROUP)
 
-    def batchnorm() -> Sequence[Tensor]:
+    def batchnorm(channels: int) -> Sequence[Tensor]:
         generator.manual_seed(0)
-        x, residual, upstream = (draw(8, 96, 9, 7).to(dtype=dtype, memory_format=torch.channels_last) for _ in range(3))
-        leaves = [tensor.requires_grad_() for tensor in (x + 1, draw(96), draw(96), residual)]
+        x, residual, upstream = (
+            draw(8, channels, 9, 7).to(dtype=dtype, memory_format=torch.channels_last) for _ in range(3)
+        )
+        leaves = [tensor.requires_grad_() for tensor in (x + 1, draw(channels), draw(channels), residual)]
         x, weight, bias, residual = leaves
-        out, *statistics = grouped_batch_norm(x, weight, bias, residual, _GROUP, 1e-5, relu=True)
+        out, *statistics = grouped_batch_norm(BatchNorm(x, weight, bias, residual, _GROUP, 1e-5, relu=True))
         return out.detach(), *statistics, *torch.autograd.grad(out, leaves, upstream)
 
     return [
@@ -101,7 +139,7 @@ def probes(device: torch.device, dtype: torch.dtype, width: int) -> list[Probe]:
         Probe(fused.GRADIENT, lambda: loss(True)),
         Probe(fused.ENQUEUE, enqueue),
         Probe(fused.MIXING, mixing),
-        Probe(fused.BATCHNORM, batchnorm),
+        *(Probe(fused.BATCHNORM, partial(batchnorm, channels)) for channels in uses.channels),
     ]
 
 
@@ -149,22 +187,23 @@ def check_kernels(
     return [Verdict(kernel, chip, reason) for kernel, reason in common.items()]
 
 
-def check_before_training(ranks: Ranks, dtype: torch.dtype, width: int, say: Callable[[str], None]) -> None:
+def check_before_training(ranks: Ranks, uses: Uses, say: Callable[[str], None]) -> None:
     """Compare the kernels of a run on a GPU, before its first step; one line says which are not used, and why."""
     if ranks.device.type != "cuda":
         return
     chip = torch.cuda.get_device_name(ranks.device)
-    for verdict in check_kernels(probes(ranks.device, dtype, width), dtype, chip, ranks.gather_objects):
+    for verdict in check_kernels(probes(ranks.device, uses), uses.dtype, chip, ranks.gather_objects):
         say(verdict.line())
 
 
 def main(device: torch.device, chip: str) -> None:
     """Print, as JSON, what every kernel is like at the dtypes of training."""
     verdicts = []
-    for dtype in TOLERANCE:
-        for probe in probes(device, dtype, 128):
-            name = f"{probe.kernel} ({str(dtype).removeprefix('torch.')})"
-            verdicts.append(asdict(Verdict(name, chip, compare(probe, TOLERANCE[dtype]))))
+    kinds = [Uses(dtype, 128, dtype, (96,)) for dtype in TOLERANCE] + [Uses(torch.bfloat16, 128, FP8)]
+    for uses in kinds:
+        for probe in probes(device, uses):
+            reason = compare(probe, TOLERANCE[uses.dtype])
+            verdicts.append(asdict(Verdict(f"{probe.kernel} ({uses})", chip, reason)))
     json.dump(verdicts, sys.stdout)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastuft.config import MethodConfig, TrainConfig
-from fastuft.device import DTYPES, autocast, resolve_precision
+from fastuft.device import autocast, queue_dtype, resolve_precision
 from fastuft.loss import KeyQueue
 from fastuft.mix import cutmix_, mixup_, sample_boxes, sample_lambda
 from fastuft.model import (
@@ -265,8 +265,7 @@ def build_learner(
         config.method.queue_size,
         config.model.head_dim,
         generator=torch.Generator().manual_seed(keyed_seed(config.seed, "queue")),
-        # On a GPU the queue is kept in the dtype that its matrix products run in.
-        dtype=DTYPES[precision] if device.type == "cuda" else torch.float32,
+        dtype=queue_dtype(config.method.queue_dtype, precision, device),
         gather_distributed=False,  # keys come from all ranks already, in the order that their shuffle restores
     ).to(device)
     # From here on draws (a timm backbone's dropout) may differ between ranks.

@@ -54,7 +54,7 @@ def restore(learner: Learner, state: dict[str, Any]) -> None:
 
 def ranks_without_finite_weights(learner: Learner) -> list[int]:
     """Ranks whose parameters or queue hold a value that is not finite. The host waits for the device."""
-    tensors = [*learner.moco.parameters(), learner.queue.keys]
+    tensors = [*learner.moco.parameters(), *learner.queue.buffers()]
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all().item()
     return [rank for rank, good in enumerate(learner.ranks.gather_objects(finite)) if not good]
 
@@ -63,9 +63,10 @@ def queues_agree(learner: Learner) -> bool:
     """Whether all ranks hold the same queue, bit by bit, by its checksum. The host waits for the device."""
     if learner.ranks.world_size == 1:
         return True
-    rows = learner.queue.keys.float().cpu().numpy()
-    checksum = hashlib.sha256(rows.tobytes()).hexdigest(), int(learner.queue.pointer)
-    return len(set(learner.ranks.gather_objects(checksum))) == 1
+    checksum = hashlib.sha256()
+    for buffer in learner.queue.buffers():
+        checksum.update(buffer.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return len(set(learner.ranks.gather_objects(checksum.hexdigest()))) == 1
 
 
 def backbone_of(learner: Learner, state: dict[str, Any]) -> Backbone:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fastuft.config import TrainConfig
-from fastuft.device import DTYPES, resolve_precision
+from fastuft.device import DTYPES, queue_dtype, resolve_precision
 from fastuft.trainer.distributed import Ranks
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
@@ -26,8 +26,8 @@ def check_memory(config: TrainConfig, ranks: Ranks) -> None:
     """
     method, data, size = config.method, config.data, config.augment.size
     width = torch.finfo(DTYPES[resolve_precision(config.runtime.precision, ranks.device)]).bits // 8
-    queue_width = width if ranks.device.type == "cuda" else 4
     available = total_memory(ranks.device)
+    queue_width = queue_dtype(method.queue_dtype, config.runtime.precision, ranks.device).itemsize
     _refuse(
         method.queue_size * config.model.head_dim * queue_width,
         available,

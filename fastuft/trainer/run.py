@@ -19,7 +19,7 @@ from fastuft.trainer.distributed import Ranks, StopVote, naming_lost_ranks, star
 from fastuft.trainer.doubts import doubts_about
 from fastuft.trainer.hold import hold
 from fastuft.trainer.judging import Judge, Judgment
-from fastuft.trainer.kernel_check import check_before_training
+from fastuft.trainer.kernel_check import check_before_training, uses_of
 from fastuft.trainer.learner import build_learner
 from fastuft.trainer.learner_state import restore
 from fastuft.trainer.memory import check_memory
@@ -249,7 +249,7 @@ class _Run:
     def _start(self) -> str | None:
         """What comes before the first step, and an evaluation that the run was stopped before."""
         progress, config = self.progress, self.config
-        check_before_training(self.ranks, DTYPES[self.learner.precision], config.model.head_dim, self.recorder.say)
+        check_before_training(self.ranks, uses_of(self.learner), self.recorder.say)
         missed = self.judge is not None and self.judge.missed(progress.global_step)
         if self.ranks.any(missed) and self._look():
             return None if self.judged_enough else self._signal()

@@ -29,7 +29,7 @@ def train_step(learner: Learner, batch: Batch, mark: Callable[[str], None], *, h
         [len(RECORD)] float32 on the device: this rank's figures, before the update.
     """
     method, x_q = learner.method, batch.query  # [b, 3, H, W]
-    tau, negatives = LossOptions(method.temperature, unit_queue=True), learner.queue.keys  # [K, D]
+    tau, negatives = LossOptions(method.temperature), learner.queue  # of K keys
     k_all = learner.encode_keys(batch.key, batch.epoch, batch.step)  # [B, D], constants
     k = learner.own_rows(k_all, len(x_q))  # [b, D], of this rank's images
     mark("keys")

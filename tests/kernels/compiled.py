@@ -24,7 +24,8 @@ class Job:
 
     Args:
         name: sweep, prepare, combine, combine-one-key, lse, scale or enqueue.
-        arch: 80, 90 or 100. precision: of the tiles. queue: element type of the queue in memory.
+        arch: 80, 90 or 100. precision: of the tiles. queue: the queue in memory, where not as
+            it is multiplied: fp32 or fp8.
         width: padded D. tall: the table's entry for many rows. need_mu, unit: as in the kernels.
         descriptors: the variant that reads by the tensor memory accelerator. tail: K is not a whole number of tiles.
     """
@@ -59,6 +60,7 @@ class Compiled:
     matrix: str
     instructions: int
     loop: dict[str, int]
+    ptx: str
 
     @property
     def ctas(self) -> int:
@@ -95,7 +97,7 @@ def config_of(job: Job) -> Launch:
     """The table's entry for a sweep."""
     from fastuft.kernels.launch_table import launch
 
-    return launch(job.arch, job.precision, job.width, job.tall, job.descriptors and not job.queue)
+    return launch(job.arch, job.precision, job.width, job.tall, job.descriptors and not job.queue, job.queue == "fp8")
 
 
 def sweep_constants(job: Job) -> tuple[dict[str, object], dict[str, int]]:
@@ -105,6 +107,7 @@ def sweep_constants(job: Job) -> tuple[dict[str, object], dict[str, int]]:
     config = config_of(job)
     tile = {"bf16": tl.bfloat16, "fp16": tl.float16}.get(job.precision, tl.float32)
     constants = {"DESCRIPTORS": job.descriptors, "UNIT": job.unit, "NEED_MU": job.need_mu, "TAIL": job.tail}
+    constants |= {"FP8": job.queue == "fp8", "NATIVE_FP8": job.arch >= 90, "PDL": job.arch >= 90}
     constants |= {"TILE_DTYPE": tile, "DOT_DTYPE": tile, "PRECISION": "tf32" if job.precision == "tf32" else "ieee"}
     constants |= {"BLOCK_B": config.block_b, "BLOCK_K": config.block_k, "BLOCK_D": job.width}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
@@ -121,13 +124,21 @@ def kernel_of(job: Job):
         constants = {"NORMALIZE": True, "BLOCK_R": queue_sweep.PREPARE_ROWS, "BLOCK_D": job.width}
         return queue_sweep.prepare_kernel, constants, {"num_warps": 4}
     if job.name == "enqueue":
-        return enqueue.enqueue_kernel, {"BLOCK_R": 4, "BLOCK_D": job.width}, {"num_warps": 4}
+        constants = {"FP8": job.queue == "fp8", "BLOCK_R": 4, "BLOCK_D": job.width}
+        return enqueue.enqueue_kernel, constants, {"num_warps": 4}
     if job.name == "scale":
         return queue_combine.scale_kernel, {"BLOCK": queue_combine.SCALE_BLOCK}, {"num_warps": 4}
     has_loss = job.name != "lse"
-    constants = {"UNIT": job.unit, "HAS_LOSS": has_loss, "TWO_KEYS": job.name == "combine", "NORMALIZE": has_loss}
+    constants = {
+        "PDL": job.arch >= 90,
+        "UNIT": job.unit,
+        "HAS_LOSS": has_loss,
+        "TWO_KEYS": job.name == "combine",
+        "NORMALIZE": has_loss,
+    }
     constants |= {"NEED_MU": job.need_mu, "BLOCK_B": 64, "BLOCK_S": queue_combine.COMBINE_SLOTS, "BLOCK_D": job.width}
-    return queue_combine.combine_kernel, constants, {"num_warps": queue_combine.COMBINE_WARPS}
+    options = {"num_warps": queue_combine.COMBINE_WARPS} | ({"launch_pdl": True} if job.arch >= 90 else {})
+    return queue_combine.combine_kernel, constants, options
 
 
 def compile_job(job: Job) -> Compiled:
@@ -138,16 +149,17 @@ def compile_job(job: Job) -> Compiled:
 
     kernel, constants, options = kernel_of(job)
     element = "fp32" if job.precision in ("ieee", "tf32") else job.precision
+    queue = {"": element, "fp8": "u8"}.get(job.queue, job.queue)
     # Pointers and strides as a typical call passes them: aligned, so that 16-byte copies are allowed.
     aligned = {"z_stride", "q_stride", "k_a_stride", "k_b_stride", "queue_stride", "keys_stride", "width"}
     types = {"q_ptr": element, "k_a_ptr": element, "k_b_ptr": element, "keys_ptr": element, "z_ptr": element}
-    types |= {"queue_ptr": job.queue or element, "out_ptr": element, "pointer_ptr": "i64"}
+    types |= {"queue_ptr": queue, "out_ptr": element, "pointer_ptr": "i64"}
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in ("z", "queue"):
-            kind, block = (element, "BLOCK_B") if name == "z" else (job.queue or element, "BLOCK_K")
+            kind, block = (element, "BLOCK_B") if name == "z" else (queue, "BLOCK_K")
             signature[name] = f"tensordesc<{kind}[{constants[block]}, {job.width}]>" if job.descriptors else f"*{kind}"
         elif name.endswith("_ptr"):
             signature[name] = "*" + types.get(name, "fp32")
@@ -172,4 +184,4 @@ def compile_job(job: Job) -> Compiled:
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     warnings = tuple(sorted(set(re.findall(r"C75\d\d", notes))))
     shared, warps = compiled.metadata.shared, options["num_warps"]
-    return Compiled(registers, stack, shared, warps, job.arch, warnings, *read_loop(sass))
+    return Compiled(registers, stack, shared, warps, job.arch, warnings, *read_loop(sass), compiled.asm["ptx"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from error_bound import GRADIENT, VALUE, assert_as_good
 
+from fastuft.kernels.problem import BatchNorm, BatchNormGradient
 from fastuft.model.grouped_batchnorm import grouped_batch_norm, portable_backward, portable_forward
 
 pytestmark = pytest.mark.gpu
@@ -30,15 +31,18 @@ def make(images, channels, side, dtype):
 def test_values_and_gradients_against_float64(size, dtype):
     tensors = make(*size, dtype)
     leaves = [t.clone().requires_grad_() for t in tensors[:4]]
-    out, means, variances, scales = grouped_batch_norm(*leaves, 32, EPS, True)
+    out, means, variances, scales = grouped_batch_norm(BatchNorm(*leaves, 32, EPS, True))
     found = torch.autograd.grad(out, leaves, tensors[4])
     wide = [t.double() for t in tensors]
-    exact, pytorch = portable_forward(*wide[:4], 32, EPS, True), portable_forward(*tensors[:4], 32, EPS, True)
+    exact, pytorch = (
+        portable_forward(BatchNorm(*wide[:4], 32, EPS, True)),
+        portable_forward(BatchNorm(*tensors[:4], 32, EPS, True)),
+    )
     for ours, truth, theirs in zip((out, means, variances, scales), exact, pytorch, strict=True):
         assert_as_good(ours, truth, theirs, VALUE)
     out = out.detach()
-    truth = portable_backward(wide[4], *wide[:2], out.double(), exact[1], exact[3], 32, EPS, True)
-    theirs = portable_backward(tensors[4], *tensors[:2], out, pytorch[1], pytorch[3], 32, EPS, True)
+    truth = portable_backward(BatchNormGradient(wide[4], *wide[:2], out.double(), exact[1], exact[3], 32, EPS, True))
+    theirs = portable_backward(BatchNormGradient(tensors[4], *tensors[:2], out, pytorch[1], pytorch[3], 32, EPS, True))
     for a, b, c in zip(found, truth, theirs, strict=True):
         assert_as_good(a, b, c, GRADIENT)
 
@@ -48,9 +52,9 @@ def test_the_kernels_are_what_runs():
 
     tensors = make(64, 64, 14, torch.bfloat16)
     leaves = [t.clone().requires_grad_() for t in tensors[:4]]
-    grouped_batch_norm(*leaves, 32, EPS, True)[0].backward(tensors[4])
+    grouped_batch_norm(BatchNorm(*leaves, 32, EPS, True))[0].backward(tensors[4])
     with profile(activities=[ProfilerActivity.CUDA]) as run:
-        grouped_batch_norm(*leaves, 32, EPS, True)[0].backward(tensors[4])
+        grouped_batch_norm(BatchNorm(*leaves, 32, EPS, True))[0].backward(tensors[4])
         torch.cuda.synchronize()
     launched = {event.key for event in run.key_averages()}
     assert {"statistics_kernel", "normalize_kernel", "gradient_sums_kernel", "gradient_kernel"} <= launched

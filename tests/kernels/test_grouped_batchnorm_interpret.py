@@ -8,6 +8,7 @@ import pytest
 import torch
 from error_bound import GRADIENT, VALUE, assert_as_good
 
+from fastuft.kernels.problem import BatchNorm, BatchNormGradient
 from fastuft.model.grouped_batchnorm import portable_backward, portable_forward
 
 pytestmark = [
@@ -45,23 +46,27 @@ def make(size, dtype, offset=0.0):
 
 
 def check(size, x, weight, bias, residual, upstream, relu):
-    from fastuft.kernels import grouped_batchnorm
+    from fastuft.kernels import grouped_batchnorm, grouped_batchnorm_gradient
 
     group, wanted = size[-1], residual is not None
-    found = grouped_batchnorm.forward(x, weight, bias, residual, group, EPS, relu)
+    found = grouped_batchnorm.forward(BatchNorm(x, weight, bias, residual, group, EPS, relu))
     wide = [None if t is None else t.double() for t in (x, weight, bias, residual)]
-    exact = portable_forward(*wide, group, EPS, relu)
-    pytorch = portable_forward(x, weight, bias, residual, group, EPS, relu)
+    exact = portable_forward(BatchNorm(*wide, group, EPS, relu))
+    pytorch = portable_forward(BatchNorm(x, weight, bias, residual, group, EPS, relu))
     for ours, truth, theirs in zip(found, exact, pytorch, strict=True):
         assert ours.shape == truth.shape
         assert_as_good(ours, truth, theirs, VALUE)
     out = found[0] if relu else None  # the same elements are 0 for all three
     means, scales = pytorch[1], pytorch[3]
-    ours = grouped_batchnorm.backward(upstream, x, weight, out, found[1], found[3], group, wanted)
-    truth = portable_backward(
-        upstream.double(), *wide[:2], None if out is None else out.double(), exact[1], exact[3], group, EPS, wanted
+    ours = grouped_batchnorm_gradient.backward(
+        BatchNormGradient(upstream, x, weight, out, found[1], found[3], group, EPS, wanted)
     )
-    theirs = portable_backward(upstream, x, weight, out, means, scales, group, EPS, wanted)
+    truth = portable_backward(
+        BatchNormGradient(
+            upstream.double(), *wide[:2], None if out is None else out.double(), exact[1], exact[3], group, EPS, wanted
+        )
+    )
+    theirs = portable_backward(BatchNormGradient(upstream, x, weight, out, means, scales, group, EPS, wanted))
     for a, b, c in zip(ours, truth, theirs, strict=True):
         assert a.shape == b.shape
         assert_as_good(a, b, c, GRADIENT)
@@ -81,17 +86,19 @@ def test_any_number_of_tiles_and_channels(size):
 
 def test_bfloat16_is_read_and_written():
     """Up to one unit in the last place: the interpreter truncates where a GPU rounds."""
-    from fastuft.kernels import grouped_batchnorm
+    from fastuft.kernels import grouped_batchnorm, grouped_batchnorm_gradient
 
     x, weight, bias, residual, upstream = make(SIZES[0], torch.bfloat16)
-    out, means, variances, scales = grouped_batchnorm.forward(x, weight, bias, residual, 4, EPS, True)
+    out, means, variances, scales = grouped_batchnorm.forward(BatchNorm(x, weight, bias, residual, 4, EPS, True))
     wide = [t.double() for t in (x, weight, bias, residual)]
-    exact = portable_forward(*wide, 4, EPS, True)
+    exact = portable_forward(BatchNorm(*wide, 4, EPS, True))
     torch.testing.assert_close(out.double(), exact[0], rtol=2**-7, atol=1e-5)
     for ours, truth in zip((means, variances, scales), exact[1:], strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5)
-    ours = grouped_batchnorm.backward(upstream, x, weight, out, means, scales, 4, True)
-    truth = portable_backward(upstream.double(), *wide[:2], out.double(), exact[1], exact[3], 4, EPS, True)
+    ours = grouped_batchnorm_gradient.backward(BatchNormGradient(upstream, x, weight, out, means, scales, 4, EPS, True))
+    truth = portable_backward(
+        BatchNormGradient(upstream.double(), *wide[:2], out.double(), exact[1], exact[3], 4, EPS, True)
+    )
     for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2**-7, atol=1e-4)
 
@@ -112,20 +119,22 @@ def test_a_nan_stays_in_its_group_and_channel():
 
     x, weight, bias, _, _ = make(SIZES[0], torch.float32)
     x[1, 3, 0, 0] = torch.nan
-    out = grouped_batchnorm.forward(x, weight, bias, None, 4, EPS, True)[0]
+    out = grouped_batchnorm.forward(BatchNorm(x, weight, bias, None, 4, EPS, True))[0]
     assert out[:4, 3].isnan().all()
     out[:4, 3] = 0
     assert out.isfinite().all()
 
 
 def test_gradients_arrive_in_any_layout():
-    from fastuft.kernels import grouped_batchnorm
+    from fastuft.kernels import grouped_batchnorm, grouped_batchnorm_gradient
 
     x, weight, bias, _, _ = make(SIZES[0], torch.float32)
-    out, means, _, scales = grouped_batchnorm.forward(x, weight, bias, None, 4, EPS, True)
+    out, means, _, scales = grouped_batchnorm.forward(BatchNorm(x, weight, bias, None, 4, EPS, True))
     pooled = torch.randn(x.shape[:2])[:, :, None, None].expand_as(x)  # as global average pooling hands it back
-    first = grouped_batchnorm.backward(pooled, x, weight, out, means, scales, 4, False)
-    second = grouped_batchnorm.backward(pooled.contiguous(), x, weight, out, means, scales, 4, False)
+    first = grouped_batchnorm_gradient.backward(BatchNormGradient(pooled, x, weight, out, means, scales, 4, EPS, False))
+    second = grouped_batchnorm_gradient.backward(
+        BatchNormGradient(pooled.contiguous(), x, weight, out, means, scales, 4, EPS, False)
+    )
     assert all(map(torch.equal, first, second))
 
 
@@ -133,5 +142,5 @@ def test_reruns_are_bitwise_equal():
     from fastuft.kernels import grouped_batchnorm
 
     x, weight, bias, residual, _ = make(SIZES[1], torch.float16)
-    first, second = (grouped_batchnorm.forward(x, weight, bias, residual, 2, EPS, True) for _ in range(2))
+    first, second = (grouped_batchnorm.forward(BatchNorm(x, weight, bias, residual, 2, EPS, True)) for _ in range(2))
     assert all(map(torch.equal, first, second))

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fastuft.kernels.grouped_batchnorm import BLOCK_ROWS, MAX_SPLITS, plan_positions
+from fastuft.kernels.channel_tiles import BLOCK_ROWS, MAX_SPLITS, plan_positions
 
 LAYERS = [(64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)]  # ResNet-50
 

@@ -54,13 +54,13 @@ def make(batch, keys, width, dtype, *, queue_dtype=None, seed=0):
 def run(q, k_a, k_b, lam, queue, temperature=0.2, normalize=True, need_grad=True, **changes):
     """(loss [B], gradient [B, D], alignment [B]) of the kernels."""
     problem = Problem(
-        q, k_a, k_b, lam, queue, temperature, normalize, False, "auto", "none", need_grad, "triton"
+        q, k_a, k_b, lam, queue, None, temperature, normalize, False, "auto", "none", need_grad, "triton"
     )._replace(**changes)
     return sweep().mixed_info_nce(problem)
 
 
 def run_lse(z, queue, need_mu=True):
-    return sweep().queue_lse(LseProblem(z, queue, 0.2, "auto", need_mu, "triton"))
+    return sweep().queue_lse(LseProblem(z, queue, None, 0.2, "auto", need_mu, "triton"))
 
 
 TILES = {"ieee": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -183,7 +183,7 @@ def test_unit_rows_at_any_temperature(temperature, precision):
 
 
 def test_where_the_maximum_is_needed():
-    problem = Problem(*make(2, 3, 16, torch.float32), 0.05, True, True, "auto", "none", True, "triton")
+    problem = Problem(*make(2, 3, 16, torch.float32), None, 0.05, True, True, "auto", "none", True, "triton")
     is_unit = sweep().is_unit
     assert is_unit(problem, "ieee") and is_unit(problem, "bf16") and not is_unit(problem, "fp16")
     for change in ({"temperature": 0.049}, {"normalize": False}, {"unit_queue": False}):
@@ -319,6 +319,6 @@ def test_enqueue_wraps_and_normalizes(batch, size, dtype):
     for _ in range(2):
         new = torch.randn(batch, 24)
         expected.enqueue_(new)
-        enqueue.enqueue_(keys, pointer, new)
+        enqueue.enqueue_(keys, None, pointer, new)
     torch.testing.assert_close(keys, expected.keys)
     assert pointer == expected.pointer

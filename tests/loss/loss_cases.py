@@ -23,6 +23,7 @@ PLACES = [
 ]
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float32, *HALVES]
+FP8 = torch.float8_e4m3fn
 TILES = {"ieee": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

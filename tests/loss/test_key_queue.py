@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import DTYPES, name_of
+from loss_cases import DTYPES, FP8, name_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -80,8 +80,12 @@ def test_wrong_sizes_and_keys_are_refused():
     for size, dim, message in ((0, 4, "size=0"), (-1, 4, "size=-1"), (4, 0, "dim=0"), (4.0, 4, "size=4.0")):
         with pytest.raises(ValueError, match=f"{message} is out of range; it must be a positive integer"):
             fastuft.KeyQueue(size, dim)
-    with pytest.raises(ValueError, match=r"dtype=torch.int64 is not allowed"):
+    with pytest.raises(
+        ValueError, match=r"dtype=torch.int64 is not allowed; choose one of torch.float32, .*float8_e4m3fn"
+    ):
         fastuft.KeyQueue(4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"dtype=torch.float8_e5m2 is not allowed"):
+        fastuft.KeyQueue(4, 4, dtype=torch.float8_e5m2)
     queue = fastuft.KeyQueue(8, 4)
     with pytest.raises(ValueError, match=r"keys has shape \(3, 5\); it must be \[B, 4\]"):
         queue.enqueue_(torch.randn(3, 5))
@@ -113,15 +117,15 @@ def test_state_dict_round_trip(device, tmp_path):
 class Learner(nn.Module):
     """A module as a training framework would checkpoint it: encoder, loss and queue."""
 
-    def __init__(self):
+    def __init__(self, dtype=torch.float32):
         super().__init__()
         self.encoder = nn.Linear(12, 8)
-        self.queue = fastuft.KeyQueue(32, 8, gather_distributed=True)
+        self.queue = fastuft.KeyQueue(32, 8, dtype=dtype, gather_distributed=True)
         self.loss = fastuft.InfoNCELoss()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         keys = self.encoder(x.flip(0)).detach()
-        loss = self.loss(self.encoder(x), keys, self.queue.keys)
+        loss = self.loss(self.encoder(x), keys, self.queue)
         self.queue.enqueue_(keys)
         return loss
 
@@ -172,14 +176,14 @@ def own_keys(rank: int) -> torch.Tensor:
     return queue.keys
 
 
-def run_rank(rank: int, port: int, folder: str) -> None:
+def run_rank(rank: int, port: int, folder: str, dtype: torch.dtype) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     from fastuft.loss.lightly import NTXentLoss
 
     torch.manual_seed(rank)  # the ranks start with different queues; DDP gives both the first one's
-    model = nn.parallel.DistributedDataParallel(Learner())
+    model = nn.parallel.DistributedDataParallel(Learner(dtype))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):
         x = torch.randn(4, 12, generator=torch.Generator().manual_seed(10 * step + rank))
@@ -203,13 +207,15 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_distributed_data_parallel(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, FP8], ids=name_of)
+def test_distributed_data_parallel(dtype, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(run_rank, (port, str(tmp_path), dtype), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert torch.equal(first["queue"]["keys"], second["queue"]["keys"]) and first["queue"]["pointer"] == 24
+    assert first["queue"].keys() == second["queue"].keys() and first["queue"]["pointer"] == 24
+    assert all(torch.equal(value, second["queue"][name]) for name, value in first["queue"].items())
     for rank, state in enumerate((first, second)):
         assert "of which there are 2: build the KeyQueue with gather_distributed=True" in state["silent"]
         assert torch.equal(state["own"], F.one_hot(torch.full((4,), rank), 8).float())

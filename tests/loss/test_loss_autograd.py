@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from error_bound import relative_error
-from loss_cases import PLACES, Case, name_of
+from loss_cases import FP8, PLACES, Case, name_of
 from torch import library, nn
 
 import fastuft
@@ -55,7 +55,7 @@ def test_any_upstream_gradient(place):
 def problem(case: Case, q: torch.Tensor, **changes) -> Problem:
     """The operator's arguments for a case."""
     tensors = (q, case.k_a, case.k_b, case.lam, case.queue)
-    return Problem(*tensors, 0.2, True, False, "auto", "mean", True, "auto")._replace(**changes)
+    return Problem(*tensors, None, 0.2, True, False, "auto", "mean", True, "auto")._replace(**changes)
 
 
 def outputs(q: torch.Tensor, case: Case, impl: str) -> dict[str, torch.Tensor]:
@@ -205,12 +205,23 @@ def test_opcheck_of_the_loss(weights, normalize, need_grad, reduction, dtype, pl
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_opcheck_with_an_fp8_queue(place):
+    device, impl = place
+    case, queue = Case.random(6, 40, 16, device=device), fastuft.KeyQueue(40, 16, device=device, dtype=FP8)
+    q = case.q.requires_grad_()
+    arguments = problem(case, q, queue=queue.keys, queue_scales=queue.scales, impl=impl)
+    library.opcheck(torch.ops.fastuft.mixed_info_nce.default, arguments)
+    primitive = LseProblem(q, queue.keys, queue.scales, 0.2, "auto", True, impl)
+    library.opcheck(torch.ops.fastuft.queue_lse.default, primitive)
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("keys", [0, 40])
 @pytest.mark.parametrize("need_mu", [True, False])
 def test_opcheck_of_the_primitive(need_mu, keys, place):
     device, impl = place
     case = Case.random(6, keys, 16, device=device)
-    arguments = LseProblem(case.q.requires_grad_(need_mu), case.queue, 0.2, "auto", need_mu, impl)
+    arguments = LseProblem(case.q.requires_grad_(need_mu), case.queue, None, 0.2, "auto", need_mu, impl)
     library.opcheck(torch.ops.fastuft.queue_lse.default, arguments)
 
 
@@ -226,23 +237,25 @@ def test_opcheck_of_the_backward(upstream, place):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("batch", [0, 3, 12])
-def test_opcheck_of_the_enqueue(batch, place):
+@pytest.mark.parametrize("dtype", [torch.float32, FP8], ids=name_of)
+def test_opcheck_of_the_enqueue(dtype, batch, place):
     device, _ = place
-    queue = fastuft.KeyQueue(8, 16, device=device)
-    arguments = (queue.keys, queue.pointer, torch.randn(batch, 16, device=device))
+    queue = fastuft.KeyQueue(8, 16, device=device, dtype=dtype)
+    arguments = (queue.keys, queue.scales, queue.pointer, torch.randn(batch, 16, device=device))
     library.opcheck(torch.ops.fastuft.enqueue_.default, arguments)
 
 
-def compiled_agrees(device: str, impl: str, backend: str) -> None:
+def compiled_agrees(device: str, impl: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
     case = Case.random(9, 70, 16, device=device)
-    queue = fastuft.KeyQueue(70, 16, device=device)
-    eager_queue = fastuft.KeyQueue(70, 16, device=device)
+    queue = fastuft.KeyQueue(70, 16, device=device, dtype=dtype)
+    eager_queue = fastuft.KeyQueue(70, 16, device=device, dtype=dtype)
     eager_queue.load_state_dict(queue.state_dict())
 
     def step(q, k_a, k_b, lam, queue):
-        loss, alignment, distribution = mixed_info_nce_with_terms(q, k_a, k_b, lam, queue.keys, LossOptions(impl=impl))
-        loss = loss + fastuft.info_nce(q, k_a, queue.keys, impl=impl)
-        loss = loss + fastuft.queue_lse(q, queue.keys, impl=impl)[0].sum()
+        keys = queue if dtype == FP8 else queue.keys
+        loss, alignment, distribution = mixed_info_nce_with_terms(q, k_a, k_b, lam, keys, LossOptions(impl=impl))
+        loss = loss + fastuft.info_nce(q, k_a, queue, impl=impl)
+        loss = loss + fastuft.queue_lse(q, keys, impl=impl)[0].sum()
         queue.enqueue_(k_a)
         return loss, alignment + distribution
 
@@ -254,7 +267,7 @@ def compiled_agrees(device: str, impl: str, backend: str) -> None:
             q = case.q.detach().requires_grad_()
             loss, terms = function(q, case.k_a, case.k_b, lam, which)
             loss.backward()
-            results.append((loss, terms, q.grad, which.keys, which.pointer))
+            results.append((loss, terms, q.grad, which.rows(), which.pointer))
         for eager, found in zip(*results, strict=True):
             torch.testing.assert_close(found, eager)
     with torch.no_grad():
@@ -266,6 +279,11 @@ def compiled_agrees(device: str, impl: str, backend: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_compile_fullgraph(place):
     compiled_agrees(*place, "aot_eager")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_compile_fullgraph_with_an_fp8_queue(place):
+    compiled_agrees(*place, "aot_eager", FP8)
 
 
 @pytest.mark.slow

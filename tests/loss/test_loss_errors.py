@@ -11,6 +11,7 @@ import fastuft
 from fastuft.loss import mixed_info_nce_with_terms, ops
 
 CASE = Case.random(4, 10, 16)
+FP8_QUEUE = fastuft.KeyQueue(10, 16, dtype=torch.float8_e4m3fn)
 
 
 def mixed(**changes):
@@ -33,6 +34,13 @@ def mixed(**changes):
         ({"queue": torch.randn(9, 16, requires_grad=True)}, r"queue requires grad.*queue.detach\(\)"),
         ({"queue": torch.randn(9, 17)}, "queue has width 17; it must be the query's, 16"),
         ({"queue": torch.randn(9)}, r"queue has shape \(9,\); it must be a matrix"),
+        ({"queue": fastuft.KeyQueue(9, 17)}, "queue has width 17; it must be the query's, 16"),
+        ({"queue": FP8_QUEUE.keys}, r"queue has dtype torch.uint8, .*; pass the KeyQueue itself, not its keys"),
+        ({"queue": FP8_QUEUE.keys.view(torch.float8_e4m3fn)}, "queue has dtype torch.float8_e4m3fn.*KeyQueue itself"),
+        (
+            {"queue": FP8_QUEUE, "precision": "ieee"},
+            "precision='ieee' is not allowed with an fp8 queue.*'auto' or 'bf16'",
+        ),
         ({"temperature": 0.0}, "temperature=0.0 is out of range; it must be a positive number"),
         ({"temperature": -1}, "temperature=-1 is out of range"),
         ({"temperature": float("nan")}, "temperature=nan is out of range"),

@@ -45,13 +45,15 @@ def chosen(monkeypatch):
         (torch.float16, torch.float32, "fp16"),
         (torch.float16, torch.float16, "fp16"),
         (torch.float16, torch.bfloat16, "bf16"),
+        (torch.float32, torch.float8_e4m3fn, "bf16"),
+        (torch.float16, torch.float8_e4m3fn, "fp16"),
     ],
     ids=str,
 )
 def test_half_precision_of_either_side_decides(query, queue, expected, chosen):
-    case = Case.random(4, 10, 16, query, queue_dtype=queue)
-    fastuft.info_nce(case.q, case.k_a, case.queue)
-    fastuft.queue_lse(case.q, case.queue)
+    case, keys = Case.random(4, 10, 16, query), fastuft.KeyQueue(10, 16, dtype=queue)
+    fastuft.info_nce(case.q, case.k_a, keys)
+    fastuft.queue_lse(case.q, keys)
     for precision in ("ieee", "tf32", "bf16"):
         fastuft.info_nce(case.q, case.k_a, case.queue, precision=precision)
     assert chosen == [expected, expected, "ieee", "tf32", "bf16"]

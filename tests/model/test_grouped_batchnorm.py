@@ -7,6 +7,7 @@ import torch
 from torch import library, nn
 from torch.nn import functional as F
 
+from fastuft.kernels.problem import BatchNorm
 from fastuft.model import Encoder, ResNet, set_batchnorm_mode
 from fastuft.model.batchnorm import norm_relu, one_statistics_update
 from fastuft.model.grouped_batchnorm import grouped_batch_norm
@@ -45,7 +46,7 @@ def test_on_a_cpu_it_is_bit_for_bit_one_batchnorm_per_group(dtype, form, group):
     x, weight, bias, residual, upstream = inputs
     residual, relu = residual if form == "residual" else None, form != "plain"
     leaves = [t for t in (x, weight, bias, residual) if t is not None]
-    out, means, variances, scales = grouped_batch_norm(x, weight, bias, residual, group, EPS, relu)
+    out, means, variances, scales = grouped_batch_norm(BatchNorm(x, weight, bias, residual, group, EPS, relu))
     expected = by_group(x, weight, bias, residual, group, relu)
     assert torch.equal(out, expected)
     assert out.stride() == x.stride()
@@ -60,7 +61,7 @@ def test_on_a_cpu_it_is_bit_for_bit_one_batchnorm_per_group(dtype, form, group):
 
 def test_without_affine_parameters():
     x, _, _, _, upstream = make(affine=False)
-    out = grouped_batch_norm(x, None, None, None, 3, EPS, False)[0]
+    out = grouped_batch_norm(BatchNorm(x, None, None, None, 3, EPS, False))[0]
     expected = by_group(x, None, None, None, 3, False)
     assert torch.equal(out, expected)
     assert torch.equal(*(torch.autograd.grad(y, x, upstream)[0] for y in (out, expected)))
@@ -69,7 +70,7 @@ def test_without_affine_parameters():
 def test_gradients_against_finite_differences():
     x, weight, bias, residual, _ = make(torch.float64)
     assert torch.autograd.gradcheck(
-        lambda *tensors: grouped_batch_norm(*tensors, 3, EPS, True)[0], (x, weight, bias, residual)
+        lambda *tensors: grouped_batch_norm(BatchNorm(*tensors, 3, EPS, True))[0], (x, weight, bias, residual)
     )
 
 
@@ -81,7 +82,7 @@ def test_operators_are_what_torch_expects(affine, relu):
         torch.ops.fastuft.grouped_batch_norm.default, (x, weight, bias, residual if relu else None, 3, EPS, relu)
     )
     with torch.no_grad():
-        out, means, _, scales = grouped_batch_norm(x, weight, bias, residual if relu else None, 3, EPS, relu)
+        out, means, _, scales = grouped_batch_norm(BatchNorm(x, weight, bias, residual if relu else None, 3, EPS, relu))
         plain = [None if t is None else t.detach() for t in (x, weight)]
         library.opcheck(
             torch.ops.fastuft.grouped_batch_norm_backward.default,
@@ -91,7 +92,7 @@ def test_operators_are_what_torch_expects(affine, relu):
 
 def test_gradients_of_gradients_are_refused():
     x, weight, bias, _, upstream = make()
-    out = grouped_batch_norm(x, weight, bias, None, 3, EPS, True)[0]
+    out = grouped_batch_norm(BatchNorm(x, weight, bias, None, 3, EPS, True))[0]
     with pytest.raises(RuntimeError, match="differentiable once; leave create_graph out"):
         torch.autograd.grad(out, x, upstream, create_graph=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ from fastuft.loss import ops, portable
 from fastuft.model import grouped_batchnorm
 from fastuft.trainer import kernel_check
 from fastuft.trainer.distributed import Ranks
-from fastuft.trainer.kernel_check import TOLERANCE, Probe, check_before_training, check_kernels, compare, probes
+from fastuft.trainer.kernel_check import (
+    FP8,
+    TOLERANCE,
+    Probe,
+    Uses,
+    check_before_training,
+    check_kernels,
+    compare,
+    probes,
+)
 
 CPU = torch.device("cpu")
 
@@ -26,7 +36,7 @@ def _refusals_end_with_the_test():
 
 
 def probe_of(kernel, dtype=torch.float32):
-    return next(probe for probe in probes(CPU, dtype, 32) if probe.kernel == kernel)
+    return next(probe for probe in probes(CPU, Uses(dtype, 32, dtype, (24,))) if probe.kernel == kernel)
 
 
 def alone(own):
@@ -73,10 +83,11 @@ def test_what_one_process_finds_counts_for_all():
     assert fused.refusal("stand-in") == "it differs"
 
 
+@pytest.mark.parametrize("queue", ["same", "fp8"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_every_kernel_of_a_step_has_a_probe(dtype):
-    candidates = probes(CPU, dtype, 32)
-    kernels = [fused.LOSS, fused.GRADIENT, fused.ENQUEUE, fused.MIXING, fused.BATCHNORM]
+def test_every_kernel_of_a_step_has_a_probe(dtype, queue):
+    candidates = probes(CPU, Uses(dtype, 32, FP8 if queue == "fp8" else dtype, (3, 24)))
+    kernels = [fused.LOSS, fused.GRADIENT, fused.ENQUEUE, fused.MIXING, fused.BATCHNORM, fused.BATCHNORM]
     assert [probe.kernel for probe in candidates] == kernels
     for probe in candidates:
         first, second = probe.run(), probe.run()
@@ -86,28 +97,20 @@ def test_every_kernel_of_a_step_has_a_probe(dtype):
 
 
 def test_a_wrong_batchnorm_gives_way_to_the_portable_path(monkeypatch):
-    def wrong(*arguments):
-        out, *rest = grouped_batchnorm.portable_forward(*arguments)
+    def wrong(problem):
+        out, *rest = grouped_batchnorm.portable_forward(problem)
         return out + 0.05, *rest
 
     monkeypatch.setattr(grouped_batchnorm, "_use_fused", lambda x: fused.refusal(fused.BATCHNORM) is None)
-    monkeypatch.setitem(sys.modules, "fastuft.kernels.grouped_batchnorm", _Kernels(forward=wrong))
+    kernels = SimpleNamespace(unsupported=lambda x: None, forward=wrong, backward=grouped_batchnorm.portable_backward)
+    for module in ("grouped_batchnorm", "grouped_batchnorm_gradient"):
+        monkeypatch.setitem(sys.modules, f"fastuft.kernels.{module}", kernels)
     probe = probe_of(fused.BATCHNORM)
     (verdict,) = check_kernels([probe], torch.float32, "Chip X", alone)
     assert verdict.kernel == "grouped BatchNorm"
     after = probe.run()[0]
     monkeypatch.undo()
     assert torch.equal(after, probe.run()[0])
-
-
-class _Kernels:
-    """A kernel module with some functions replaced; the others are the portable ones."""
-
-    def __init__(self, **functions):
-        self.__dict__.update(functions)
-
-    def backward(self, grad, x, weight, out, means, scales, group, residual):
-        return grouped_batchnorm.portable_backward(grad, x, weight, out, means, scales, group, 1e-5, residual)
 
 
 def test_a_wrong_loss_gives_way_to_the_portable_path(monkeypatch):
@@ -136,14 +139,14 @@ def test_a_refused_loss_kernel_is_not_run_when_it_is_asked_for_by_name():
 
 def test_a_run_on_a_cpu_compares_nothing(monkeypatch):
     monkeypatch.setattr(kernel_check, "check_kernels", failing)
-    check_before_training(Ranks(0, 1, CPU), torch.float32, 32, print)
+    check_before_training(Ranks(0, 1, CPU), Uses(torch.float32, 32, torch.float32), print)
 
 
 def test_a_run_on_a_gpu_says_what_it_does_without(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Chip X")
     monkeypatch.setattr(kernel_check, "probes", lambda *_: [kernel_that_is_wrong(failing)])
     lines = []
-    check_before_training(Ranks(0, 1, torch.device("cuda")), torch.bfloat16, 32, lines.append)
+    check_before_training(Ranks(0, 1, torch.device("cuda")), Uses(torch.bfloat16, 32, FP8), lines.append)
     assert len(lines) == 1 and "its portable path runs instead, which is slower" in lines[0]
 
 
@@ -177,8 +180,9 @@ def test_what_the_child_process_prints_is_what_doctor_reads():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True], ids=["same queue", "fp8 queue"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_every_kernel_is_right_on_this_chip(dtype):
-    device = torch.device("cuda", 0)
-    found = {probe.kernel: compare(probe, TOLERANCE[dtype]) for probe in probes(device, dtype, 128)}
-    assert not any(found.values()), found
+def test_every_kernel_is_right_on_this_chip(dtype, fp8):
+    uses = Uses(dtype, 128, FP8 if fp8 else dtype, (24, 64, 96, 2048))
+    found = [(probe.kernel, compare(probe, TOLERANCE[dtype])) for probe in probes(torch.device("cuda", 0), uses)]
+    assert not any(reason for _, reason in found), found

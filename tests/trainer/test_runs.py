@@ -113,8 +113,19 @@ def assert_parts_equal(whole, stops, tiny, tmp_path, changes):
         {"runtime": {"precision": "fp16"}},
         {"optim": {"optimizer": "adamw", "lr": 1e-3, "decay_norms": False, "layer_decay": 0.8, "clip_grad": 1.0}},
         {"optim": {"optimizer": "adamw", "lr": 1e-3}, "runtime": {"precision": "fp16", "checkpoint_activations": True}},
+        {"method": {"queue_dtype": "fp8"}},
     ],
-    ids=["default", "plain", "mixup-only", "balanced-dali", "bf16", "fp16", "adamw-layers", "adamw-fp16-recomputed"],
+    ids=[
+        "default",
+        "plain",
+        "mixup-only",
+        "balanced-dali",
+        "bf16",
+        "fp16",
+        "adamw-layers",
+        "adamw-fp16-recomputed",
+        "fp8-queue",
+    ],
 )
 def test_a_stopped_run_goes_on_bit_exactly(tiny, tmp_path, changes):
     if changes.get("data", {}).get("loader") == "dali":
