@@ -13,7 +13,7 @@ from fastuft.model.checkpoint import (
     open_backbone,
     traits_from,
 )
-from fastuft.model.grouped_batchnorm import grouped_batch_norm
+from fastuft.model.grouped_batchnorm import BatchNorm, grouped_batch_norm
 from fastuft.model.moco import Encoder, MoCo, ProjectionHead
 from fastuft.model.networks import ARCHS, build_backbone
 from fastuft.model.resnet import ResNet
@@ -23,6 +23,7 @@ from fastuft.model.timm_network import TimmBackbone
 __all__ = [
     "ARCHS",
     "Backbone",
+    "BatchNorm",
     "Channels",
     "Encoder",
     "InitReport",

@@ -18,6 +18,8 @@ from torch import Tensor, library
 from fastuft import fused
 from fastuft.kernels.problem import BatchNorm, BatchNormGradient, schema
 
+__all__ = ["BatchNorm", "grouped_batch_norm", "portable_backward", "portable_forward"]
+
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # output, means, variances, scales
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, weight, bias and residual; empty where there is none
 

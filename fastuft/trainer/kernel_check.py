@@ -19,10 +19,9 @@ from torch import Tensor
 
 from fastuft import fused
 from fastuft.device import DTYPES
-from fastuft.kernels.problem import BatchNorm
 from fastuft.loss import KeyQueue, mixed_info_nce
 from fastuft.mix import cutmix_, mixup_, sample_boxes
-from fastuft.model import grouped_batch_norm, grouped_channels
+from fastuft.model import BatchNorm, grouped_batch_norm, grouped_channels
 from fastuft.trainer.distributed import Ranks
 from fastuft.trainer.learner import Learner
 
