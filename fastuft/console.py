@@ -69,6 +69,26 @@ def shown_progress(unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.close()
 
 
+@contextmanager
+def shown_parts() -> Iterator[Callable[[str, int, int], None]]:
+    """A function of (part, done, in all), whose calls move a bar; each part of a job has a bar of its own."""
+    bars: dict[str, Any] = {}
+
+    def show(part: str, done: int, total: int) -> None:
+        if part not in bars:
+            bars[part] = progress_bar(total, unit="")
+            bars[part].set_description_str(part)
+        bars[part].update(done - bars[part].n)
+        if done >= total:
+            bars[part].close()
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
 def ensure_standard_streams() -> None:
     """Give a process that was started with closed standard streams ones that lead nowhere.
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from fastuft import console
+
 TALKS = """
 import os, sys
 from fastuft.console import say
@@ -28,3 +30,20 @@ def test_a_reader_that_goes_away_ends_nothing(stream):
     reader.close()
     process.stdin.close()
     assert process.wait(timeout=60) == 0
+
+
+def test_parts_of_a_job_have_bars_of_their_own(monkeypatch, capsys):
+    monkeypatch.setattr(console, "watched", lambda: True)
+    with console.shown_parts() as show:
+        show("features", 5, 10)
+        show("features", 10, 10)
+        show("few-shot runs", 1, 3)
+    shown = capsys.readouterr().err
+    assert "features: 100%" in shown and "10/10" in shown and "few-shot runs" in shown and "1/3" in shown
+
+
+def test_nothing_is_drawn_where_nobody_watches(capsys):
+    with console.shown_parts() as show, console.shown_progress("image") as count:
+        show("features", 1, 2)
+        count(1, 2)
+    assert capsys.readouterr() == ("", "")

@@ -14,7 +14,7 @@ from fastuft.api.run import Run
 from fastuft.api.state import process_state_kept
 from fastuft.cli import configured
 from fastuft.config import EmbedConfig, EvalConfig, TrainConfig
-from fastuft.console import shown_progress
+from fastuft.console import shown_parts, shown_progress
 
 if TYPE_CHECKING:  # each call imports what it needs, so that the names alone cost nothing
     from fastuft.evaluate import Evaluation
@@ -89,8 +89,8 @@ def evaluate(*, checkpoint: Place, train: Place, test: Place | None = None, out:
 
     given = {"checkpoint": checkpoint, "train": train, "test": test, "out": out, **options}
     config: EvalConfig = configured("eval", given)
-    with process_state_kept():
-        return evaluate_checkpoint(config).evaluation
+    with process_state_kept(), shown_parts() as show:
+        return evaluate_checkpoint(config, show).evaluation
 
 
 def embed(

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastuft.cli import options
 from fastuft.config import AUTO, AUTO_OPTIONS, EmbedConfig, EvalConfig, ReproduceConfig, SearchConfig, TrainConfig
-from fastuft.console import progress_bar, say, shown_progress
+from fastuft.console import progress_bar, say, shown_parts, shown_progress
 from fastuft.names import printable
 
 EXIT_FAILED = 1
@@ -76,7 +76,8 @@ def _evaluate(config: EvalConfig) -> int:
     from fastuft.jobs import evaluate_checkpoint
     from fastuft.report import table
 
-    done = evaluate_checkpoint(config)
+    with shown_parts() as show:
+        done = evaluate_checkpoint(config, show)
     for line in done.taken:
         print(line)
     print(table([done.run]))

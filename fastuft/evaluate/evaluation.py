@@ -20,7 +20,7 @@ from fastuft.config import EvalConfig
 from fastuft.device import choose_device
 from fastuft.evaluate.features import at_work, weights_hash
 from fastuft.evaluate.folders import read_folders
-from fastuft.evaluate.sections import AFTER, BEFORE, Context, run_sections
+from fastuft.evaluate.sections import AFTER, BEFORE, Context, Progress, run_sections
 from fastuft.model import Backbone
 from fastuft.names import printable
 from fastuft.runfolder import RunFolder
@@ -41,7 +41,9 @@ class Evaluation:
     draws: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
 
-def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone | None = None) -> Evaluation:
+def evaluate_backbone(
+    backbone: Backbone, config: EvalConfig, before: Backbone | None = None, progress: Progress | None = None
+) -> Evaluation:
     """Every metric that the given folders allow, for one backbone.
 
     With class sub-folders in ``config.train`` and ``config.test``: retrieval, clustering, few-shot. With classes in
@@ -53,6 +55,7 @@ def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone |
         backbone: has ``num_features``, ``mean`` and ``std``; it is not changed.
         config: folders and settings; ``checkpoint``, ``before`` and ``out`` are recorded, not used.
         before: the backbone to compare with, usually the initialization.
+        progress: is told the part in words, how much of it is done, and of how much.
 
     Raises:
         ValueError: classes of test images that no training image has, unreadable images, features that are not finite.
@@ -65,7 +68,7 @@ def evaluate_backbone(backbone: Backbone, config: EvalConfig, before: Backbone |
     size = config.size or _usual_size(config.checkpoint, backbone)
     for network in backbones.values():
         network.check_size(size, "size")
-    context = Context(config, folders, backbones, size)
+    context = Context(config, folders, backbones, size, progress)
     with at_work(list(backbones.values()), device):
         context.extract()
         part = run_sections(context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -133,6 +133,7 @@ def fixmatch(
     seed: int = 0,
     classes: Sequence[str] = (),
     loader: Loader = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> FixMatchResult:
     """Test accuracy after FixMatch from ``backbone``, for several K and trials.
 
@@ -156,6 +157,7 @@ def fixmatch(
         seed: seed of draws, initialization, order and views.
         classes: class names by label, for messages.
         loader: dali, torch or auto.
+        progress: is told how many epochs are done, and of how many.
 
     Raises:
         ValueError: no shots, a class with fewer than K images, one class only, or a test class absent from training.
@@ -197,6 +199,8 @@ def fixmatch(
                 for _, student in students:
                     student.step(weak, strong_views)
             last = [student.end_of_epoch(len(train_paths)) for _, student in students]
+            if progress:
+                progress(epoch + 1, recipe.epochs)
     finally:
         stream.close()
     undefined = {

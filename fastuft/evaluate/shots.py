@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -288,6 +288,7 @@ def fewshot(
     trials: int = 3,
     seed: int = 0,
     classes: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> FewShotResult:
     """Test accuracy after finetuning on K labeled images per class, for several K and trials.
 
@@ -307,6 +308,7 @@ def fewshot(
         trials: draws for each K.
         seed: seed of draws, initialization, order and crops.
         classes: class names by label, for messages.
+        progress: is told how many runs are done, and of how many.
 
     Raises:
         ValueError: no shots, a class with fewer than K images, one class only, or a test class absent from training.
@@ -318,7 +320,9 @@ def fewshot(
     )
     found: dict[int, list[tuple[nn.Module, float]]] = {k: [] for k in recipe.shots}
     undefined: dict[int, str] = {}
-    for trial, k, images, labels in drawn.runs(resize, module_device(backbone)):
+    for done, (trial, k, images, labels) in enumerate(drawn.runs(resize, module_device(backbone))):
+        if progress:
+            progress(done, trials * len(recipe.shots))
         if k in undefined:
             continue
         key = keyed_seed(seed, "fewshot", trial, k)
@@ -328,6 +332,8 @@ def fewshot(
         except UndefinedError as error:
             undefined[k] = str(error)
             del found[k]
+    if progress:
+        progress(trials * len(recipe.shots), trials * len(recipe.shots))
     if not found:
         raise UndefinedError(next(iter(undefined.values())))
     runs = [(k, model) for k, trained in found.items() for model, _ in trained]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,8 +33,14 @@ class EvaluatedCheckpoint:
     report: Path
 
 
-def evaluate_checkpoint(config: EvalConfig) -> EvaluatedCheckpoint:
+def evaluate_checkpoint(
+    config: EvalConfig, progress: Callable[[str, int, int], None] | None = None
+) -> EvaluatedCheckpoint:
     """Load, evaluate, and write ``eval.json``, ``eval_arrays.npz`` and ``report.html`` into ``config.out``.
+
+    Args:
+        config: the evaluation.
+        progress: is told the part in words, how much of it is done, and of how much.
 
     Raises:
         ValueError: a checkpoint or folder that cannot work.
@@ -52,7 +59,7 @@ def evaluate_checkpoint(config: EvalConfig) -> EvaluatedCheckpoint:
     if config.before is not None:
         before, said = open_backbone(config.before, backbone.arch, backbone.stem, key=config.before_key)
         taken.append(said)
-    evaluation = evaluate_backbone(backbone, config, before)
+    evaluation = evaluate_backbone(backbone, config, before, progress)
     write_evaluation(config.out, evaluation)
     trained = Path(config.checkpoint)
     # The curves of a run join its evaluation.

@@ -53,8 +53,27 @@ def config(folders, **changes):
 
 
 @pytest.fixture(scope="module")
-def full(folders):
-    return evaluate_backbone(ColorNet(), config(folders, source=folders["source"]), before=ColorNet(1))
+def told():
+    """What the evaluation of ``full`` said of its progress."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def full(folders, told):
+    options = config(folders, source=folders["source"])
+    return evaluate_backbone(ColorNet(), options, before=ColorNet(1), progress=lambda *said: told.append(said))
+
+
+def test_every_longer_part_tells_its_progress_to_the_end(full, told):
+    last = {part: (done, total) for part, done, total in told}
+    images = {"train": 24, "test": 15, "source": 12}
+    assert all(
+        last[f"features of {name}, {arm}"] == (n, n) for name, n in images.items() for arm in ("after", "before")
+    )
+    assert last["K-means on train, after"] == (2, 2) and last["few-shot runs"] == (4, 4)
+    assert all(done <= total for _, done, total in told)
+    steps = [done for part, done, _ in told if part == "features of train, after"]
+    assert steps == [7, 14, 21, 24]
 
 
 def test_labeled_folders_give_every_metric(full):

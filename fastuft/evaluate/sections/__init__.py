@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from fastuft.evaluate.sections import accuracies, changes, pictures
-from fastuft.evaluate.sections.context import AFTER, BEFORE, Context
+from fastuft.evaluate.sections.context import AFTER, BEFORE, Context, Progress
 from fastuft.evaluate.sections.part import Part
 
-__all__ = ["AFTER", "BEFORE", "SECTIONS", "Context", "Part", "Section", "run_sections"]
+__all__ = ["AFTER", "BEFORE", "SECTIONS", "Context", "Part", "Progress", "Section", "run_sections"]
 
 
 @dataclass(frozen=True)

@@ -42,18 +42,13 @@ def clustering_of(context: Context, arm: str, name: str) -> dict[str, Any]:
     """Spread over trials of the clustering accuracy of a labeled folder (train or source)."""
     config = context.config
     features, labels = context.features(arm, name), context.folders.named()[name].labels
-    return spread(
-        [
-            clustering_accuracy(
-                features,
-                labels,
-                restarts=config.clustering.restarts,
-                seed=keyed_seed(config.seed, "clustering", trial),
-                device=context.device,
-            )
-            for trial in range(config.trials)
-        ]
-    )
+    found = []
+    for trial in range(config.trials):
+        seed = keyed_seed(config.seed, "clustering", trial)
+        restarts = config.clustering.restarts
+        found.append(clustering_accuracy(features, labels, restarts=restarts, seed=seed, device=context.device))
+        context.progress(f"K-means on {name}, {arm}", trial + 1, config.trials)
+    return spread(found)
 
 
 def _keys(arm: str, *keys: str) -> tuple[str, ...]:
@@ -114,6 +109,7 @@ def few_shot(context: Context) -> Part:
             trials=config.trials,
             seed=config.seed,
             classes=folders.train.classes,
+            progress=partial(context.progress, "few-shot runs"),
         )
     _take(part, context, result, "fewshot", "{}-shot accuracy", "top1", "mean_class", "train_loss")
     worst, guess = max(max(losses) for losses in result.train_loss.values()), math.log(len(folders.train.classes))
@@ -148,6 +144,7 @@ def semi_supervised(context: Context) -> Part:
             seed=config.seed,
             classes=folders.train.classes,
             loader=config.loader,
+            progress=partial(context.progress, "FixMatch epochs"),
         )
     what = "FixMatch accuracy with {} labeled images per class"
     _take(part, context, result, "fixmatch", what, "top1", "mean_class", "train_loss", "confident")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,6 +21,7 @@ from fastuft.model import Backbone
 from fastuft.randomness import keyed_generator
 
 AFTER, BEFORE = "after", "before"
+Progress = Callable[[str, int, int], None]  # of a part in words, how much is done, and of how much
 
 
 class Context:
@@ -31,9 +32,18 @@ class Context:
         folders: its images.
         backbones: ``after`` and, where there is something to compare with, ``before``; on ``device`` in eval mode.
         size: input side, pixels.
+        progress: is told how far the longer parts are.
     """
 
-    def __init__(self, config: EvalConfig, folders: Folders, backbones: Mapping[str, Backbone], size: int) -> None:
+    def __init__(
+        self,
+        config: EvalConfig,
+        folders: Folders,
+        backbones: Mapping[str, Backbone],
+        size: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self.progress = progress or (lambda part, done, total: None)
         self.config, self.folders, self.backbones, self.size = config, folders, backbones, size
         self.device = choose_device(config.device)
         self.resize = config.resize or round(size * 256 / 224)
@@ -75,11 +85,11 @@ class Context:
         with self.timed("features"):
             for name, images in self.folders.named().items():
                 for arm in self.backbones:
-                    found = self._extract(arm, images)
+                    found = self._extract(arm, name, images)
                     check_finite(f"the features of {name} ({arm})", found)
                     self._features[arm, name] = found
 
-    def _extract(self, arm: str, images: Images) -> Tensor:
+    def _extract(self, arm: str, name: str, images: Images) -> Tensor:
         config, backbone = self.config, self.backbones[arm]
         loader = resolve_loader(config.loader)
         settings = f"{self.size} {self.resize} {backbone.mean} {backbone.std} {loader} {self.device.type}"
@@ -88,13 +98,21 @@ class Context:
         with self.stream(arm, images) as stream:
             return cached_features(
                 backbone,
-                stream,
+                self._told(f"features of {name}, {arm}", stream, len(images.paths)),
                 images.paths,
                 config.cache,
                 settings=settings,
                 device=self.device,
                 precision=config.precision,
             )
+
+    def _told(self, part: str, stream: EvalStream, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The batches of a stream, with its progress in images."""
+        done = 0
+        for images, labels in stream:
+            yield images, labels
+            done += len(images)
+            self.progress(part, done, count)
 
     def features(self, arm: str, name: str) -> Tensor:
         """Features [N, F] of a folder (train, test or source), on the CPU."""
