@@ -26,9 +26,10 @@ LABELS = ("retrieval", "clustering")
 HELPED = 2.0  # points by which a run is better than its start
 HARMED = 1.0  # points below the start that an export may lose
 GRID = {
-    "agreement_gain": (0.01, 0.02, 0.03, 0.05, 0.08),
+    "agreement_gain": (0.1, 0.2, 0.3, 0.35, 0.4, 0.5),
+    "agreement_loss": (0.0, 0.1, 0.2, 0.3),
     "spread_gain": (0.0, 0.05, 0.1, 0.2),
-    "rank_drop": (0.0, 0.02, 0.05, 0.1, 0.2),
+    "rank_drop": (0.0, 0.05, 0.1, 0.2),
 }
 
 

@@ -51,13 +51,16 @@ class Look:
 class Rule:
     """Thresholds of the verdict; the one place where they stand.
 
-    Changes of effective rank and LiDAR are natural logarithms of the ratio to the start, so that they mean the same for every
-    network. What the values rest on, and how far they can be trusted, stands in docs/verdict.md.
+    Changes of effective rank and LiDAR are natural logarithms of the ratio to the start, those of view agreement of the ratio
+    of its odds, so that they mean the same for every network. What the values rest on, and how far they can be trusted, stands
+    in docs/verdict.md.
 
     Args:
         collapsed_rank: effective rank, as a share of the start's, below which the features have collapsed.
         collapsed_uniformity: uniformity above which all features lie close together (0: they are the same).
         agreement_gain: rise of view agreement from which the features are better, if they have spread too.
+        agreement_loss: rise of it below which they are no better: runs dip before they gain, and views agree again earlier
+            than labels do.
         spread_gain: fall of uniformity from which they have.
         rank_drop: fall of effective rank that rules out "better".
         lidar_drop: fall of LiDAR that does.
@@ -67,7 +70,8 @@ class Rule:
 
     collapsed_rank: float = 0.25
     collapsed_uniformity: float = -0.15
-    agreement_gain: float = 0.03
+    agreement_gain: float = 0.35
+    agreement_loss: float = 0.2
     spread_gain: float = 0.1
     rank_drop: float = 0.1
     lidar_drop: float = 0.25
@@ -106,10 +110,11 @@ def _change(now: float | None, then: float | None) -> float | None:
 
 
 def agreement_gain(look: Look, start: Look) -> float | None:
-    """Rise of view agreement since the start; None where one has no value."""
+    """Rise of the log-odds of view agreement since the start; None where one has no value."""
     if look.view_agreement is None or start.view_agreement is None:
         return None
-    return look.view_agreement - start.view_agreement
+    now, then = (min(0.995, max(0.005, share)) for share in (look.view_agreement, start.view_agreement))
+    return math.log(now / (1 - now)) - math.log(then / (1 - then))
 
 
 def collapsed(look: Look, start: Look, rule: Rule) -> bool:
@@ -149,7 +154,8 @@ def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
 
     The best look is the one of the largest view agreement that has not collapsed. It is better than the start where that
     rose by ``agreement_gain``, the features have spread (training makes views agree, and agreement alone rises in a collapse
-    too), and neither effective rank nor LiDAR fell much. It is no better where views agree less at every look.
+    too), and neither effective rank nor LiDAR fell much. It is no better where it rose by less than ``agreement_loss`` at
+    every look.
 
     Args:
         looks: in the order of their steps; the first is of step 0.
@@ -170,7 +176,7 @@ def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
         return Verdict("collapsed", 0, _compared(last, start))
     if best is None or gain is None:
         return Verdict("not known", last.step, "the agreement of views has no value")
-    if gain < 0:
+    if gain < limits.agreement_loss:
         return Verdict("no better", 0, _compared(best, start))
     return Verdict("not known", last.step, _compared(last, start))
 
@@ -199,4 +205,7 @@ def _compared(look: Look, start: Look) -> str:
         then, now = getattr(start, name), getattr(look, name)
         shown = [f"{value:.{digits}f}" if value is not None else "none" for value in (then, now)]
         parts.append(f"{words} {shown[0]} -> {shown[1]}")
+    for name, words in (("neighbors_kept", "neighbors kept"), ("source_cka", "source CKA")):
+        if (value := getattr(look, name)) is not None:
+            parts.append(f"{words} {value:.2f}")
     return ", ".join(parts)

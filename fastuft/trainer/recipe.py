@@ -209,7 +209,9 @@ class _Chooser:
         return 0.0, "the rate begins at its largest: runs of a few hundred steps have no time to lose"
 
     def _select(self) -> tuple[str, str]:
-        return "last", "the weights of the last step are exported"
+        if not self.config.verdict.looks:
+            return "last", "there are no looks to judge by"
+        return "judged", "a run that is no better than its start exports the start's weights, and says so"
 
 
 def _shown(value: Any) -> str:

@@ -98,7 +98,7 @@ def test_an_unknown_setting_is_refused(folders, tmp_path, monkeypatch, capsys):
 def looks(verdict, gains):
     """A run whose retrieval and view agreement change alike."""
     found = [
-        verdict.Look(step, 256, 40.0, 20.0, -2.0 - 0.5 * (step > 0), 0.3, 0.5 + gain / 100)
+        verdict.Look(step, 256, 40.0, 20.0, -2.0 - 0.5 * (step > 0), 0.3, 0.5 + gain / 50)
         for step, gain in enumerate([0.0, *gains])
     ]
     labels = np.array([[50 + gain, 50 + gain] for gain in (0.0, *gains)])
@@ -121,6 +121,6 @@ def test_correlation_and_regret_are_what_they_are_called():
 
 def test_a_rule_that_exports_harm_costs_more_than_one_that_says_nothing():
     verdict = script("verdict")
-    good, bad = looks(verdict, (6.0,)), looks(verdict, (4.0, 0.0))
+    good, bad = looks(verdict, (8.0,)), looks(verdict, (5.0, 0.0))
     bad.labels[1] = 40.0  # views agree, labels do not
-    assert verdict.fitted([good, bad]).agreement_gain == 0.05
+    assert verdict.fitted([good, bad]).agreement_gain == 0.5

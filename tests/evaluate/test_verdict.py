@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from fastuft.evaluate import Look, Rule, best_look, judge, should_stop
+from fastuft.evaluate.verdict import agreement_gain
 
 START = Look(0, 256, effective_rank=40.0, lidar=20.0, uniformity=-2.0, alignment=0.3, view_agreement=0.5)
 
@@ -27,7 +28,7 @@ def test_views_that_agree_over_features_that_spread_are_better():
 
 
 def test_views_that_agree_less_are_no_better_and_the_start_is_the_best():
-    verdict = judge([START, good(10, 0.45), good(20, 0.49)])
+    verdict = judge([START, good(10, 0.45), good(20, 0.54)])
     assert (verdict.outcome, verdict.step) == ("no better", 0)
 
 
@@ -39,7 +40,7 @@ def test_view_agreement_and_alignment_never_say_better_alone():
 @pytest.mark.parametrize(
     "fallen",
     [
-        {"view_agreement": 0.51},
+        {"view_agreement": 0.56},
         {"uniformity": -1.9},
         {"lidar": 10.0},
         {"lidar": None},
@@ -103,10 +104,19 @@ def test_a_run_stops_when_nothing_became_better_for_some_looks():
     assert not should_stop([START])
 
 
+def test_agreement_counts_by_its_odds():
+    """From 60 to 68 % and from 18 to 24 % is the same step."""
+    for start, now in ((0.602, 0.683), (0.18, 0.238)):
+        looks = [dataclasses.replace(START, view_agreement=start), good(10, now)]
+        assert agreement_gain(looks[1], looks[0]) == pytest.approx(0.353, abs=0.01)
+        assert judge(looks).outcome == "better"
+    assert agreement_gain(later(1, view_agreement=1.0), later(0, view_agreement=0.999)) == pytest.approx(0.0)
+
+
 def test_thresholds_are_an_argument():
-    looks = [START, good(10, 0.51)]
+    looks = [START, good(10, 0.56)]
     assert judge(looks).outcome == "not known"
-    assert judge(looks, Rule(agreement_gain=0.005)).outcome == "better"
+    assert judge(looks, Rule(agreement_gain=0.24)).outcome == "better"
 
 
 def test_a_row_of_metrics_is_a_look():

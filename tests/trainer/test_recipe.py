@@ -85,6 +85,12 @@ def test_what_is_given_is_kept_and_others_follow():
     assert config.method.key_momentum == 0.98  # 15 steps
 
 
+def test_the_verdict_selects_where_there_is_one():
+    assert settled(images(900))[0].select == "judged"
+    assert settled(images(900), verdict={"looks": 0})[0].select == "last"
+    assert settled(images(900), select="last")[0].select == "last"
+
+
 def test_the_papers_recipe_is_the_papers():
     config = left_open(recipe="paper", augment={"size": "auto"})
     assert config == TrainConfig(target="t", out="o", init="i")
