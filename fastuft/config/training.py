@@ -181,8 +181,9 @@ class DataConfig:
         drop_last: leave out the last partial batch of an epoch (needed with ``split`` statistics).
         max_megapixels: largest image in megapixels that is decoded at all.
         read_timeout: seconds that reading one file may take; one that takes longer counts as bad.
-        suffixes: of image files in folders, in any case; what else Pillow decodes may be named (.tif, .gif), and "" for
-            names without one.
+        readers: threads that read images ahead of the decoder; 0 takes 16, and 64 where they come over a network.
+        suffixes: of images in folders and shards, in any case; what else Pillow decodes may be named (.tif, .gif), and
+            "" for names without one.
     """
 
     batch_size: AutoAtLeast2 = 256
@@ -199,6 +200,7 @@ class DataConfig:
     drop_last: bool = True
     max_megapixels: Positive = 180.0
     read_timeout: Positive = 60.0
+    readers: AtLeast0 = 0
     suffixes: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
     def __post_init__(self) -> None:

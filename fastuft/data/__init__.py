@@ -4,8 +4,10 @@ from fastuft.data.bad import BadFile, BadImageError, write_bad_list
 from fastuft.data.decoding import image_size, open_rgb, verify_files
 from fastuft.data.duplicates import Duplicates, find_duplicates
 from fastuft.data.evaluation import EvalStream
+from fastuft.data.images import labels_of_images, state_of
 from fastuft.data.labeled import LabeledTrainStream
-from fastuft.data.listing import IMAGE_SUFFIXES, labeled_folder, list_images
+from fastuft.data.left_out import IMAGE_SUFFIXES
+from fastuft.data.listing import labeled_folder, list_images
 from fastuft.data.loading import Loader, Loading, processors, resolve_loader
 from fastuft.data.manifest import Manifest
 from fastuft.data.reading import read_bytes
@@ -34,11 +36,13 @@ __all__ = [
     "find_duplicates",
     "image_size",
     "labeled_folder",
+    "labels_of_images",
     "list_images",
     "open_rgb",
     "processors",
     "read_bytes",
     "resolve_loader",
+    "state_of",
     "verify_files",
     "write_bad_list",
 ]

@@ -13,8 +13,8 @@ from PIL import Image
 
 from fastuft.data.bad import BadFile, BadImageError
 from fastuft.data.encoded import DamagedHeaderError, Header, plain, read_header
-from fastuft.data.listing import IMAGE_SUFFIXES
-from fastuft.data.reading import READ_TIMEOUT, READERS, ReaderPool, read_bytes
+from fastuft.data.left_out import IMAGE_SUFFIXES
+from fastuft.data.reading import READ_TIMEOUT, ReaderPool, read_bytes, readers_for
 
 MAX_MEGAPIXELS = 180.0
 _MAX_ASPECT = 100.0
@@ -174,14 +174,17 @@ def verify_files(
             decode_rgb(image)
 
     bad = []
-    pool = ReaderPool(workers or max(READERS, os.cpu_count() or 1), timeout)
+    pool: ReaderPool | None = None
     for some in _batches(paths, _VERIFIED_AT_ONCE):
+        if pool is None:
+            pool = ReaderPool(workers or max(readers_for(some), os.cpu_count() or 1), timeout)
         for path, found in zip(some, pool.read(check, some).results(), strict=True):
             if isinstance(found, Exception):
                 bad.append(BadFile(path, reason_of(found)))
             if progress is not None:
                 progress(1)
-    pool.close()
+    if pool is not None:
+        pool.close()
     return bad
 
 

@@ -16,9 +16,10 @@ from fastuft.data.backend import Backend, DecodeError, Request, ViewSpec
 from fastuft.data.bad import BadFile, BadImageError
 from fastuft.data.decoding import EncodedImage, check_whole, decode_rgb, read_image, reason_of, recoded
 from fastuft.data.encoded import plain
+from fastuft.data.images import is_remote
 from fastuft.data.loading import resolve_loader
 from fastuft.data.order import Positions
-from fastuft.data.reading import ReaderPool, Reading
+from fastuft.data.reading import ReaderPool, Reading, readers_for
 from fastuft.data.strong import StrongParameters
 from fastuft.data.views import ViewParameters
 from fastuft.messages import note
@@ -27,7 +28,7 @@ from fastuft.randomness import keyed_generator
 
 Drawn = tuple[tuple[ViewParameters, ...], StrongParameters | None]
 
-_AHEAD = 2  # batches that are read while one is assembled
+_AHEAD = 2  # batches that are read while one is assembled, at least
 _MANY_BAD = 0.5  # share of bad files at which skipping stops making sense
 
 
@@ -97,7 +98,10 @@ class Feed:
         self._stripped: set[int] = set()  # files whose metadata the decoder does not understand
         self._recoded: set[int] = set()  # files that Pillow decodes for it
         self._lock = threading.RLock()  # requests are made by a thread, failures dealt with by the consumer's
-        self._pool = ReaderPool(timeout=spec.loading.read_timeout)
+        workers = spec.loading.readers or readers_for(paths)
+        self._pool = ReaderPool(workers, spec.loading.read_timeout)
+        # A network wants every thread busy; local files only the next batches.
+        self._ahead = max(_AHEAD, -(-2 * workers // spec.batch_size)) if is_remote(paths) else _AHEAD
         self._backend = make_backend(spec)
 
     @property
@@ -130,7 +134,7 @@ class Feed:
         following = iter(steps)
 
         def read_ahead() -> None:
-            while len(under_way) <= _AHEAD and (step := next(following, None)) is not None:
+            while len(under_way) <= self._ahead and (step := next(following, None)) is not None:
                 positions = one_pass.positions(step)
                 wanted = [index for index in one_pass.order[positions].tolist() if index not in self._bad]
                 under_way.append((step, positions, self._pool.read(self._read, wanted)))

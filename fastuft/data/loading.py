@@ -39,6 +39,7 @@ class Loading:
         on_bad_file: error names the file and stops; skip goes on without it: training streams put a good one in its
             place, evaluation leaves it out.
         read_timeout: seconds that reading one file may take; one that takes longer is bad.
+        readers: threads that read files ahead of the decoder; 0 takes 16, and 64 where images come over a network.
     """
 
     mean: Triple
@@ -52,6 +53,7 @@ class Loading:
     max_megapixels: float = MAX_MEGAPIXELS
     on_bad_file: Literal["error", "skip"] = "error"
     read_timeout: float = READ_TIMEOUT
+    readers: int = 0
 
     @classmethod
     def of(
@@ -76,6 +78,7 @@ class Loading:
             max_megapixels=data.max_megapixels,
             on_bad_file=data.on_bad_file,
             read_timeout=data.read_timeout,
+            readers=data.readers,
         )
 
     @property

@@ -17,12 +17,13 @@ from filelock import FileLock
 
 from fastuft.atomic import remove_leftovers, whole_file, write_whole
 from fastuft.data.bad import BadImageError
-from fastuft.data.listing import IMAGE_SUFFIXES, find_images
-from fastuft.data.reading import in_threads, read_bytes
+from fastuft.data.files import Files
+from fastuft.data.images import Images, state_of
+from fastuft.data.left_out import IMAGE_SUFFIXES
+from fastuft.data.listing import find_images
+from fastuft.data.reading import in_threads, read_bytes, readers_for
 from fastuft.names import printable
 from fastuft.randomness import keyed_generator
-
-_READERS = 16  # threads that copy or look up files
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Manifest:
     """Target images followed by the replayed source images.
 
     Args:
-        paths: all files, target first.
+        paths: all images, target first: a tuple where all are files.
         num_target: how many of them are target.
         source_total: images of the whole source set.
         fraction: share of the source that was drawn.
@@ -39,7 +40,7 @@ class Manifest:
             for the same data under another root, behind a link, or read from a replay cache.
     """
 
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     num_target: int
     source_total: int
     fraction: float
@@ -73,28 +74,28 @@ class Manifest:
         """
         if fraction is not None and not 0 <= fraction <= 1:
             raise ValueError(f"data.replay_fraction={fraction!r} is out of range; allowed: [0, 1]")
-        found = find_images(target, suffixes)
-        targets, names = found.paths, [f"target/{name}" for name in found.names]
-        drawn: list[str] = []
-        total = 0
+        images = find_images(target, suffixes)
+        names = [f"target/{name}" for name in images.names()]
+        num_target, total = len(images), 0
+        sizes = images.sizes()
         if source:
-            known = set(_real_paths(targets))
             found = find_images(source, suffixes)
-            left = [row for row, real in enumerate(_real_paths(found.paths)) if real not in known]
-            if not left:
+            left = _others(found, images)
+            if not len(left):
                 raise ValueError(f"source={source!r} holds target images only; name the images of pretraining, or none")
             total = len(left)
-            fraction = min(1.0, len(targets) / total) if fraction is None else fraction
+            fraction = min(1.0, num_target / total) if fraction is None else fraction
             count = max(1, round(fraction * total)) if fraction else 0
             chosen = keyed_generator(seed, "replay").permutation(total)[:count]
-            rows = [left[index] for index in np.sort(chosen)]
-            drawn = [found.paths[row] for row in rows]
-            names += [f"source/{found.names[row]}" for row in rows]
-            if replay_cache is not None:
-                drawn = copy_to_cache(drawn, replay_cache)
-        paths = (*targets, *drawn)
+            drawn = found.take(left[np.sort(chosen)])
+            names += [f"source/{name}" for name in drawn.names()]
+            # Sizes are the originals', which say the same for data that is read from a cache.
+            copies = drawn if replay_cache is None else _copies(copy_to_cache(drawn, replay_cache), drawn)
+            sizes = np.concatenate([sizes, (copies if drawn.only_files else drawn).sizes()])
+            images = images.followed_by(copies)
+        paths = tuple(images) if images.only_files else images
         share = fraction if source and fraction is not None else 0.0
-        return cls(paths, len(targets), total, share, seed, _digest(paths, names))
+        return cls(paths, num_target, total, share, seed, _digest(names, sizes))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -122,7 +123,17 @@ class Manifest:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        write_whole(Path(path), json.dumps({**self.summary(), "paths": self.paths}).encode())
+        write_whole(Path(path), json.dumps({**self.summary(), "paths": list(self.paths)}).encode())
+
+
+def _others(source: Images, target: Images) -> np.ndarray:
+    """Positions of the source's images that are not among the target's; links to folders are resolved."""
+    files = [any(each.plain for each in images.sources) for images in (source, target)]
+    held = [frozenset[str]().union(*(each.containers() for each in images.sources)) for images in (source, target)]
+    if not all(files) and held[0].isdisjoint(held[1]):
+        return np.arange(len(source))
+    known = set(_real_paths(target))
+    return np.array([row for row, real in enumerate(_real_paths(source)) if real not in known], np.int64)
 
 
 def _real_paths(paths: Sequence[str]) -> list[str]:
@@ -131,15 +142,13 @@ def _real_paths(paths: Sequence[str]) -> list[str]:
     return [os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths]
 
 
-def _digest(paths: Sequence[str], names: Sequence[str]) -> str:
-    def size(path: str) -> int:
-        try:
-            return os.path.getsize(path)
-        except OSError:
-            return -1  # a vanished file is the streams' affair, under data.on_bad_file
+def _copies(paths: Sequence[str], originals: Images) -> Images:
+    return Images.of([Files(paths, list(originals.names()))])
 
+
+def _digest(names: Sequence[str], sizes: np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, length in zip(names, in_threads(size, paths, _READERS), strict=True):
+    for name, length in zip(names, sizes.tolist(), strict=True):
         digest.update(os.fsencode(f"{name}\t{length}\n"))
     return digest.hexdigest()
 
@@ -180,9 +189,9 @@ def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
             name = hashlib.blake2b(os.fsencode(path), digest_size=12).hexdigest()
             target = place / (name + os.path.splitext(path)[1].lower())
             try:
-                found = os.stat(path)
-                state = [found.st_size, found.st_mtime_ns]
-                if noted.get(target.name) == state and target.exists() and target.stat().st_size == found.st_size:
+                state = list(state_of(path))
+                length, *noted_state = noted.get(target.name, [-1])
+                if noted_state == state and target.exists() and target.stat().st_size == length:
                     return str(target)
                 content = read_bytes(path)
             except (OSError, BadImageError):
@@ -195,10 +204,10 @@ def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
                     "space or mend the disk, and start again: what is copied stays"
                 ) from error
             with lock:
-                index.write(json.dumps([target.name, *state]) + "\n")
+                index.write(json.dumps([target.name, len(content), *state]) + "\n")
             return str(target)
 
-        return list(in_threads(copy, paths, _READERS, chunk=8))
+        return list(in_threads(copy, paths, readers_for(paths), chunk=8))
 
 
 def _write_compared(target: Path, content: bytes) -> None:
@@ -210,12 +219,13 @@ def _write_compared(target: Path, content: bytes) -> None:
 
 
 def _read_index(lines: Sequence[str]) -> dict[str, list[int]]:
-    """Name -> [size, modification time] of finished copies; lines that were cut off are passed over."""
+    """Name -> [size, size and time of the original] of finished copies; lines that were cut off are passed over."""
     noted: dict[str, list[int]] = {}
     for line in lines:
         try:
-            name, size, modified = json.loads(line)
-            noted[name] = [size, modified]
-        except (ValueError, TypeError):
+            name, *numbers = json.loads(line)
+            length, size, version = numbers if len(numbers) == 3 else (numbers[0], *numbers)  # older: copy and original
+            noted[name] = [length, size, version]
+        except (ValueError, TypeError, IndexError):
             continue
     return noted

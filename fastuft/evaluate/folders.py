@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastuft.config import EvalConfig
-from fastuft.data import IMAGE_SUFFIXES, find_duplicates, labeled_folder, list_images, verify_files
+from fastuft.data import IMAGE_SUFFIXES, find_duplicates, labeled_folder, labels_of_images, list_images, verify_files
 from fastuft.evaluate.inputs import quoted
 from fastuft.names import printable
 
@@ -26,7 +26,7 @@ _YEAR = re.compile(r"(19|20)\d\d([-_]\d\d){0,2}")
 class Images:
     """One folder of images: labels and class names are empty when it has no class sub-folders."""
 
-    paths: list[str]
+    paths: Sequence[str]
     labels: np.ndarray
     classes: list[str]
 
@@ -65,20 +65,23 @@ class Folders:
 
 
 def read_images(folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Images:
-    """The images of ``folder``: labeled when all of them lie in sub-folders.
+    """The images of ``folder``: labeled when all of them lie in sub-folders, or shards say their classes.
 
     Raises:
         ValueError: no images, or a sub-folder without.
     """
     root = os.path.abspath(os.path.expanduser(folder))
     paths = list_images(folder, suffixes)
-    if os.path.isdir(root) and all(os.path.dirname(path) != root for path in paths):
+    said = labels_of_images(paths)
+    if said is not None:
+        return Images(paths, *said)
+    if os.path.isdir(root) and isinstance(paths, list) and all(os.path.dirname(path) != root for path in paths):
         found, labels, classes = labeled_folder(folder, suffixes)
         return Images(found, np.asarray(labels), classes)
     return _without_labels(paths)
 
 
-def _without_labels(paths: list[str]) -> Images:
+def _without_labels(paths: Sequence[str]) -> Images:
     return Images(paths, np.empty(0, np.int64), [])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastuft.atomic import remove_leftovers, whole_file, write_whole
 from fastuft.config import EmbedConfig
-from fastuft.data import EvalStream, Loading, list_images, verify_files
+from fastuft.data import EvalStream, Loading, list_images, state_of, verify_files
 from fastuft.device import choose_device
 from fastuft.evaluate import extract_features, weights_hash
 from fastuft.jobs.inputs import check_checkpoint
@@ -55,8 +55,8 @@ class _Work:
         if self.backbone.traits.pool != "own":
             digest.update(self.backbone.traits.pool.encode())
         for path in self.paths:
-            stat = os.stat(path)
-            digest.update(f"{path!r} {stat.st_size} {stat.st_mtime_ns}".encode(errors="backslashreplace"))
+            size, version = state_of(path)
+            digest.update(f"{path!r} {size} {version}".encode(errors="backslashreplace"))
         return digest.hexdigest()
 
     def features(self, paths: Sequence[str]) -> Tensor:
@@ -120,14 +120,14 @@ def embed_images(
         done.append(found)
         if progress is not None:
             progress(start + len(some), len(paths))
-    embeddings = Embeddings(np.concatenate(done), tuple(paths), work.settings(), bad)
+    embeddings = Embeddings(np.concatenate(done), tuple(map(str, paths)), work.settings(), bad)
     if parts is not None:
         write_embeddings(config.out, embeddings)
         parts.remove()
     return embeddings
 
 
-def _usable(paths: list[str], config: EmbedConfig) -> tuple[list[str], dict[str, str]]:
+def _usable(paths: Sequence[str], config: EmbedConfig) -> tuple[Sequence[str], dict[str, str]]:
     """(images, reasons of those that are left out by their names)."""
     if config.on_bad_file == "error":
         return paths, {}

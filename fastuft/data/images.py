@@ -1,0 +1,211 @@
+"""Images by their places: a sequence of names that know how to read themselves, whatever they lie in."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class ImageSource(ABC):
+    """A place that holds images: files, shards, tables. Rows are counted from 0, in the order of training."""
+
+    remote: bool = False  # whether reading waits for a network
+    plain: bool = False  # whether they are local files, whose paths alone say how to read them
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def path(self, row: int) -> str:
+        """The image's place as text for messages and files; :func:`fastuft.data.read_bytes` takes it."""
+
+    @abstractmethod
+    def name(self, row: int) -> str:
+        """The image's name, relative to the place; with the sizes, names say which data it is."""
+
+    @abstractmethod
+    def sizes(self, rows: Rows) -> Rows:
+        """Bytes [n] that tell the images of these rows from others of the same names; -1 where they cannot be known."""
+
+    @abstractmethod
+    def read(self, row: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            BadImageError: it cannot be read, is empty, or is not what it was when the place was looked at.
+        """
+
+    @abstractmethod
+    def version(self, row: int) -> int:
+        """A number that changes when the stored image may have changed, 0 to 2**63 - 1."""
+
+    def containers(self) -> frozenset[str]:
+        """Where the objects are that hold the images, links resolved; none for images that are files themselves."""
+        return frozenset()
+
+    def labels(self) -> tuple[Rows, list[str]] | None:
+        """(label of each row, class names), or None where the place says no classes."""
+        return folder_labels(self.name(row) for row in range(len(self)))
+
+
+class Located(str):
+    """The place of an image that is not a file of its own, as text, with the source that reads it."""
+
+    __slots__ = ("row", "source")
+    source: ImageSource
+    row: int
+
+    def __new__(cls, text: str, source: ImageSource, row: int) -> Located:
+        """``text`` is what messages show."""
+        place = super().__new__(cls, text)
+        place.source, place.row = source, row
+        return place
+
+    def __str__(self) -> str:
+        return self  # str(place) still reads
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, ("".join(self),)  # another process has no such source: there it is text
+
+    def read(self) -> bytes:
+        """The encoded image; see :meth:`ImageSource.read`."""
+        return self.source.read(self.row)
+
+
+class Images(Sequence[str]):
+    """Images of one or several sources, in order; holds two numbers per image, and makes their places when asked.
+
+    Args:
+        sources: where they are.
+        which: int32 [N] positions in ``sources``.
+        rows: int64 [N] rows there.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource], which: np.ndarray, rows: Rows) -> None:
+        self.sources, self.which, self.rows = tuple(sources), which, rows
+
+    @classmethod
+    def of(cls, sources: Sequence[ImageSource]) -> Images:
+        """All images of the sources, one source after the other."""
+        counts = [len(source) for source in sources]
+        which = np.repeat(np.arange(len(sources), dtype=np.int32), counts)
+        return cls(sources, which, np.concatenate([np.arange(count) for count in counts] or [np.zeros(0, np.int64)]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Images: ...
+
+    def __getitem__(self, index: int | slice) -> str | Images:
+        if isinstance(index, slice):
+            return Images(self.sources, self.which[index], self.rows[index])
+        return self.sources[int(self.which[index])].path(int(self.rows[index]))
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # as lists
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading any of them waits for a network."""
+        return any(self.sources[which].remote for which in np.unique(self.which))
+
+    @property
+    def only_files(self) -> bool:
+        """Whether all of them are local files."""
+        return all(source.plain for source in self.sources)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Images:
+        """Those at the given positions."""
+        index = np.asarray(rows, np.int64)
+        return Images(self.sources, self.which[index], self.rows[index])
+
+    def followed_by(self, other: Images) -> Images:
+        """These, then those of ``other``."""
+        which = np.concatenate([self.which, other.which + len(self.sources)]).astype(np.int32)
+        return Images(self.sources + other.sources, which, np.concatenate([self.rows, other.rows]))
+
+    def names(self) -> Iterator[str]:
+        """Each image's name, relative to its source."""
+        return (
+            self.sources[which].name(row) for which, row in zip(self.which.tolist(), self.rows.tolist(), strict=True)
+        )
+
+    def sizes(self) -> Rows:
+        """See :meth:`ImageSource.sizes`."""
+        found = np.empty(len(self), np.int64)
+        for which in np.unique(self.which):
+            mine = self.which == which
+            found[mine] = self.sources[which].sizes(self.rows[mine])
+        return found
+
+
+def is_remote(paths: Sequence[str]) -> bool:
+    """Whether reading these images waits for a network."""
+    if isinstance(paths, Images):
+        return paths.remote
+    return any(isinstance(path, Located) and path.source.remote for path in paths[:1])
+
+
+def state_of(path: str) -> tuple[int, int]:
+    """(bytes, a number that changes with the content) of an image, without reading it.
+
+    Raises:
+        OSError: a file that is not there.
+    """
+    if isinstance(path, Located):
+        size = int(path.source.sizes(np.array([path.row]))[0])
+        return size, path.source.version(path.row)
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def labels_of_images(paths: Sequence[str]) -> tuple[Rows, list[str]] | None:
+    """(label of each image, class names) that shards and tables say; None for plain files, and where no classes are said."""
+    if not isinstance(paths, Images) or paths.only_files:
+        return None
+    texts = np.empty(len(paths), object)
+    for which in np.unique(paths.which).tolist():
+        found = paths.sources[which].labels()
+        if found is None:
+            return None
+        mine = paths.which == which
+        texts[mine] = np.array(found[1], object)[found[0]][paths.rows[mine]]
+    return numbered(texts.tolist())
+
+
+def folder_labels(names: Iterable[str]) -> tuple[Rows, list[str]] | None:
+    """(labels, class names) by the first folder of each name, below what all have in common; None without folders."""
+    folders = [name.split("/")[:-1] for name in names]
+    if not folders:
+        return None
+    first, last = min(folders), max(folders)
+    depth = next((at for at, parts in enumerate(zip(first, last, strict=False)) if len({*parts}) > 1), len(first))
+    if any(len(folder) <= depth for folder in folders):
+        return None
+    return numbered([folder[depth] for folder in folders])
+
+
+def numbered(labels: Sequence[str]) -> tuple[Rows, list[str]]:
+    """(number of each label, labels): in the order of their values where all are whole numbers, else of their text."""
+    found = set(labels)
+    whole = all(label.isascii() and label.isdecimal() for label in found)
+    classes = sorted(found, key=(lambda label: (int(label), label)) if whole else (lambda label: (0, label)))
+    position = {label: number for number, label in enumerate(classes)}
+    return np.fromiter((position[label] for label in labels), np.int64, len(labels)), classes

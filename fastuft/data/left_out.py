@@ -1,0 +1,98 @@
+"""Which files are images by their names, and what is said of the others."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fastuft.messages import note
+from fastuft.names import printable
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_NAMED = 6  # suffixes of left-out files that are named
+_JUNK = frozenset(
+    {
+        "__macosx",
+        "@eadir",
+        "lost+found",
+        "$recycle.bin",
+        "system volume information",
+        ".ipynb_checkpoints",
+        ".thumbnails",
+        "thumbnails",
+    }
+)
+
+IsImage = Callable[[str], bool]
+
+
+def checked_suffixes(suffixes: Sequence[str]) -> tuple[str, ...]:
+    """The suffixes in small letters.
+
+    Raises:
+        ValueError: one that does not begin with a dot.
+    """
+    for suffix in suffixes:
+        if suffix and (not suffix.startswith(".") or os.sep in suffix):
+            raise ValueError(f"suffix {suffix!r} is not allowed; suffixes begin with a dot, as in .tif")
+    return tuple(suffix.lower() for suffix in suffixes)
+
+
+def image_names(suffixes: tuple[str, ...]) -> IsImage:
+    """Whether a name ends as an image's does."""
+    return lambda name: os.path.splitext(name)[1].lower() in suffixes
+
+
+def is_junk(folder: str) -> bool:
+    """Whether a folder of this name is one that systems and programs leave behind."""
+    return folder.lower() in _JUNK
+
+
+@dataclass
+class LeftOut:
+    """What is not taken from a place.
+
+    Args:
+        others: files by their suffixes.
+        junk: folders that hold no one's photographs, by their names.
+    """
+
+    others: Counter[str] = field(default_factory=Counter)
+    junk: Counter[str] = field(default_factory=Counter)
+    _known: set[str] = field(default_factory=set, repr=False)  # junk folders that are counted
+
+    def add(self, other: LeftOut) -> None:
+        """Count what ``other`` counts."""
+        self.others += other.others
+        self.junk += other.junk
+
+    def takes(self, name: str, is_image: IsImage) -> bool:
+        """Whether a name with its folders is an image's; what is not is counted. Hidden entries are passed over."""
+        *folders, last = name.split("/")
+        for depth, folder in enumerate(folders, 1):
+            if is_junk(folder):
+                place = "/".join(folders[:depth])
+                self.junk[folder] += place not in self._known
+                self._known.add(place)
+                return False
+        if any(part.startswith(".") for part in (*folders, last)):
+            return False
+        if is_image(last):
+            return True
+        self.others[os.path.splitext(last)[1].lower()] += 1
+        return False
+
+    def say(self, place: str, images: int) -> None:
+        """One line, where there is anything to say."""
+        parts = []
+        if self.others:
+            counts = sorted(self.others.items(), key=lambda item: (-item[1], item[0] or "~"))[:_NAMED]
+            named = [f"{number} {printable(suffix) or 'without a suffix'}" for suffix, number in counts]
+            more = ", and others" if len(self.others) > _NAMED else ""
+            parts.append(f"{self.others.total()} other files ({', '.join(named)}{more})")
+        parts += [f"{number} x the folder {name}" for name, number in sorted(self.junk.items())]
+        if parts:
+            hint = "; data.suffixes names what else is an image" if self.others else ""
+            note(f"'{printable(place)}': {images} images; left out: {', '.join(parts)}{hint}")

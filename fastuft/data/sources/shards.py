@@ -1,0 +1,186 @@
+"""Images in tar shards (WebDataset's layout, or any): read in place, by an index of their members."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from fastuft.console import progress_bar
+from fastuft.data.bad import BadImageError
+from fastuft.data.images import ImageSource, Located, Rows, folder_labels, numbered
+from fastuft.data.left_out import LeftOut
+from fastuft.data.reading import LARGEST, in_threads
+from fastuft.data.sources.blobs import Blob, BlobError, say_bad
+from fastuft.data.sources.tar_index import (
+    BLOCK,
+    ShardIndex,
+    Texts,
+    check_member,
+    keep_index,
+    kept_index,
+    walk,
+)
+
+_WALKERS = {False: min(8, os.cpu_count() or 1), True: 16}  # shards that are indexed at once: local, remote
+_SORTED_AT_ONCE = 1 << 30  # bytes that sorting names may take
+
+
+class Shards(ImageSource):
+    """The images of tar shards, sorted by their names, as the folder would be that the shards unpack to.
+
+    Args:
+        shards: in order; it decides between images of the same name.
+        indexes: of each.
+    """
+
+    def __init__(self, shards: Sequence[Blob], indexes: Sequence[ShardIndex]) -> None:
+        self.shards = shards
+        self.remote = any(shard.remote for shard in shards)
+        self._indexes = indexes
+        self._versions = [_version(shard) for shard in shards]
+        counts = [len(index.offsets) for index in indexes]
+        order = _by_name([index.names for index in indexes])
+        self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), counts)[order]
+        self._member = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[order]
+
+    @classmethod
+    def open(cls, shards: Sequence[Blob], suffixes: tuple[str, ...], cache: Path | None) -> tuple[Shards, LeftOut]:
+        """The shards with their indexes: kept ones where they fit, new ones of the others, made by several threads.
+
+        Of several processes of a machine one makes the index, and the others take it.
+
+        Raises:
+            ValueError: shards that are damaged, or cannot be read.
+        """
+        bad: list[tuple[str, str]] = []
+
+        def make(shard: Blob) -> ShardIndex | BlobError:
+            try:
+                index = walk(shard, suffixes)
+            except BlobError as error:
+                return error
+            keep_index(index, shard, suffixes, cache)
+            return index
+
+        def kept(shard: Blob) -> ShardIndex | None:
+            return kept_index(shard, suffixes, cache)
+
+        workers = _WALKERS[any(shard.remote for shard in shards)]
+        found: list[ShardIndex | None] = list(in_threads(kept, shards, workers, chunk=4))
+        if None in found:
+            with _alone(cache):
+                missing = [row for row, index in enumerate(found) if index is None]
+                for row in missing:  # another process may have made it meanwhile
+                    found[row] = kept(shards[row])
+                missing = [row for row in missing if found[row] is None]
+                with progress_bar(len(missing), unit="shard") as bar:
+                    made = in_threads(make, [shards[row] for row in missing], workers, chunk=1)
+                    for row, index in zip(missing, made, strict=True):
+                        if isinstance(index, BlobError):
+                            bad.append((shards[row].shown, str(index)))
+                        else:
+                            found[row] = index
+                        bar.update(1)
+        if bad:
+            raise say_bad(bad, len(shards), "shards")
+        indexes = [index for index in found if index is not None]
+        left_out = LeftOut()
+        for index in indexes:
+            left_out.add(index.left_out)
+        return cls(shards, indexes), left_out
+
+    def __len__(self) -> int:
+        return len(self._shard)
+
+    def path(self, row: int) -> str:
+        """See :class:`fastuft.data.images.ImageSource`: the shard's place, a slash, the member's name."""
+        return Located(f"{self.shards[int(self._shard[row])].shown}/{self.name(row)}", self, row)
+
+    def name(self, row: int) -> str:
+        """See :class:`fastuft.data.images.ImageSource`: the member's."""
+        return os.fsdecode(self._indexes[int(self._shard[row])].names[int(self._member[row])])
+
+    def sizes(self, rows: Rows) -> Rows:
+        """See :class:`fastuft.data.images.ImageSource`."""
+        found = np.empty(len(rows), np.int64)
+        shards, members = self._shard[rows], self._member[rows]
+        for shard in np.unique(shards):
+            mine = shards == shard
+            found[mine] = self._indexes[shard].lengths[members[mine]]
+        return found
+
+    def read(self, row: int) -> bytes:
+        """See :class:`fastuft.data.images.ImageSource`; the header before the bytes is read with them and compared."""
+        place, member = int(self._shard[row]), int(self._member[row])
+        shard, index = self.shards[place], self._indexes[place]
+        offset, length = int(index.offsets[member]), int(index.lengths[member])
+        if not 0 < length <= LARGEST:
+            raise BadImageError(self.path(row), f"has {length} bytes, more than {LARGEST}" if length else "is empty")
+        try:
+            content = shard.read(offset - BLOCK, BLOCK + length)
+            check_member(content[:BLOCK], self.name(row), length)
+        except BlobError as error:
+            raise BadImageError(self.path(row), f"cannot be read (the shard {shard.name} {error})") from error
+        return content[BLOCK:]
+
+    def version(self, row: int) -> int:
+        """See :class:`fastuft.data.images.ImageSource`: of the shard."""
+        return self._versions[int(self._shard[row])]
+
+    def containers(self) -> frozenset[str]:
+        """See :class:`fastuft.data.images.ImageSource`."""
+        return frozenset(shard.shown if shard.remote else os.path.realpath(shard.shown) for shard in self.shards)
+
+    def labels(self) -> tuple[Rows, list[str]] | None:
+        """See :class:`fastuft.data.images.ImageSource`: what ``.cls`` files say, otherwise the members' folders.
+
+        Raises:
+            ValueError: images without a ``.cls`` file where others have one.
+        """
+        if all(index.classes is None for index in self._indexes):
+            return folder_labels(self.name(row) for row in range(len(self)))
+        found = []
+        for row in range(len(self)):
+            classes = self._indexes[int(self._shard[row])].classes
+            label = classes[int(self._member[row])].decode(errors="replace") if classes is not None else ""
+            if not label:
+                raise ValueError(f"{self.path(row)} has no .cls file beside it, as others have; give each image one")
+            found.append(label)
+        return numbered(found)
+
+
+def _version(shard: Blob) -> int:
+    digest = hashlib.blake2b(f"{shard.size} {shard.tag}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _alone(cache: Path | None) -> FileLock | nullcontext[None]:
+    if cache is None:
+        return nullcontext()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return nullcontext()
+    return FileLock(cache / ".lock")
+
+
+def _by_name(names: Sequence[Texts]) -> np.ndarray:
+    """The order of all names by their bytes; of equal ones the earlier shard's comes first."""
+    ends = np.concatenate([np.diff(each.ends, prepend=0) for each in names])
+    widest = int(ends.max(initial=0))
+    if widest * len(ends) > _SORTED_AT_ONCE:
+        flat = [name for each in names for name in each]
+        return np.array(sorted(range(len(flat)), key=flat.__getitem__), np.int64)
+    padded = np.zeros((len(ends), max(1, widest)), np.uint8)
+    row = 0
+    for each in names:
+        lengths = np.diff(each.ends, prepend=0)
+        padded[row : row + len(each)][np.arange(padded.shape[1]) < lengths[:, None]] = each.blob
+        row += len(each)
+    return np.argsort(padded.view(f"S{padded.shape[1]}").ravel(), kind="stable")
