@@ -104,6 +104,7 @@ class PlatformWheel(bdist_wheel):
 setup(
     packages=[*find_packages(include=["fastuft", "fastuft.*"]), "fastuft.kernels"],
     package_data={"fastuft": ["py.typed"], "fastuft.report": ["*.csv", "templates/*"]},
+    include_package_data=False,  # those that are named above, and no folder taken for a package
     ext_modules=[Extension("fastuft.mix._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )
