@@ -9,20 +9,29 @@ import json
 import os
 
 import pytest
+from test_report_pages import write_run
 
 from fastuft.report import write_report
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
 
+def change(file, values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 @pytest.fixture
 def report(tmp_path):
-    """A page of three runs."""
+    """A page with everything that a page can have: two finetunings with verdict and looks, and the run they began from."""
     runs = []
     for name, accuracy in (("naive", 0.5), ("ours", 0.75), ("start", 0.25)):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "eval.json").write_text(json.dumps({"retrieval": accuracy, "classes": ["a", "b"]}))
+        folder = write_run(tmp_path / name, retrieval=accuracy)
+        if name != "start":
+            change(folder / "summary.json", {"init": {"path": "start"}, "verdict": {"line": "Without labels: better."}})
+            change(folder / "eval.json", {"before": {"retrieval": 0.25}})
+            with (folder / "metrics.jsonl").open("a") as file:
+                for step in (0, 20):
+                    file.write(json.dumps({"kind": "look", "step": step, "effective_rank": 10.0 + step}) + "\n")
         runs.append((name, folder))
     write_report(tmp_path / "report.html", runs)
     return tmp_path / "report.html"
