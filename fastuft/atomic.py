@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 import re
-import time
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -75,7 +75,9 @@ def _is_leftover(path: Path) -> bool:
         return False
     if writer[1] == _process_space():
         return not _lives(int(writer[2]))
-    return time.time() - path.stat().st_mtime > _FOREIGN_AGE
+    # By the file system's clock: this machine's may be days away from the writer's, or jump.
+    with tempfile.TemporaryFile(dir=path.parent) as now:
+        return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime > _FOREIGN_AGE
 
 
 def _lives(process: int) -> bool:

@@ -8,19 +8,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from fastuft.names import printable
+
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print a line at once. Where nobody reads any more (a closed pipe, a terminal that is gone) the output is dropped;
-    characters that the output does not have are escaped.
+    """Print lines at once. Where nobody reads any more (a closed pipe, a terminal that is gone) the output is dropped;
+    characters that the output does not have, or that would move a terminal's cursor, are escaped.
 
     Args:
-        text: the line.
+        text: one line, or several.
         error: on standard error instead of standard output.
     """
     stream = sys.stderr if error else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
+    shown = "\n".join(map(printable, text.split("\n")))
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except (OSError, ValueError):  # a pipe without reader, a terminal without user; a closed file
         silence(stream)
 

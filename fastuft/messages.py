@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
+
+from fastuft.console import say
 
 _said: set[str] = set()
 
@@ -12,4 +13,4 @@ def note(text: str) -> None:
     """Say a line on standard error, once per process and by the first rank only."""
     if text not in _said and os.environ.get("RANK", "0") == "0":
         _said.add(text)
-        print(text, file=sys.stderr)
+        say(text, error=True)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fastuft import console
+from fastuft.console import say
 
 TALKS = """
 import os, sys
@@ -18,6 +19,15 @@ for number in range(3):
     if number == 0:
         sys.stdin.read()  # until the reader has gone
 print("a plain line", file=sys.stderr if error else sys.stdout)
+"""
+
+
+NOTES = """
+import sys
+from fastuft.messages import note
+note("line 0")
+sys.stdin.read()
+note("line 1")
 """
 
 
@@ -47,3 +57,17 @@ def test_nothing_is_drawn_where_nobody_watches(capsys):
         show("features", 1, 2)
         count(1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_notes_end_nothing_either():
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", NOTES], text=True, **pipes)
+    assert process.stderr.readline() == "line 0\n"
+    process.stderr.close()
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+
+
+def test_nothing_that_is_said_moves_the_cursor(capsys):
+    say("eins \x1b[2Jzwei\rdrei\a\nvier fünf\udcff\u202e")
+    assert capsys.readouterr().out == "eins \\x1b[2Jzwei\\rdrei\\x07\nvier fünf\\xff\\u202e\n"

@@ -30,7 +30,19 @@ ALLOWED = {
     "api": {"model", "evaluate", "trainer", "jobs", "cli"},
 }
 # Leaves are for everyone, and import at most other leaves.
-LEAVES = {"atomic", "config", "messages", "console", "device", "fused", "names", "randomness", "runfolder", "values"}
+LEAVES = {
+    "atomic",
+    "config",
+    "messages",
+    "console",
+    "device",
+    "fused",
+    "memory",
+    "names",
+    "randomness",
+    "runfolder",
+    "values",
+}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -79,11 +79,11 @@ def _evaluate(config: EvalConfig) -> int:
     with shown_parts() as show:
         done = evaluate_checkpoint(config, show)
     for line in done.taken:
-        print(line)
-    print(table([done.run]))
+        say(str(line))
+    say(table([done.run]))
     for statement in done.evaluation.metrics["statements"]:
-        print(statement)
-    print(f"report: {done.report}")
+        say(statement)
+    say(f"report: {done.report}")
     return 0
 
 
@@ -125,8 +125,8 @@ def _export(config: options.ExportOptions) -> int:
         key=config.init_key,
         channels=config.init_channels,
     )
-    print(taken)
-    print(f"wrote {config.out} in the layout of {config.layout}")
+    say(str(taken))
+    say(f"wrote {config.out} in the layout of {config.layout}")
     return 0
 
 
@@ -143,16 +143,16 @@ def _verify(config: options.VerifyOptions) -> int:
             progress=bar.update,
         )
     for entry in bad[:20]:
-        print(entry)
+        say(str(entry))
     if config.duplicates:
         with progress_bar(len(paths), unit="image") as bar:
             found = find_duplicates(paths, progress=bar.update)
-        print(found.line() or f"no two of {found.checked:,} images look alike")
+        say(found.line() or f"no two of {found.checked:,} images look alike")
     if bad:
         write_bad_list(config.bad_list, bad)
-        print(f"{len(bad)} of {len(paths)} files are bad; the list is in {config.bad_list}")
+        say(f"{len(bad)} of {len(paths)} files are bad; the list is in {config.bad_list}")
         return 1
-    print(f"all {len(paths)} files are good")
+    say(f"all {len(paths)} files are good")
     return 0
 
 
@@ -162,15 +162,15 @@ def _report(config: options.ReportOptions) -> int:
     if all(entry.endswith(".jsonl") for entry in config.runs):
         page = Path(config.out)
         cells = write_comparison(page.parent, config.runs, stem=page.stem, title=config.title)
-        print(comparison_table(cells, config.format))
-        print(f"report: {page.with_suffix('.html')}")
+        say(comparison_table(cells, config.format))
+        say(f"report: {page.with_suffix('.html')}")
         return 0
     runs = [load_run(*_named_run(entry)) for entry in config.runs]
-    print(table(runs, config.format))
+    say(table(runs, config.format))
     for damage in dict.fromkeys(damage for run in runs for damage in run.damaged):
-        print(f"fastuft report: {damage}", file=sys.stderr)
+        say(f"fastuft report: {damage}", error=True)
     write_report(config.out, runs, title=config.title)
-    print(f"report: {config.out}")
+    say(f"report: {config.out}")
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import fastuft
 from fastuft.cli.kernels import wrong_kernels
+from fastuft.console import say
 
 State = Literal["ok", "missing", "problem"]
 
@@ -324,10 +325,10 @@ def run_doctor(*, as_json: bool = False) -> int:
     """Print the findings; status 1 when a required part is missing or one that is there cannot work."""
     findings = examine()
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+        say(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
         widths = [max(len(getattr(f, name)) for f in findings) for name in ("part", "state", "found")]
         for f in findings:
             cells = (f.part.ljust(widths[0]), f.state.ljust(widths[1]), f.found.ljust(widths[2]))
-            print("  ".join([*cells, f.remedy]).rstrip())
+            say("  ".join([*cells, f.remedy]).rstrip())
     return int(any(finding.state == "problem" for finding in findings))

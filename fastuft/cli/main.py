@@ -70,15 +70,15 @@ def _help(arguments: Sequence[str]) -> int | None:
         words = []
     name, topic = [*words, None, None][:2]
     if name is None:
-        print(front_page())
+        say(front_page())
         return 0
     if name not in COMMANDS:
-        print(f"fastuft: error: unknown command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        say(f"fastuft: error: unknown command {name!r}; choose one of {', '.join(COMMANDS)}", error=True)
         return EXIT_BAD_INPUT
     try:
-        print(command_help(name, None if topic is None or topic.startswith("-") else topic))
+        say(command_help(name, None if topic is None or topic.startswith("-") else topic))
     except ValueError as error:
-        print(f"fastuft {name}: error: {error}", file=sys.stderr)
+        say(f"fastuft {name}: error: {error}", error=True)
         return EXIT_BAD_INPUT
     return 0
 
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = normalized(arguments, command)
         parsed = parser.parse_args(given) if command is None else parse(parser, given, named or "")
     except UsageError as error:
-        print(f"{label}: error: {one_line(error, command)}", file=sys.stderr)
+        say(f"{label}: error: {one_line(error, command)}", error=True)
         return EXIT_BAD_INPUT
     assert named is not None and command is not None  # without a command only help and version parse, and they exit
     try:

@@ -74,6 +74,7 @@ Positive = Annotated[float, Range(0.0, low_open=True)]
 NonNegative = Annotated[float, Range(0.0)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
 AtLeast0 = Annotated[int, Range(0)]
+Threads = Annotated[int, Range(0, 1024)]  # 0 derives them from the machine
 AtLeast1 = Annotated[int, Range(1)]
 
 AUTO = "auto"

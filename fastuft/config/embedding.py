@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastuft.config.checks import AtLeast0, AtLeast1, PathName, check_values
+from fastuft.config.checks import AtLeast0, AtLeast1, PathName, Threads, check_values
 from fastuft.config.training import DataConfig
 
 
@@ -50,7 +50,7 @@ class EmbedConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     loader: Literal["auto", "dali", "torch"] = "auto"
-    threads: AtLeast0 = 0
+    threads: Threads = 0
 
     def __post_init__(self) -> None:
         check_values(self)

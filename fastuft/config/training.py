@@ -27,6 +27,7 @@ from fastuft.config.checks import (
     Positive,
     Range,
     Span,
+    Threads,
     as_paths,
     check_range,
     check_values,
@@ -193,7 +194,7 @@ class DataConfig:
     replay_share: Fraction = 0.5
     replay_cache: str | None = None
     loader: Literal["auto", "dali", "torch"] = "auto"
-    threads: AtLeast0 = 0
+    threads: Threads = 0
     prefetch: AtLeast1 = 2
     hw_decoder_load: Fraction = 0.9
     on_bad_file: Literal["error", "skip"] = "error"

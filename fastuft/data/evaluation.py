@@ -13,6 +13,7 @@ from fastuft.data.loading import Loading
 from fastuft.data.order import Positions
 from fastuft.data.stream import ImageStream, labels_of
 from fastuft.data.views import center_views
+from fastuft.memory import refuse_beyond, total_memory
 
 
 class EvalStream(ImageStream):
@@ -29,7 +30,8 @@ class EvalStream(ImageStream):
         batch_size: images per batch.
 
     Raises:
-        ValueError: no images, a ``resize`` below ``size``, or labels of another length than paths.
+        ValueError: no images, a ``resize`` below ``size``, labels of another length than paths, or a batch that no machine
+            of this size can hold.
     """
 
     def __init__(
@@ -45,6 +47,13 @@ class EvalStream(ImageStream):
         self.resize = resize or round(size * 256 / 224)
         if self.resize < size:
             raise ValueError(f"resize={resize} is smaller than size={size}; choose at least {size}, or 0")
+        images = min(batch_size, len(paths))
+        refuse_beyond(
+            total_memory(loading.device),
+            images * 3 * 4 * size * size + 3 * self.resize * self.resize,
+            f"size={size} and resize={self.resize} with {images} images per batch",
+            "choose a smaller size or batch_size",
+        )
         plain = AugmentConfig(size=size, jitter_p=0, grayscale_p=0, blur_p=0, flip_p=0)
         super().__init__(paths, plain, loading, batch_size=batch_size)
         self.labels = None if labels is None else labels_of(paths, labels)

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import torch
 
 from fastuft.atomic import write_whole
+from fastuft.console import say
 from fastuft.data import processors
 from fastuft.demo.arms import ARMS, PRETRAINED, RAW_PIXELS, Demo
 from fastuft.demo.images import write_demo_images
@@ -71,14 +72,14 @@ def run_demo(
         trials=trials,
         num_glyphs=num_glyphs,
     )
-    print(f"writing {num_glyphs} glyphs and the digits to {root / 'images'}", flush=True)
+    say(f"writing {num_glyphs} glyphs and the digits to {root / 'images'}")
     folders = write_demo_images(root / "images", num_glyphs=num_glyphs)
     demo = Demo(root, folders, pretrain_epochs, finetune_epochs, tuple(shots), trials)
     numbers = range(first_seed, first_seed + seeds)
     _run_all(demo, numbers)
     runs = [(name, demo.folder(seed, name)) for seed in numbers for name in (RAW_PIXELS, PRETRAINED, *ARMS)]
-    print()
-    print(table(runs))
+    say("")
+    say(table(runs))
     accuracies = accuracy_table([load_run(*run) for run in runs])
     assert accuracies is not None  # the raw pixels have figures
     write_whole(root / "table.md", accuracies.markdown().encode())
@@ -90,10 +91,10 @@ def run_demo(
         f"Seeds {', '.join(map(str, numbers))}; every figure is as it came.",
     ]
     write_report(report, runs, title="fastuft demo: from glyphs to handwritten digits", notes=notes)
-    print(f"report:     {report}")
-    print(f"table:      {root / 'table.md'}")
-    print(f"checkpoint: {RunFolder(demo.folder(first_seed, '+ SDR + Mix')).backbone_file}")
-    print(f"time:       {time.perf_counter() - started:.0f} s")
+    say(f"report:     {report}")
+    say(f"table:      {root / 'table.md'}")
+    say(f"checkpoint: {RunFolder(demo.folder(first_seed, '+ SDR + Mix')).backbone_file}")
+    say(f"time:       {time.perf_counter() - started:.0f} s")
     return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def read_embeddings(path: str) -> Embeddings:
         OSError: it cannot be read.
     """
     check_out(path)
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise ValueError(f"{printable(path)} is not a file; name one that `fastuft embed` wrote")
     try:
         features, paths, settings = _read_table(path) if path.endswith(".parquet") else _read_arrays(path)
         values = json.loads(settings)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from fastuft.config import ReproduceConfig
+from fastuft.console import say
 from fastuft.reproduce.claims import claim
 from fastuft.reproduce.datasets import PreparedDataset, prepare_dataset
 from fastuft.reproduce.folders import GridFolders
@@ -67,7 +67,7 @@ class Executor:
                 break
             left = held  # whoever held them may have been killed meanwhile, so that they are taken over
         for backbone in left:
-            print(f"{marks[backbone]}: in the hands of another process", flush=True)
+            say(f"{marks[backbone]}: in the hands of another process")
 
     @property
     def _how(self) -> tuple[ReproduceConfig, Scale, GridFolders]:
@@ -111,7 +111,7 @@ class Executor:
             work()
         except (ValueError, NonFiniteLossError, CheckpointError, LostRankError) as error:
             self.failures[name] = " ".join(str(error).split())
-            print(f"{name}: {self.failures[name]}", file=sys.stderr, flush=True)
+            say(f"{name}: {self.failures[name]}", error=True)
 
     def _locate_data(self) -> tuple[Path, str]:
         """(data root, source folder); a source in tar shards is unpacked, as far as it is needed."""

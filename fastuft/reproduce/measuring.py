@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from fastuft.config import EvalConfig, ReproduceConfig
+from fastuft.console import say
 from fastuft.evaluate import evaluate_backbone, weights_hash, write_evaluation
 from fastuft.model import load_backbone
 from fastuft.reproduce.datasets import PreparedDataset
@@ -65,7 +66,7 @@ def measure(
         if plain(wanted) == before["config"]:
             _check_known(before)
             return
-    print(f"{mark}: evaluation on {measurement.dataset}", flush=True)
+    say(f"{mark}: evaluation on {measurement.dataset}")
     result = evaluate_backbone(loaded, wanted)
     write_evaluation(wanted.out, result)
     _check_known(result.metrics)

@@ -5,11 +5,11 @@ Whatever is finished is kept, so the same command goes on after a stop, and the 
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 from fastuft.config import ReproduceConfig
+from fastuft.console import say
 from fastuft.reproduce.claims import claim
 from fastuft.reproduce.executor import Executor
 from fastuft.reproduce.folders import GridFolders
@@ -35,17 +35,17 @@ def reproduce(config: ReproduceConfig, scale: Scale | None = None) -> int:
     folders = GridFolders(Path(config.out), config.weights)
     plan = make_plan(config)
     if config.dry_run:
-        print(plan_table(plan, scale, folders, trials=config.trials, rate=config.rate).show("text"))
+        say(plan_table(plan, scale, folders, trials=config.trials, rate=config.rate).show("text"))
         if config.rate:
-            print(f"Hours of the trainings at {config.rate:g} images per second; no rate was measured for evaluations.")
+            say(f"Hours of the trainings at {config.rate:g} images per second; no rate was measured for evaluations.")
         return 0
     began = time.perf_counter()
     failed = run_plan(plan, config, scale, folders)
     if config.stage in ("all", "tables") and config.tasks == 1 and folders.comparison.exists():
-        print(folders.comparison.read_text(encoding="utf-8"))
-        print(f"page:   {folders.comparison.with_suffix('.html')}")
-        print(f"figure: {folders.figure}")
-    print(f"time:   {time.perf_counter() - began:.0f} s")
+        say(folders.comparison.read_text(encoding="utf-8"))
+        say(f"page:   {folders.comparison.with_suffix('.html')}")
+        say(f"figure: {folders.figure}")
+    say(f"time:   {time.perf_counter() - began:.0f} s")
     return failed
 
 
@@ -59,5 +59,5 @@ def run_plan(plan: Plan, config: ReproduceConfig, scale: Scale, folders: GridFol
         with claim(folders.out, "tables", wait=True):
             write_results(plan, config, scale, folders)
     for name, reason in work.failures.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
+        say(f"failed: {name}: {reason}", error=True)
     return len(work.failures)

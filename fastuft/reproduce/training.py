@@ -15,6 +15,7 @@ import yaml
 
 from fastuft.atomic import write_whole
 from fastuft.config import ReproduceConfig, TrainConfig
+from fastuft.console import say
 from fastuft.reproduce.folders import GridFolders, plain, read_json
 from fastuft.reproduce.grid import Backbone
 from fastuft.reproduce.recipes import Scale, train_config
@@ -33,7 +34,7 @@ def pretrain(backbone: Backbone, source: str, config: ReproduceConfig, scale: Sc
         return
     if folders.trained(backbone):
         return
-    print(f"{backbone.name}: supervised training on the source", flush=True)
+    say(f"{backbone.name}: supervised training on the source")
     training = scale.supervised
     assert training is not None  # checked before anything ran
     train_supervised(
@@ -87,13 +88,13 @@ def finetune(
     _check_same(run)
     if folders.trained(backbone):
         return
-    print(f"{mark}: training", flush=True)
+    say(f"{mark}: training")
     if config.processes == 1:
         interrupted = train(run).interrupted
     else:
         interrupted = _train_in_processes(run, config.processes, folders.summary(backbone))
     if interrupted:
-        print(f"stopped by {interrupted}; the same command goes on", file=sys.stderr, flush=True)
+        say(f"stopped by {interrupted}; the same command goes on", error=True)
         raise SystemExit(EXIT_PREEMPTED)
 
 

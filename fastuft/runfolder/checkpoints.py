@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fastuft.atomic import remove_leftovers, write_whole
+from fastuft.runfolder.records import read_file
 
 FORMAT = "fastuft checkpoint 1"
 _NAME = re.compile(r"^step_(\d{8,})\.pt$")
@@ -159,7 +160,7 @@ def _is_whole(path: Path) -> bool:
 def _read(path: Path) -> bytes:
     digest = _digest_path(path)
     try:
-        content = path.read_bytes()
+        content = read_file(path)
         if not digest.is_file():
             raise CheckpointError(f"{path} has no digest {digest.name} beside it, so it may be incomplete")
         expected = digest.read_text(encoding="ascii", errors="replace").strip()

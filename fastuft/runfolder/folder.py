@@ -13,7 +13,7 @@ from fastuft.atomic import write_whole
 from fastuft.runfolder.checkpoints import CheckpointError, Checkpoints, check_digest
 from fastuft.runfolder.lock import RunLock
 from fastuft.runfolder.progress import Progress
-from fastuft.runfolder.records import json_lines, read_json, write_json
+from fastuft.runfolder.records import json_lines, read_file, read_json, write_json
 from fastuft.runfolder.sealed import damage
 
 
@@ -226,7 +226,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_file(path).decode())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is damaged ({reason}); restore it or use another folder") from error

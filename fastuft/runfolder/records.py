@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastuft.atomic import write_whole
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file; a pipe or device in its place is not waited for.
+
+    Raises:
+        OSError: missing, unreadable, or of another kind.
+    """
+    if not path.is_file() and path.exists():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -27,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: missing or unreadable.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_file(path).decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise ValueError(f"{path} is not JSON ({error}); run the step that writes it again") from error
     if not isinstance(value, dict):
@@ -45,7 +57,7 @@ def json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """
     rows: list[dict[str, Any]] = []
     complaints: list[str] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_file(path).decode(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -34,6 +35,8 @@ def damage(path: Path) -> str | None:
     A file without a digest is whole when its length is right.
     """
     try:
+        if not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
         with path.open("rb") as file:
             start = file.read(8)
             length, size = int.from_bytes(start, "little"), path.stat().st_size

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from fastuft.config import TrainConfig
 from fastuft.device import DTYPES, queue_dtype, resolve_precision
+from fastuft.memory import refuse_beyond, total_memory
 from fastuft.trainer.distributed import Ranks
-
-_CGROUP = Path("/sys/fs/cgroup/memory.max")
-_UNITS = ("bytes", "KB", "MB", "GB", "TB", "PB", "EB")
 
 
 def check_memory(config: TrainConfig, ranks: Ranks) -> None:
@@ -28,41 +23,17 @@ def check_memory(config: TrainConfig, ranks: Ranks) -> None:
     width = torch.finfo(DTYPES[resolve_precision(config.runtime.precision, ranks.device)]).bits // 8
     available = total_memory(ranks.device)
     queue_width = queue_dtype(method.queue_dtype, config.runtime.precision, ranks.device).itemsize
-    _refuse(
-        method.queue_size * config.model.head_dim * queue_width,
+    refuse_beyond(
         available,
+        method.queue_size * config.model.head_dim * queue_width,
         f"method.queue_size={method.queue_size} keys of model.head_dim={config.model.head_dim} numbers",
         "choose a smaller queue",
     )
     images = data.batch_size // ranks.world_size
-    _refuse(
-        2 * images * 3 * size * size * width * data.prefetch,
+    refuse_beyond(
         available,
+        2 * images * 3 * size * size * width * data.prefetch,
         f"augment.size={size} with {images} images per process (data.batch_size={data.batch_size}), two views each and "
         f"data.prefetch={data.prefetch}",
         "choose smaller views, a smaller batch, or fewer batches ahead",
     )
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes that a device has: a GPU's memory, or the machine's, at most its container's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(machine, int(_CGROUP.read_text()))
-    except (OSError, ValueError):  # no control groups of version 2, or "max"
-        return machine
-
-
-def _refuse(needed: int, available: int, what: str, remedy: str) -> None:
-    if needed > available:
-        raise ValueError(f"{what} take {_shown(needed)}, and there are {_shown(available)}; {remedy}")
-
-
-def _shown(count: float) -> str:
-    for unit in _UNITS[:-1]:
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:,.0f} {_UNITS[-1]}"

@@ -177,6 +177,21 @@ def test_images_of_other_suffixes_are_embedded_where_they_are_named(config, phot
     assert embed_images(wanted, keep=False).paths == (str(folder / "seven.tif"),)
 
 
+def test_a_pipe_holds_no_embeddings(tmp_path):
+    os.mkfifo(tmp_path / "e.npz")
+    with pytest.raises(ValueError, match=r"e\.npz is not a file; name one that `fastuft embed` wrote"):
+        read_embeddings(str(tmp_path / "e.npz"))
+
+
+def test_sizes_that_no_machine_can_hold_are_refused_before_memory_is_asked_for(config):
+    with pytest.raises(
+        ValueError, match=r"size=1000000 and resize=1142857 with 3 images per batch take .*TB, and there are"
+    ):
+        embed_images(dataclasses.replace(config, size=1_000_000))
+    with pytest.raises(ValueError, match=r"threads=1000000000 is out of range; allowed: \[0, 1024\]"):
+        dataclasses.replace(config, threads=10**9)
+
+
 @pytest.fixture
 def collection(config, capsys):
     words = ["embed", *config.images, "--checkpoint", config.checkpoint, "--out", config.out, "--loader", "torch"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastuft.runfolder import CheckpointError, Progress, RunFolder, json_lines, read_json, read_json_lines
+from fastuft.runfolder.checkpoints import check_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is used instead")
 
@@ -127,6 +129,27 @@ def test_lines_of_metrics_that_are_damaged_are_named_and_the_others_read(tmp_pat
         read_json_lines(path)
     with pytest.warns(UserWarning, match=r"metrics\.jsonl:\d is not"):
         assert RunFolder(tmp_path).read_metrics() == [{"step": 1}, {"step": 4}]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml", "checkpoints/step_00000003.pt"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run, name):
+    os.mkfifo(run.path / name)
+    reads = {
+        "metrics.jsonl": run.read_metrics,
+        "summary.json": run.read_summary,
+        "config.yaml": run.read_config,
+        "checkpoints/step_00000003.pt": lambda: check_digest(run.path / name),
+    }
+    with pytest.raises((OSError, CheckpointError), match="not a regular file"):
+        reads[name]()
+    assert run.weights_file() == run.checkpoints.path(2)
+
+
+def test_a_pipe_in_the_place_of_the_backbone_is_not_waited_for(run):
+    run.backbone_file.unlink()
+    os.mkfifo(run.backbone_file)
+    with pytest.warns(UserWarning, match=r"backbone\.safetensors cannot be read \(not a regular file\)"):
+        assert run.weights_file(backbone_first=True) == run.checkpoints.path(2)
 
 
 def test_progress_counts_steps_and_epochs():

@@ -34,6 +34,7 @@ SHELLS = {
     "locale C": f"LC_ALL=C {PYTHON} $ARGUMENTS",
     "64 open files": f"ulimit -n 64; {PYTHON} $ARGUMENTS",
     "reader gone": f"set -o pipefail; {PYTHON} $ARGUMENTS | head -1",
+    "reader of everything gone": f"set -o pipefail; {PYTHON} $ARGUMENTS 2>&1 | head -1",
     "no output": f"{PYTHON} $ARGUMENTS >&- 2>&-",
     "no input": f"{PYTHON} $ARGUMENTS <&-",
     "small /dev/shm": f"unshare -m sh -c 'mount -t tmpfs -o size=64k tmpfs /dev/shm && {PYTHON} $ARGUMENTS'",
