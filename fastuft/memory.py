@@ -21,7 +21,7 @@ def total_memory(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        return min(machine, int(_CGROUP.read_text()))
+        return min(machine, int(_CGROUP.read_text(encoding="utf-8")))
     except (OSError, ValueError):  # no control groups of version 2, or "max"
         return machine
 

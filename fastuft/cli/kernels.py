@@ -18,7 +18,7 @@ def wrong_kernels(command: Sequence[str] = COMMAND, *, timeout: float = 300.0) -
         timeout: seconds after which it counts as hung.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout)
     except subprocess.TimeoutExpired:
         return [("fused kernels", f"the check hung for {timeout:g} seconds")]
     if done.returncode:

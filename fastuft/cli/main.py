@@ -151,6 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         say(printable(f"{label}: error: {' '.join(str(error).splitlines())}"), error=True)
         return EXIT_BAD_INPUT
+    except Warning as warning:
+        text = (
+            f"{label}: error: {' '.join(str(warning).split())} (a warning, which PYTHONWARNINGS or -W makes an error)"
+        )
+        say(text, error=True)
+        return EXIT_FAILED
     except OSError as error:
         if error.strerror is None:
             raise

@@ -231,7 +231,7 @@ def _scan_cached(root: str, suffixes: tuple[str, ...]) -> _Scan:
     place = _cache_file(root, suffixes)
     if place is not None:
         try:
-            known = json.loads(place.read_text())
+            known = json.loads(place.read_text(encoding="utf-8"))
             left_out = LeftOut(Counter(known["left_out"]), Counter(known["junk"]))
             scan = _Scan(known["files"], known["folders"], left_out)
             if known["root"] == root and all(os.stat(f).st_mtime_ns == m for f, m in scan.folders.items()):

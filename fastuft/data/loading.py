@@ -92,7 +92,7 @@ def processors() -> int:
     """Processors that this process may use: those it may run on, at most its container's quota."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = _QUOTA.read_text().split()
+        quota, period = _QUOTA.read_text(encoding="utf-8").split()
         return min(here, max(1, int(quota) // int(period)))
     except (OSError, ValueError):  # no control groups of version 2, or "max"
         return here

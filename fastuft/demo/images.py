@@ -86,7 +86,7 @@ def write_demo_images(root: str | Path, *, num_glyphs: int) -> DemoFolders:
     folders = DemoFolders(*(str(root / name) for name in ("source", "train", "test")))
     done = root / "images.json"
     stamp = {"num_glyphs": num_glyphs, "side": SIDE, "seed": SEED, **asdict(folders)}
-    if done.exists() and json.loads(done.read_text()) == stamp:
+    if done.exists() and json.loads(done.read_text(encoding="utf-8")) == stamp:
         return folders
 
     fonts = [str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{stem}.ttf") for stem in FONT_STEMS]

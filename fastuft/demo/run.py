@@ -101,7 +101,7 @@ def run_demo(
 def _same_settings(root: Path, **settings: Any) -> None:
     """Keep what the figures of a folder depend on, and refuse to mix them with those of other settings."""
     kept = root / "demo.json"
-    before = json.loads(kept.read_text()) if kept.exists() else settings
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else settings
     changed = [f"{name} {before.get(name)!r}" for name, value in settings.items() if before.get(name) != value]
     if changed:
         raise ValueError(

@@ -19,7 +19,7 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    script = (Path(__file__).parent / "templates" / "sort.js").read_text()
+    script = (Path(__file__).parent / "templates" / "sort.js").read_text(encoding="utf-8")
     # The page's policy allows this script alone, by its digest: nothing from a run folder could run.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(

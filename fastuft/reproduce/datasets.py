@@ -118,7 +118,9 @@ def read_pet(folder: Path) -> tuple[list[Entry], list[Entry]]:
 
     def split(list_file: str) -> list[Entry]:
         entries: list[Entry] = []
-        for line in (folder / "annotations" / list_file).read_text().splitlines():
+        for line in (
+            (folder / "annotations" / list_file).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        ):
             if line and not line.startswith("#"):
                 image = line.split()[0]
                 entries.append((image.rsplit("_", 1)[0], folder / "images" / f"{image}.jpg", f"{image}.jpg"))
@@ -132,7 +134,7 @@ def read_food101(folder: Path) -> tuple[list[Entry], list[Entry]]:
 
     def split(list_file: str) -> list[Entry]:
         entries: list[Entry] = []
-        for line in (folder / "meta" / list_file).read_text().split():
+        for line in (folder / "meta" / list_file).read_text(encoding="utf-8", errors="surrogateescape").split():
             class_name, _, image = line.partition("/")
             entries.append((class_name, folder / "images" / class_name / f"{image}.jpg", f"{image}.jpg"))
         return entries
@@ -280,7 +282,7 @@ def prepare_dataset(
         f"cache={str(cache)!r} holds {name} prepared from other data or another split; use another folder"
     )
     if stamp_file.exists():
-        if json.loads(stamp_file.read_text()) == request:
+        if json.loads(stamp_file.read_text(encoding="utf-8")) == request:
             return prepared
         raise other
 

@@ -83,7 +83,7 @@ def extract_tar_sample(shards: str | Path, place: str | Path, *, fraction: float
     stamp_file = place / "sample.json"
     request = {"shards": [tar.name for tar in tars], "fraction": fraction, "seed": seed}
     if stamp_file.exists():
-        stamp = json.loads(stamp_file.read_text())
+        stamp = json.loads(stamp_file.read_text(encoding="utf-8"))
         if stamp["request"] != request:
             raise ValueError(f"{place} holds another sample of a source set; remove it, or choose another folder")
         if stamp["finished"]:

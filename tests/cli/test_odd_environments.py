@@ -20,13 +20,14 @@ def gone(*_):
     raise KeyError("getpwuid(): uid not found: 12345")
 pwd.getpwuid = pwd.getpwnam = gone
 """
-ENVIRONMENTS = {
+ENVIRONMENTS: dict[str, tuple[list[str], dict[str, str], str]] = {
     "no home": ([], {}, NOBODY),
     "warnings are errors": (["-W", "error"], {}, ""),
     "python -O in locale C": (["-O"], {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, ""),
 }
 COMMANDS = [
-    "finetune --config photos.yaml --init start.safetensors --target photos --source source --out run --max_steps 1",
+    "finetune --config photos.yaml --init start.safetensors --target photos --source source --out run --max_steps 1 "
+    "--method.queue_size 32",
     "eval --config eval.yaml --checkpoint run --before start.safetensors --train photos --test test --out run --gallery 3 "
     "--map.points 8",
     "embed photos --checkpoint run --out photos.npz",

@@ -297,6 +297,25 @@ def test_a_file_that_goes_bad_during_training_is_named_or_replaced(tmp_path, loa
 
 
 @pytest.mark.parametrize("loader", LOADERS)
+def test_a_file_rewritten_with_the_same_length_and_size_is_trained_as_it_is_now(tmp_path, loader):
+    """Nothing was drawn for another shape; times of changes differ for many reasons, and are not compared."""
+    places = [tmp_path / f"{index}.bmp" for index in range(6)]
+    for place in places:
+        Image.new("RGB", (64, 48), (10, 10, 10)).save(place)
+    data = DataConfig(batch_size=2, threads=1, loader=loader)
+    stream = stream_of(Manifest.build(list(map(str, places))), data, AugmentConfig(size=32, jitter_p=0.0), seed=0)
+
+    def bright(epoch):
+        batches = list(stream.epoch(epoch))
+        views, index = torch.cat([batch.query for batch in batches]), torch.cat([batch.index for batch in batches])
+        return index[views.flatten(1).mean(1) > 0.9].tolist()
+
+    assert bright(0) == []
+    Image.new("RGB", (64, 48), (250, 250, 250)).save(places[4])
+    assert bright(1) == [4] and stream.bad_files == []
+
+
+@pytest.mark.parametrize("loader", LOADERS)
 def test_tiny_and_very_wide_images_train(tmp_path, loader):
     """One pixel, and 30,000 in a row, beside ordinary ones."""
     sizes = [(1, 1), (30_000, 400), (64, 48), (1, 40)]

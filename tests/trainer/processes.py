@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,11 @@ def write_config(config: TrainConfig, path: Path) -> list[str]:
     return ["pretrain", "--config", str(path)]
 
 
+def _hears_hangups() -> None:
+    """As from a terminal, whatever the tests themselves were started with: what ``nohup`` ignores stays ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(arguments: Sequence[str], ranks: int = 1, prelude: str = "") -> list[subprocess.Popen]:
     """Start ``fastuft ARGUMENTS`` on that many ranks; ``prelude`` is Python run before the command line."""
     script = f"import sys\n{prelude}\nfrom fastuft.cli import main\nsys.exit(main(sys.argv[1:]))"
@@ -47,6 +53,7 @@ def start(arguments: Sequence[str], ranks: int = 1, prelude: str = "") -> list[s
                 stderr=subprocess.STDOUT,
                 text=True,
                 cwd=ROOT,
+                preexec_fn=_hears_hangups,
             )
         )
     return started
