@@ -16,6 +16,7 @@ import torch
 
 from fastuft import console
 from fastuft.config import RuntimeConfig
+from fastuft.names import printable
 from fastuft.runfolder import RunFolder
 
 _SLOW = 20.0  # seconds of the first row from which its rate is believed
@@ -159,7 +160,7 @@ class Recorder:
             return
         with self._terminal():
             if self._bar is not None:
-                self._bar.write(text)
+                self._bar.write(printable(text))
                 return
         console.say(text)
 
