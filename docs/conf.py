@@ -29,6 +29,7 @@ html_title = "fastuft"
 html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 
 
 def inline_math(writer: HTML5Translator, node: nodes.math) -> None:
@@ -38,7 +39,7 @@ def inline_math(writer: HTML5Translator, node: nodes.math) -> None:
 
 
 def displayed_math(writer: HTML5Translator, node: nodes.math_block) -> None:
-    writer.body.append(tex2mathml(node.astext(), as_block=True))
+    writer.body.append(f'<div class="formula">{tex2mathml(node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
 
 
