@@ -4,7 +4,7 @@
 
 Reads what ``bench/sweep.py`` wrote, one file per data set, and prints Markdown: for every measure the rank correlation with
 labels over all looks; for the rule in use, and for one whose thresholds were chosen on the other data sets, what it says of
-each run and what that costs.
+each run, ended at each of its looks, and what that costs.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Run:
     name: str
     looks: list[Look]
     labels: np.ndarray
+
+    def ends(self) -> list[Run]:
+        """The run as it would be if it had ended at each of its looks."""
+        counts = range(2, len(self.looks) + 1)
+        return [Run(f"{self.name} to {self.looks[n - 1].step}", self.looks[:n], self.labels[:n]) for n in counts]
 
     @property
     def gains(self) -> np.ndarray:
@@ -167,8 +172,9 @@ def report(sets: Mapping[str, Sequence[Run]]) -> str:
     found = {name: correlations(runs) for name, runs in groups.items()}
     parts = [table(head, [[m.replace("_", " "), *(v for name in groups for v in found[name][m])] for m in MEASURES])]
     told, totals = [], []
-    for name, runs in sets.items():
-        others = [run for other, own in sets.items() if other != name for run in own]
+    ended = {name: [end for run in runs for end in run.ends()] for name, runs in sets.items()}
+    for name, runs in ended.items():
+        others = [run for other, own in ended.items() if other != name for run in own]
         rules = {"in use": Rule(), **({"fitted on the others": fitted(others)} if others else {})}
         for kind, rule in rules.items():
             outcomes = [outcome(run, rule) for run in runs]

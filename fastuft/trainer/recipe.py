@@ -21,6 +21,7 @@ from fastuft.model import build_backbone
 from fastuft.trainer.distributed import Ranks
 
 _LARGEST_BATCH = {"cpu": 64, "cuda": 256}
+_SMALLEST_BATCH = 8  # fewer images give statistics and mixing nothing to work on
 _FEWEST_STEPS = 8  # per epoch: fewer, larger batches repeat the same negatives
 _BUDGET = {"cpu": 420, "cuda": 4000}  # steps of a run; 420 of 64 images recover from the dip of the first hundred
 _MOST_EPOCHS = 200  # the paper's
@@ -157,12 +158,13 @@ class _Chooser:
         world = self.ranks.world_size
         largest = _LARGEST_BATCH[self.kind] * (world if self.kind == "cuda" else 1)
         batch = largest
-        while batch > 2 * world and self._images // batch < _FEWEST_STEPS:
+        while batch > _SMALLEST_BATCH and self._images // batch < _FEWEST_STEPS:
             batch //= 2
-        batch = max(2, batch // world) * world
+        batch = max(2, min(batch, self._images) // world) * world
         if batch == largest:
             return batch, "the largest on this machine"
-        return batch, f"{self._images} images make at least {_FEWEST_STEPS} steps per epoch"
+        steps = self._images // batch
+        return batch, f"{self._images} images are {steps} such steps per epoch, and {2 * batch} of them too few"
 
     def _bn(self) -> tuple[str, str]:
         if self.ranks.world_size > 1:

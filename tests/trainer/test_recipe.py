@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,6 +134,19 @@ def test_as_many_of_the_source_as_of_the_target(folders):
     assert Manifest.build(source, target, fraction=None).fraction == 1.0
 
 
+def test_a_few_images_in_one_flat_folder_train(folders, start, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted(Path(folders[0]).rglob("*.png"))[:12]):
+        shutil.copy(path, flat / f"{number}.png")
+    model, quick = {"arch": "resnet_tiny", "stem": "small", "head_dim": 8}, {"epochs": 2}
+    run = finetune(target=flat, init=start, out=tmp_path / "run", model=model, optim=quick, runtime={"device": "cpu"})
+    said = capsys.readouterr().out
+    assert run.finished and run.steps == 2
+    assert "data.batch_size 8 " in said and "12 target images are few" in said
+    assert "not known whether it is better" in said and "12 images are too few to tell" in said
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     from fastuft.model import build_backbone, export_backbone
@@ -154,7 +169,12 @@ def test_a_run_says_and_saves_what_it_chose(folders, start, tmp_path, capsys):
     finetune(target=folders[0], source=folders[1], init=start, out=out, **options)
     said = capsys.readouterr().out
     assert "Chosen for 40 target and 40 source images on a CPU" in said
-    assert "data.batch_size 8 " in said and "method.queue_size 64 " in said and "optim.epochs" not in said
+    assert (
+        "data.batch_size 8 " in said
+        and "80 images are 10 such steps per epoch" in said
+        and "method.queue_size 64 " in said
+        and "optim.epochs" not in said
+    )
     folder = RunFolder(out)
     summary = json.loads((out / "summary.json").read_text())
     chosen = {choice["option"]: choice["value"] for choice in summary["recipe"]["chosen"]}
