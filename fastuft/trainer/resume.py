@@ -55,8 +55,8 @@ def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, A
     Processes that torchrun has started anew after a failure go on from what the folder holds, whatever ``resume`` says.
 
     Raises:
-        ValueError: the folder holds a run and ``resume`` is no, or weights and no checkpoint and it is auto; or ``resume`` is
-            older than what the folder holds.
+        ValueError: the folder holds a run and ``resume`` is no or another run's checkpoint, or weights and no checkpoint and
+            it is auto; or ``resume`` is older than what the folder holds.
         CheckpointError: no checkpoint is whole, or the processes see different ones.
     """
     out, state = str(folder.path), None
@@ -79,6 +79,11 @@ def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, A
             )
     elif resume != "no":
         state = load_checkpoint(Path(resume))
+        if folder.has_weights and Path(resume).resolve().parent != folder.checkpoints.folder.resolve():
+            raise ValueError(
+                f"resume={resume!r} is none of the checkpoints in out={out!r}, which holds a run already; choose another "
+                "out, or one of its own checkpoints"
+            )
         later = [path for step, path in folder.checkpoints.all() if step > state["global_step"]]
         if later:
             raise ValueError(

@@ -374,6 +374,16 @@ def test_weights_without_a_checkpoint_are_not_written_over(tiny, left):
     assert (folder.path / left).read_bytes() == content and not folder.metrics_file.exists()
 
 
+def test_a_run_does_not_go_on_in_the_folder_of_another(tiny, tmp_path):
+    one = RunFolder(train(tiny(max_steps=1)).run_dir)
+    other = RunFolder(train(tiny(max_steps=2, out=str(tmp_path / "other"))).run_dir)
+    content = one.metrics_file.read_bytes()
+    with pytest.raises(ValueError, match=r"resume='.*step_00000002\.pt' is none of the checkpoints in out='.*run'"):
+        train(tiny(resume=str(other.checkpoints.path(2))))
+    assert one.metrics_file.read_bytes() == content and not one.checkpoints.path(2).exists()
+    assert train(tiny(resume=os.path.relpath(one.checkpoints.path(1)), max_steps=2)).steps == 2
+
+
 def test_a_folder_that_another_run_works_in_is_refused(tiny):
     config = tiny(max_steps=1)
     folder = RunFolder(Path(config.out))
