@@ -1,11 +1,18 @@
 """Settings of the documentation: Sphinx with MyST, because it reads Markdown and checks every internal link."""
 
+from importlib import import_module
+
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
 import fastuft
+
+# Some modules import a name on its first use, and autodoc shows those that a module has already.
+for module in ("fastuft", "fastuft.evaluate"):
+    face = import_module(module)
+    vars(face).update({name: getattr(face, name) for name in face.__all__ if name != "evaluate"})
 
 project = "fastuft"
 author = "The fastuft developers"

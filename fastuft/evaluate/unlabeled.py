@@ -23,14 +23,14 @@ def _paired(first: str, x: ArrayLike, second: str, y: ArrayLike) -> tuple[torch.
 
 
 def alignment(first: ArrayLike, second: ArrayLike, power: float = 2.0) -> float:
-    """Mean of |x - y|^power over unit features [N, F] of two views of each image (Wang and Isola 2020); 0 is perfect."""
+    """Mean of ``|x - y|^power`` over unit features [N, F] of two views of each image (Wang and Isola 2020); 0 is perfect."""
     a, b = _paired("first", first, "second", second)
     distance = (F.normalize(a, dim=1) - F.normalize(b, dim=1)).norm(dim=1)
     return float(distance.pow(power).double().mean())
 
 
 def uniformity(features: ArrayLike, t: float = 2.0, *, most: int = 4096, seed: int = 0) -> float:
-    """log of the mean of exp(-t |x - y|^2) over pairs of unit features (Wang and Isola 2020); lower is more uniform.
+    """log of the mean of ``exp(-t |x - y|^2)`` over pairs of unit features (Wang and Isola 2020); lower is more uniform.
 
     Over all pairs of at most ``most`` rows of [N, F] drawn with ``seed``.
 
@@ -50,7 +50,7 @@ def uniformity(features: ArrayLike, t: float = 2.0, *, most: int = 4096, seed: i
 def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
     """Linear centered kernel alignment of two representations of the same images (Kornblith et al. 2019).
 
-    |Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F); 1 up to rotation and scale, 0 for unrelated. x: [N, F], y: [N, G].
+    ``|Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F)``; 1 up to rotation and scale, 0 for unrelated. x: [N, F], y: [N, G].
 
     Raises:
         UndefinedError: one of both is constant over the images.
