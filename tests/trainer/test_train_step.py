@@ -314,8 +314,10 @@ def test_times_are_read_after_the_device_is_done(monkeypatch):
         {"method": {"mix": "mixup", "mix_per": "pair"}, "optim": {"clip_grad": 1.0}},
         {"runtime": {"precision": "fp16"}},
         {"runtime": {"precision": "fp32"}, "method": {"mix_only": True}},
+        {"optim": {"optimizer": "adamw", "layer_decay": 0.9}, "runtime": {"precision": "fp16"}},
+        {"runtime": {"checkpoint_activations": True}},
     ],
-    ids=["default", "pairs-clipped", "fp16", "fp32-mix-only"],
+    ids=["default", "pairs-clipped", "fp16", "fp32-mix-only", "adamw-fp16", "recomputed"],
 )
 def test_a_step_on_a_gpu_never_waits_for_it(tiny, changes):
     device = torch.device("cuda", 0)
