@@ -91,6 +91,14 @@ def test_a_saved_configuration_is_the_whole_of_it(monkeypatch, tmp_path):
     assert received[1] == received[0] and received[0].optim.lr == 3e-4
 
 
+def test_a_printed_configuration_has_the_presets_values(capsys, tmp_path, monkeypatch):
+    given = ["finetune", "--target", "images", "--out", "run", "--init", "x", "--model.arch", "timm:convnext_atto"]
+    with pytest.raises(SystemExit):
+        main([*given, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["optim"]["optimizer"], printed["optim"]["weight_decay"]) == ("adamw", 0.05)
+
+
 def test_a_group_that_is_none_is_still_refused_in_words(capsys, tmp_path):
     (tmp_path / "c.yaml").write_text("optim: null\n")
     given = ["--config", str(tmp_path / "c.yaml"), "--target", "a", "--out", "b", "--init", "c"]

@@ -24,21 +24,21 @@ def parse(parser: Any, arguments: Sequence[str], name: str) -> Any:
     Raises:
         UsageError: the arguments do not parse.
     """
-    parsed = parser.parse_args(arguments)
-    if COMMANDS[name].config is not TrainConfig or not all(_is_group(parsed[name][g]) for g in ("model", "optim")):
-        return parsed
-    options = parsed[name].optim
-    if options.preset == "none":
-        return parsed
-    arch, epochs = parsed[name].model.arch, options.epochs
-    family = family_of(arch) if options.preset == "auto" else options.preset
-    values = preset_options(family, arch, epochs)
-    if values:
-        parsed = build_parser([name], values).parse_args(arguments)
-    other = preset_options(family, arch, epochs, parsed[name].optim.optimizer)
-    if other != values:  # another optimizer was asked for
-        parsed = build_parser([name], other).parse_args(arguments)
-    parsed[name].optim.preset = family if other else "none"
+    silent = [argument for argument in arguments if not argument.startswith("--print_config")]
+    parsed = parser.parse_args(silent)
+    values: dict[str, Any] = {}
+    if COMMANDS[name].config is TrainConfig and all(_is_group(parsed[name][group]) for group in ("model", "optim")):
+        preset, arch, epochs = parsed[name].optim.preset, parsed[name].model.arch, parsed[name].optim.epochs
+        family = family_of(arch) if preset == "auto" else preset
+        for familys_own in (True, False):  # another optimizer may have been asked for, with values of its own
+            chosen = None if familys_own else parsed[name].optim.optimizer
+            wanted = {} if family == "none" else preset_options(family, arch, epochs, chosen)
+            if wanted != values:
+                values, parser = wanted, build_parser([name], wanted)
+                parsed = parser.parse_args(silent)
+        parsed[name].optim.preset = family if values else "none"
+    if len(silent) < len(arguments):
+        parser.parse_args(arguments)  # prints what was parsed, and exits
     return parsed
 
 

@@ -146,9 +146,10 @@ def test_resolved_configuration_round_trip(received, tmp_path, capsys):
     main(["finetune", "--config", str(printed)])
     main(["finetune", "--config", str(saved)])
     assert received[0] == received[1] == received[2]
-    assert received[2].augment == AugmentConfig(crop_scale=(0.3, 0.9))
+    assert received[2].augment == AugmentConfig(size="auto", crop_scale=(0.3, 0.9))
     assert isinstance(received[2].augment.crop_scale, tuple)
-    assert received[2].data == DataConfig(replay_cache="d") and received[2].max_steps is None
+    assert received[2].data == DataConfig(replay_cache="d", batch_size="auto", replay_fraction="auto")
+    assert received[2].max_steps is None
 
 
 @pytest.mark.parametrize(

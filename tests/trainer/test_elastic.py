@@ -19,11 +19,11 @@ DIES_ONCE = """
 import os, signal, sys
 from fastuft.trainer import run
 real = run.train_step
-def dies(learner, batch, mark):
+def dies(learner, batch, mark, **options):
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if first and os.environ["RANK"] == "1" and (batch.epoch, batch.step) == (1, 1):
         WHAT
-    return real(learner, batch, mark)
+    return real(learner, batch, mark, **options)
 run.train_step = dies
 from fastuft.cli import main
 sys.exit(main(sys.argv[1:]))

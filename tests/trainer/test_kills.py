@@ -18,10 +18,10 @@ AT_STEP = """
 import os, signal
 from fastuft.trainer import run
 real, calls = run.train_step, []
-def killed(learner, batch, mark):
+def killed(learner, batch, mark, **options):
     calls.append(0)
     if len(calls) < {calls}:
-        return real(learner, batch, mark)
+        return real(learner, batch, mark, **options)
     def marks(part):
         if part == {part!r}:
             os.kill(os.getpid(), signal.SIGKILL)

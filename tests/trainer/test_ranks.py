@@ -149,8 +149,8 @@ GOES_ASTRAY = """
 import os
 from fastuft.trainer import run
 real = run.train_step
-def astray(learner, batch, mark):
-    figures = real(learner, batch, mark)
+def astray(learner, batch, mark, **options):
+    figures = real(learner, batch, mark, **options)
     if os.environ["RANK"] == "1" and (batch.epoch, batch.step) == (1, 1):
         CHANGE
     return figures
@@ -183,10 +183,10 @@ DIES = """
 import os, signal
 from fastuft.trainer import run
 real = run.train_step
-def dies(learner, batch, mark):
+def dies(learner, batch, mark, **options):
     if os.environ["RANK"] == "1" and (batch.epoch, batch.step) == (1, 1):
         os.kill(os.getpid(), signal.NUMBER)
-    return real(learner, batch, mark)
+    return real(learner, batch, mark, **options)
 run.train_step = dies
 """
 

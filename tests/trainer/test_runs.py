@@ -157,8 +157,8 @@ def test_a_run_on_a_gpu_waits_for_it_only_where_it_writes(tiny, monkeypatch, pre
     pytest.importorskip("nvidia.dali")
     real, calls = run_module.train_step, []
 
-    def watched(learner, batch, mark):
-        figures = real(learner, batch, mark)
+    def watched(learner, batch, mark, **options):
+        figures = real(learner, batch, mark, **options)
         calls.append(0)
         # Kernels compile in the first steps; the eighth is followed by a row and a checkpoint, which do wait.
         torch.cuda.set_sync_debug_mode("error" if 3 <= len(calls) < 8 else "default")
@@ -200,6 +200,7 @@ def test_a_folder_with_a_run_is_refused(tiny):
 def test_rows_of_a_start_that_saved_nothing_do_not_come_twice(tiny):
     config = tiny(max_steps=2, resume="auto")
     (folder := train(config).run_dir / "checkpoints").rename(folder.with_name("lost"))
+    folder.with_name("backbone.safetensors").unlink()
     train(config)
     assert [row["step"] for row in rows(folder.parent)] == [1, 2]
 
@@ -266,8 +267,8 @@ def test_other_settings_of_the_optimizer_are_those_that_it_goes_on_with(tiny, mo
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, monkeypatch):
     real = run_module.train_step
 
-    def broken(learner, batch, mark):
-        figures = real(learner, batch, mark)
+    def broken(learner, batch, mark, **options):
+        figures = real(learner, batch, mark, **options)
         return figures * torch.nan if (batch.epoch, batch.step) == (1, 1) else figures
 
     monkeypatch.setattr(run_module, "train_step", broken)
@@ -281,8 +282,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, monkey
 def test_weights_that_are_not_finite_are_not_saved(tiny, monkeypatch):
     real = run_module.train_step
 
-    def broken(learner, batch, mark):
-        figures = real(learner, batch, mark)
+    def broken(learner, batch, mark, **options):
+        figures = real(learner, batch, mark, **options)
         if (batch.epoch, batch.step) == (1, 3):  # the loss before the update was fine
             next(learner.moco.parameters()).data.fill_(torch.inf)
         return figures
@@ -297,10 +298,10 @@ def test_a_signal_saves_within_the_step_and_stops(tiny, tmp_path, monkeypatch, n
     whole = train(tiny(out=str(tmp_path / "whole"))).run_dir
     real = run_module.train_step
 
-    def interrupted(learner, batch, mark):
+    def interrupted(learner, batch, mark, **options):
         if (batch.epoch, batch.step) == (1, 1):
             os.kill(os.getpid(), number)
-        return real(learner, batch, mark)
+        return real(learner, batch, mark, **options)
 
     caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     if (
@@ -351,7 +352,7 @@ def test_a_deliberate_stop_is_not_a_failure_for_whoever_started_the_run(
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_does_not_block_its_folder(tiny, monkeypatch):
-    monkeypatch.setattr(run_module, "train_step", lambda *_: 1 / 0)
+    monkeypatch.setattr(run_module, "train_step", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tiny(max_steps=1))
     monkeypatch.undo()
@@ -397,10 +398,10 @@ def test_a_run_folder_that_is_removed_while_training_is_said(tiny, monkeypatch):
     config = tiny()
     real = run_module.train_step
 
-    def removed(learner, batch, mark):
+    def removed(learner, batch, mark, **options):
         if batch.step == 1:
             shutil.rmtree(config.out)
-        return real(learner, batch, mark)
+        return real(learner, batch, mark, **options)
 
     monkeypatch.setattr(run_module, "train_step", removed)
     with pytest.raises(FolderLostError, match=r"out='.*run' was removed or replaced while the run worked in it"):
