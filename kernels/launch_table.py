@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ARCHS = (80, 90, 100)
 PRECISIONS = ("bf16", "fp16", "tf32", "ieee")
@@ -95,12 +96,26 @@ def launch(arch: int, precision: str, width: int, tall: bool, direct: bool, pack
     return _hopper(width, tall) if arch == 90 and (direct or width <= 128) else _half(arch, width, tall)
 
 
-def table() -> Iterator[tuple[int, str, int, bool, bool, Launch]]:
-    """(arch, precision, width, tall, direct, configuration), each distinct configuration of a width once."""
-    for arch, precision, width in itertools.product(ARCHS, PRECISIONS, WIDTHS):
+class Entry(NamedTuple):
+    """The arguments of :func:`launch`, and what it gives for them."""
+
+    arch: int
+    precision: str
+    width: int
+    tall: bool
+    direct: bool
+    packed: bool
+    config: Launch
+
+
+def table() -> Iterator[Entry]:
+    """Every configuration: each distinct one of a chip, precision and width once for queues that are fp8 and for others."""
+    for arch, precision, width, packed in itertools.product(ARCHS, PRECISIONS, WIDTHS, (False, True)):
+        if packed and precision in ("tf32", "ieee"):
+            continue
         seen = set()
         for direct, tall in itertools.product((True, False), (False, True)):
-            found = launch(arch, precision, width, tall, direct)
+            found = launch(arch, precision, width, tall, direct, packed)
             if found not in seen:
                 seen.add(found)
-                yield arch, precision, width, tall, direct, found
+                yield Entry(arch, precision, width, tall, direct and not packed, packed, found)

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 # What a multiprocessor has, by arch: registers, threads, shared memory; a program reserves 1 KB of that beside its own.
 REGISTERS, THREADS = 65_536, {80: 1_536, 90: 2_048, 100: 2_048}
 SHARED = {80: 102_400, 90: 233_472, 100: 233_472}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100, B200
+# Products and sums of bf16 that a multiprocessor's matrix units do in a cycle; of tf32 half as many. Exponentials and
+# instructions of warps that it issues in a cycle.
+FMA, EXP2, ISSUE = {80: 1_024, 90: 2_048, 100: 4_096}, 16, 4
 MATRIX = ("HGMMA", "UTCHMMA", "HMMA", "FFMA")  # most specific first
 
 
@@ -68,6 +72,27 @@ class Compiled:
         threads = 32 * self.num_warps
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
         return min(by_registers, THREADS[self.arch] // threads, SHARED[self.arch] // (self.shared + 1024))
+
+
+def waves(job: Job, result: Compiled) -> float:
+    """Programs of a sweep of 256 rows (tall: 4,096) over 65,536 keys, over those that the chip holds at once."""
+    from fastuft.kernels.launch_plan import plan_units
+
+    plan = plan_units(4_096 if job.tall else 256, 65_536, config_of(job), MULTIPROCESSORS[job.arch])
+    return plan.programs / (MULTIPROCESSORS[job.arch] * result.ctas)
+
+
+def bound(job: Job, result: Compiled) -> dict[str, int]:
+    """A bound, not a time: cycles that a multiprocessor cannot go below for one unit of a sweep, by instruction counts.
+
+    products: on the matrix units, or the CUDA cores for exact fp32. exp2: on the special function units. issue: of all
+    instructions of the loop. Perfectly overlapped, a unit takes the largest.
+    """
+    config, loop = config_of(job), result.loop
+    products = (2 if job.need_mu else 1) * config.block_b * config.block_k * job.width
+    rate = {"ieee": 128, "tf32": FMA[job.arch] // 2}.get(job.precision, FMA[job.arch])
+    cycles = {"products": products / rate, "exp2": 32 * loop["exp2"] * config.num_warps / EXP2}
+    return {name: round(value) for name, value in {**cycles, "issue": loop["all"] * config.num_warps / ISSUE}.items()}
 
 
 def _count(operations: list[str]) -> dict[str, int]:
@@ -179,7 +204,8 @@ def compile_job(job: Job) -> Compiled:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
-        usage, sass = (run(tools / "cuobjdump", what, cubin) for what in ("--dump-resource-usage", "-sass"))
+        usage = run(tools / "cuobjdump", "--dump-resource-usage", cubin)
+        sass = run(tools / "cuobjdump", "-sass", cubin) if job.name == "sweep" else ""  # of the others no loop is read
         notes = run(tools / "ptxas", "--gpu-name=sm_90a", ptx, "-o", cubin) if job.arch == 90 else ""
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     warnings = tuple(sorted(set(re.findall(r"C75\d\d", notes))))

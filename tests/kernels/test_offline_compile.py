@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
-from compiled import Compiled, Job, compile_job, config_of
+from compiled import Compiled, Job, bound, compile_job, config_of, waves
 
 pytestmark = [
     pytest.mark.compile,
@@ -22,24 +22,29 @@ ARCHS = (80, 90, 100)
 
 
 def sweep_jobs() -> list[Job]:
-    """Every entry of the table, and on sm_90 each variant of the entries in bf16."""
+    """Every entry of the table, with the variants that a call can take of it."""
     from fastuft.kernels.launch_table import table
 
     found: dict[Job, None] = {}
-    for arch, precision, width, tall, direct, config in table():
+    for arch, precision, width, tall, direct, packed, config in table():
         if precision == "fp16" and width != 128:
             continue
-        job = Job("sweep", arch, precision, width, tall=tall, descriptors=config.descriptors and direct)
+        descriptors = config.descriptors and (direct or packed)
+        job = Job("sweep", arch, precision, width, tall=tall, descriptors=descriptors, queue="fp8" if packed else "")
         variants = [job]
         if width in (128, 512):
             variants.append(replace(job, need_mu=False))
         if precision == "ieee":
             variants.append(replace(job, tail=True))
-        if arch == 90 and precision == "bf16":
-            variants.append(replace(job, unit=True, descriptors=config.descriptors, queue="fp32"))
-            variants.append(replace(job, descriptors=False))
-            if direct:
-                variants += [replace(job, unit=True), replace(job, unit=True, tail=True)]
+        if packed:
+            variants.append(replace(job, unit=precision == "bf16", tail=True))
+        elif precision == "bf16":
+            if arch == 90 or not direct:
+                variants.append(replace(job, unit=True, descriptors=config.descriptors, queue="fp32"))
+            if arch == 90:
+                variants.append(replace(job, descriptors=False))
+                if direct:
+                    variants += [replace(job, unit=True), replace(job, unit=True, tail=True)]
         found |= dict.fromkeys(variants)
     return list(found)
 
@@ -56,7 +61,27 @@ def jobs() -> list[Job]:
         found += [
             Job(name, arch, dtype, 128, need_mu=False) for dtype in ("bf16", "fp32") for name in ("enqueue", "scale")
         ]
+        found += [Job("enqueue", arch, "bf16", width, need_mu=False, queue="fp8") for width in (16, 128, 512)]
     return found
+
+
+COLUMNS = (
+    "registers stack  shared CTAs | in the loop: products waits barriers LDSM shuffles all | waves | "
+    "bound, cycles: products exp2 issue | warnings"
+)
+
+
+def line(job: Job, result: Compiled) -> str:
+    """A row of the table; of other kernels than the sweep nothing but what they take."""
+    taken = f"{result.registers:9} {result.stack:5} {result.shared:7} {result.ctas:4}"
+    if job.name != "sweep":
+        return taken
+    loop, cycles = result.loop, bound(job, result)
+    return (
+        f"{taken} | {result.matrix:>11} {loop.get(result.matrix, 0):9} {loop['wait']:5} {loop['barrier']:8} "
+        f"{loop['ldsm']:4} {loop['shuffle']:8} {loop['all']:4} | {waves(job, result):5.2f} | "
+        f"{cycles['products']:23} {cycles['exp2']:4} {cycles['issue']:5} | {' '.join(result.warnings)}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +90,9 @@ def results() -> dict[Job, Compiled]:
     todo = jobs()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(todo, pool.map(compile_job, todo, chunksize=4), strict=True))
-    print(
-        f"\n{'kernel':52} registers  stack   shared  CTAs  matrix  in loop: waits barriers LDSM shuffles all  warnings"
-    )
+    print(f"\n{'kernel':57} {COLUMNS}")
     for job, result in found.items():
-        loop = result.loop
-        print(
-            f"{job!s:52} {result.registers:9}  {result.stack:5}  {result.shared:7}  {result.ctas:4}  {result.matrix:6} "
-            f"{loop.get(result.matrix, 0):8} {loop['wait']:5} {loop['barrier']:8} {loop['ldsm']:4} {loop['shuffle']:8} "
-            f"{loop['all']:4}  {' '.join(result.warnings)}"
-        )
+        print(f"{job!s:57} {line(job, result)}")
     return found
 
 
@@ -103,6 +121,7 @@ def test_the_plan_counts_on_as_many_programs_per_multiprocessor_as_fit(results):
     for job, result in of_sweep(results).items():
         planned = config_of(job).ctas
         assert result.ctas >= planned, f"{job}: {result.ctas} fit, {planned} are planned"
+        assert waves(job, result) <= 1, str(job)
 
 
 def test_products_on_sm_90_are_never_serialized(results):
@@ -115,9 +134,46 @@ def test_products_on_sm_90_are_never_serialized(results):
 
 
 def test_converted_tiles_on_sm_90_take_wgmma_up_to_256_columns(results):
-    """An fp32 queue passes through registers; at D = 512 they do not hold 64 rows of sums beside it."""
-    for job, result in of_sweep(results, arch=90, precision="bf16", queue="fp32").items():
-        assert result.matrix == ("HMMA" if job.width == 512 else "HGMMA"), str(job)
+    """An fp32 or fp8 queue passes through registers; at D = 512 they do not hold 64 rows of sums beside it."""
+    for queue in ("fp32", "fp8"):
+        for job, result in of_sweep(results, arch=90, precision="bf16", queue=queue).items():
+            assert result.matrix == ("HMMA" if job.width == 512 else "HGMMA"), str(job)
+
+
+def test_only_chips_that_convert_fp8_are_asked_to(results):
+    """On sm_80 codes are taken apart bit by bit; Triton refuses the type there."""
+    for job, result in of_sweep(results, queue="fp8").items():
+        assert ("cvt.rn.f16x2.e4m3x2" in result.ptx) == (job.arch >= 90), str(job)
+
+
+def test_combine_is_launched_while_the_sweep_runs(results):
+    """From sm_90 on; what the sweep wrote, and all else, is read after its end."""
+    combines = {job: result.ptx for job, result in results.items() if job.name in ("combine", "combine-one-key", "lse")}
+    for job, ptx in combines.items():
+        before, wait, _ = ptx.partition("griddepcontrol.wait")
+        assert bool(wait) == (job.arch >= 90), str(job)
+        assert not wait or "ld.global" not in before, str(job)
+    for job, result in of_sweep(results).items():
+        assert ("griddepcontrol.launch_dependents" in result.ptx) == (job.arch >= 90), str(job)
+
+
+# Cycles per unit of a sweep for gradients in bf16 on sm_90, by (queue, tall) and width; products alone from 128 columns on
+# (512, 1,024 and 2,048), a tenth above what was compiled where instructions bound it.
+CEILINGS = {
+    ("", False): {16: 300, 32: 300, 64: 300, 128: 512, 256: 1024, 512: 2048},
+    ("", True): {16: 600, 32: 600, 64: 630, 128: 512, 256: 2048},
+    ("fp8", False): {16: 330, 32: 370, 64: 450, 128: 610, 256: 1060, 512: 1700},
+}
+
+
+def test_the_bound_from_instruction_counts_stays_below_its_ceiling(results):
+    """A bound, not a time: what grows in the loop shows here before a chip shows it."""
+    for (queue, tall), ceilings in CEILINGS.items():
+        chosen = of_sweep(results, arch=90, precision="bf16", queue=queue, tall=tall, need_mu=True)
+        for job, result in chosen.items():
+            if queue or job.descriptors:
+                cycles = bound(job, result)
+                assert max(cycles.values()) <= ceilings[job.width], f"{job}: {cycles}"
 
 
 def test_unit_rows_need_no_maximum(results):
@@ -143,9 +199,11 @@ def test_every_launch_is_in_the_table():
     """What the launcher would take for any shape is one of the compiled configurations."""
     from fastuft.kernels.launch_table import PRECISIONS, WIDTHS, launch, table
 
-    compiled = {(arch, precision, width, config) for arch, precision, width, _, _, config in table()}
+    compiled = {(entry.arch, entry.precision, entry.width, entry.packed, entry.config) for entry in table()}
     for arch in ARCHS:
         for precision in PRECISIONS:
             for width in WIDTHS:
-                for tall, direct in itertools.product((False, True), repeat=2):
-                    assert (arch, precision, width, launch(arch, precision, width, tall, direct)) in compiled
+                for tall, direct, packed in itertools.product((False, True), repeat=3):
+                    if not (packed and precision in ("ieee", "tf32")):  # refused: no such call reaches the table
+                        config = launch(arch, precision, width, tall, direct, packed)
+                        assert (arch, precision, width, packed, config) in compiled
