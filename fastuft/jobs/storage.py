@@ -35,17 +35,17 @@ class Embeddings:
     bad_files: dict[str, str] = field(default_factory=dict)
 
 
-def check_out(out: str) -> None:
-    """Refuse a file that could not be written when all is done.
+def check_out(out: str, option: str = "out") -> None:
+    """Refuse a file, the value of ``option``, that could not be written when all is done, or not be read.
 
     Raises:
         ValueError: another ending, or a table without pyarrow.
     """
     ending = Path(out).suffix
     if ending not in ENDINGS:
-        raise ValueError(f"out={out!r} ends in {ending or 'nothing'}; allowed: {', '.join(ENDINGS)}")
+        raise ValueError(f"{option}={out!r} ends in {ending or 'nothing'}; allowed: {', '.join(ENDINGS)}")
     if ending == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"out={out!r} needs pyarrow: pip install 'fastuft[parquet]', or write .npz")
+        raise ValueError(f"{option}={out!r} needs pyarrow: pip install 'fastuft[parquet]', or use .npz")
 
 
 def write_embeddings(out: str, embeddings: Embeddings) -> None:
@@ -92,7 +92,7 @@ def read_embeddings(path: str) -> Embeddings:
         ValueError: another file, or a damaged one.
         OSError: it cannot be read.
     """
-    check_out(path)
+    check_out(path, "in")
     if not os.path.isfile(path) and os.path.exists(path):
         raise ValueError(f"{printable(path)} is not a file; name one that `fastuft embed` wrote")
     try:

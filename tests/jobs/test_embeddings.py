@@ -177,6 +177,11 @@ def test_images_of_other_suffixes_are_embedded_where_they_are_named(config, phot
     assert embed_images(wanted, keep=False).paths == (str(folder / "seven.tif"),)
 
 
+def test_a_file_of_another_kind_is_named_by_the_option_that_named_it():
+    with pytest.raises(ValueError, match=r"in='list\.txt' ends in \.txt; allowed: \.npz, \.parquet"):
+        read_embeddings("list.txt")
+
+
 def test_a_pipe_holds_no_embeddings(tmp_path):
     os.mkfifo(tmp_path / "e.npz")
     with pytest.raises(ValueError, match=r"e\.npz is not a file; name one that `fastuft embed` wrote"):
