@@ -97,7 +97,8 @@ class MethodConfig:
         temperature: tau.
         queue_size: K, negatives kept.
         queue_dtype: what the queue is kept in; auto is float32 on a CPU, and on a GPU the dtype that its matrix
-            products run in. fp8 (e4m3, a scale per key) takes half of bf16's memory, and multiplies in bf16 or fp16.
+            products run in. fp8 (e4m3, a scale per key) takes half of bf16's memory and
+            multiplies in bf16 or fp16; docs/loss.md has its errors.
         key_momentum: m of the key encoder's moving average.
         queue_prefill: fill the queue with keys of training images before epoch 0 (finetuning) or start
             from random unit rows (pretraining).
