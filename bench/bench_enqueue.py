@@ -1,7 +1,7 @@
 """Writing a batch of keys into the queue, beside lightly's memory bank.
 
-Claim: normalizing, writing (with the wrap) and moving the pointer takes no copy of the queue and no host
-synchronization. The baseline normalizes and writes slices, as MoCo's code does, for which the host reads the pointer.
+Claim: normalizing, writing (with the wrap) and moving the pointer needs no copy of the queue and no host
+synchronization. The baseline normalizes and writes slices, as MoCo's code does, which requires the host to read the pointer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Retrieval and K-means beside scikit-learn, at Food-101's shape.
 
-Claim: on a CPU (a tenth of the images) exact neighbors and Lloyd's algorithm take about as long as scikit-learn's, with
-the same result. On a GPU the target is seconds for all 75,750 x 2048 features.
+Claim: on a CPU (with a tenth of the images), exact neighbors and Lloyd's algorithm take about as long as scikit-learn's, with
+the same result. On a GPU, the target is a few seconds for all 75,750 x 2048 features.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def features(scale) -> Features:
 
 @pytest.fixture
 def on_cpu(device):
-    """scikit-learn works on the CPU alone: its rows are measured there, with as many threads as PyTorch's."""
+    """scikit-learn works only on the CPU: its rows are measured there, with as many threads as PyTorch uses."""
     if device.type != "cpu":
         pytest.skip("scikit-learn is the baseline of --device cpu")
     with threadpool_limits(torch.get_num_threads()):

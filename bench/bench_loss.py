@@ -1,18 +1,18 @@
 """The queue loss, forward and backward, beside every other way to compute the identical loss.
 
-Claim: one sweep that stores no logits beats MoCo's expression, in under 10 MB instead of more than 200. On one CPU
-thread it takes half the time of MoCo's expression, and within 6% of scaled-dot-product attention used as a log-sum-exp,
-however its queue is split; the products alone are most of that. The aim on an H200 is ten times eager fp32. Half
-precision on a CPU is computed in fp32: exact, but on chips with bf16 instructions the textbook expression in bf16, with
-its rounded logits, may take less time there.
+Claim: one sweep that stores no logits beats MoCo's expression, with under 10 MB instead of more than 200. On one CPU thread,
+it takes half the time of MoCo's expression, and is within 6% of scaled-dot-product attention used as a log-sum-exp, however
+that splits its queue; most of the time goes into the products. The target on an H200 is ten times the speed of eager fp32.
+Half precision on a CPU is computed in fp32, which is exact; on chips with bf16 instructions, the textbook expression in bf16,
+with its rounded logits, may be faster.
 
 Rows of Eq. 4 (one positive): ours; facebookresearch/moco's expression with and without its clone of the queue; the
 textbook expression, eager and compiled; an online softmax over chunks, eager and compiled; attention with V = K, whose
-operator returns the log-sum-exp, with the queue split by hand; lightly's memory bank where installed; any
+operator returns the log-sum-exp, with the queue split by hand; lightly's memory bank if installed; any
 ``--impl MODULE:FUNCTION``. Rows of Eq. 6 (two positives): ours; two concatenations; one log-sum-exp for both.
-pytorch-metric-learning's NTXent is left out: its [B, B K] matrix would take 17 GB here.
+pytorch-metric-learning's NTXent is left out, because its [B, B K] matrix would take 17 GB here.
 
-Each row is first held against float64. Counts: two products of [B, D] with the queue, and the queue read once.
+Each row is first checked against float64. The counts are two products of [B, D] with the queue, and one read of the queue.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The queue loss over batch and queue sizes: time and extra memory beside the textbook expression.
 
-Claim: time grows with B K as the textbook's does, and extra memory does not grow with K: no [B, K] tensor is stored.
+Claim: time grows with B K, as for the textbook expression, but extra memory does not grow with K: no [B, K] tensor is stored.
 """
 
 from __future__ import annotations

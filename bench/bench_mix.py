@@ -3,10 +3,10 @@
 Claim: on one CPU thread of an Intel Xeon at 2.50 GHz (model 85, with AVX-512; a busy machine) CutMix out of place takes 1.0
 to 1.3 times the processor time of a plain copy of the batch in the same run in half, single and double precision, and 1.3 to
 1.4 times in bytes, whose runs within a box are short; PyTorch's expression takes 3 times and more.
-In place it writes only the boxes, so that its time follows their area, and allocates nothing. Ratios are to the plain
-copy. On a GPU the targets are 1.3 times the bandwidth's bound for what is moved. The libraries draw their own boxes (one
-for the batch, or one per image or pair), so their rows move about the same bytes, not the same ones, and include the
-drawing; what they do on the host cannot be captured in a CUDA graph.
+In place, it writes only the boxes, so its time is proportional to their area, and it allocates nothing. Ratios are relative to
+the plain copy. On a GPU, the target is 1.3 times the time that the bandwidth allows for the moved bytes. The libraries draw
+their own boxes (one per batch, image or pair), so their rows move about as many bytes, but not the same ones, and include the
+drawing; their work on the host cannot be captured in a CUDA graph.
 """
 
 from __future__ import annotations

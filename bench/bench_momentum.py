@@ -1,6 +1,6 @@
 """The key encoder's moving average: one fused pass over all parameters, beside other ways.
 
-Claim: ``theta_k <- m theta_k + (1 - m) theta_q`` over a ResNet-50 runs at the copy bandwidth, without a temporary; MoCo's
+Claim: ``theta_k <- m theta_k + (1 - m) theta_q`` over a ResNet-50 runs at the bandwidth of a copy, without temporaries. MoCo's
 loop allocates every parameter twice, and two fused passes read and write the key encoder twice.
 """
 

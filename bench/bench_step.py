@@ -1,10 +1,10 @@
 """The whole training step beside other MoCo steps and beside its encoders alone; loader and end-to-end rates.
 
-Claim: a step costs little more than its encoders, and on a CPU no more than the best of the peers' steps. What is outside
-the encoders (loss, its gradient, optimizer, moving average, queue) takes at most half of the processor time that it takes
-in facebookresearch/moco's step; a GPU's target is 3% of the step outside, and end to end within 5% of synthetic images.
-The peers run at the same precision, layout and BatchNorm mode (plain), from the same weights, and their first losses must
-agree with ours.
+Claim: a step costs little more than its encoders, and on a CPU no more than the best of the peers' steps. The work outside the
+encoders (loss, its gradient, optimizer, moving average, queue) takes at most half the processor time that it takes in
+facebookresearch/moco's step. On a GPU, the target is 3% of the step outside the encoders, and an end-to-end rate within 5% of
+that on synthetic images. The peers run with the same precision, layout and BatchNorm mode (plain), from the same weights, and
+their first losses must agree with ours.
 """
 
 from __future__ import annotations

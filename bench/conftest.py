@@ -63,19 +63,19 @@ def chosen_device(config) -> torch.device:
 
 @pytest.fixture(scope="session")
 def smoke(request) -> bool:
-    """Whether the smallest sizes are to be used."""
+    """Whether to use the smallest sizes."""
     return request.config.getoption("--smoke")
 
 
 @pytest.fixture(scope="session")
 def device(request) -> torch.device:
-    """The device under test: a GPU when there is one."""
+    """The device under test: a GPU if there is one."""
     return chosen_device(request.config)
 
 
 @pytest.fixture(scope="session")
 def scale(smoke, device) -> str:
-    """Which sizes to take: smoke, cpu or cuda."""
+    """The kind of sizes to use: smoke, cpu or cuda."""
     return "smoke" if smoke else device.type
 
 

@@ -13,16 +13,16 @@ A benchmark file is ``bench/bench_NAME.py``, holds one claim, and compares with 
         torch.testing.assert_close(ours(*(x := inputs())), theirs(*x))
         measure(benchmark, ours, inputs, group=f"scale n={n}", ceilings=ceilings, bytes_moved=8 * n)
 
-The row that others are compared with says ``baseline=True``; one per group. A peer that may be absent is imported with
-``peer("lightly")``: the benchmark is then skipped, and the summary says what was left out. A ratio that is to hold in
-continuous integration comes from :func:`interleaved_ratio` or :func:`peak_extra_bytes`: never assert a time.
+The row that others are compared with has ``baseline=True``; there is one per group. A peer that may be absent is imported with
+``peer("lightly")``: without it, the benchmark is skipped, and the summary says what was left out. A ratio that must hold in
+continuous integration comes from :func:`interleaved_ratio` or :func:`peak_extra_bytes`; never assert a time.
 
-On a CPU every round is one call, on two alternating sets of inputs (with ``cold=True`` on as many as exceed the
-last-level cache), with one thread (``--threads``) and a heap that keeps its pages, so that page faults of temporaries
-are not counted. On a GPU the calls are captured in one CUDA graph over as many sets of inputs as exceed the L2 cache
-four times (with ``cold=False`` over one set, which stays there if it fits); a round is one replay between two CUDA
-events, enqueued behind a short spin so that no launch latency is counted, divided by the calls. Bytes and FLOPs are
-written counts of what the operation must move and compute; the per cent of the ceiling is the larger of
+On a CPU, every round is one call, on two alternating sets of inputs (with ``cold=True``, on enough sets to exceed the
+last-level cache), with one thread (``--threads``) and a heap that keeps its pages, so that page faults of temporaries are not
+counted. On a GPU, the calls are captured in one CUDA graph over enough sets of inputs to exceed the L2 cache four times (with
+``cold=False``, over one set, which stays there if it fits). A round is one replay between two CUDA events, enqueued after a
+short spin so that no launch latency is counted, divided by the number of calls. Bytes and FLOPs are explicit counts of what the
+operation must move and compute. The percentage of the ceiling is the larger of
 bytes / bandwidth and FLOPs / matrix rate, over the median, with both rates measured in the same session.
 """
 
@@ -113,7 +113,7 @@ class Ceilings:
 
     @functools.cached_property
     def bytes_per_second(self) -> float:
-        """Bytes read plus bytes written a second: the better of copying a large tensor and of scaling one in place.
+        """Bytes read plus bytes written per second: the better of copying a large tensor and scaling one in place.
 
         On a CPU, a store to memory that was not read first costs a read of its own, which a copy pays and an
         operation in place does not.

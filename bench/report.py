@@ -1,4 +1,4 @@
-"""Benchmark files to committed results, and results to ``docs/benchmarks.md``.
+"""From benchmark files to committed results, and from results to ``docs/benchmarks.md``.
 
 ::
 
@@ -6,9 +6,8 @@
     python bench/report.py collect raw.json          # bench/results/DEVICE/DATE.json, without the raw rounds
     python bench/report.py page                      # docs/benchmarks.md and its plots, from the newest of each device
 
-A result file holds the machine, the versions, what was left out, and for each benchmark its group, median, quantiles
-and recorded counts. Of a device without figures the page says "not measured yet", in one line per
-benchmark file.
+A result file has the machine, the versions, what was left out, and for each benchmark its group, median, quantiles and recorded
+counts. For a device without figures, the page says "not measured yet", in one line per benchmark file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every CUDA path of the losses and of mixing once, at small and odd sizes: what compute-sanitizer watches.
+"""Runs every CUDA path of the losses and of mixing once, at small and odd sizes, under compute-sanitizer.
 
 ``compute-sanitizer --tool memcheck python bench/small_cases.py``; ``gpu_suite.sh`` does it.
 """

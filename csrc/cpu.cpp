@@ -49,9 +49,9 @@ void check_weights(const float* lam, int64_t rows) {
   }
 }
 
-// A run of any length by whole vectors, the last of which overlaps the one before. Faster than memcpy, whose calls count
-// beside runs of some hundred bytes, and which may store long runs past the cache: output comes in memory that is at hand,
-// or that the kernel has just cleared.
+// Copies a run of any length with whole vectors, the last of which overlaps the one before. This is faster than memcpy, whose
+// calls matter for runs of a few hundred bytes, and which may store long runs past the cache although the output is in memory
+// that was just used or just cleared by the kernel.
 inline void copy_run(char* __restrict to, const char* __restrict from, int64_t size) {
   constexpr int64_t kVector = 64;
   if (size < kVector) {
@@ -64,8 +64,8 @@ inline void copy_run(char* __restrict to, const char* __restrict from, int64_t s
   std::memcpy(to + size - kVector, from + size - kVector, kVector);
 }
 
-// Rows of a box lie apart in the partner, and so does what follows them in the sample: the processor's own prefetching
-// starts anew at each.
+// The rows of a box are far apart in the partner, and so are the pixels that follow them in the sample, so the processor's own
+// prefetching starts again at each row.
 constexpr int kPrefetchRows = 16;
 constexpr int64_t kPrefetchBytes = 2048, kPrefetchBehind = 256;
 

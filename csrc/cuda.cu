@@ -19,10 +19,9 @@ namespace fastuft::cuda {
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
 constexpr int kVectorsPerThread = 4;
-constexpr int64_t kMaxBlocks = 4096;  // of one sample; loops go on from there
+constexpr int64_t kMaxBlocks = 4096;  // blocks per sample; loops cover the rest
 constexpr int64_t kMaxGridY = 65535;
-// Blocks that a multiprocessor must have room for, 0 for as the compiler sees fit: left to itself, it spills a few
-// registers to make room in these two.
+// Blocks that a multiprocessor must have room for; 0 leaves it to the compiler, which would spill a few registers in these two.
 constexpr int swap_blocks(int vector) { return vector == 8 ? 5 : 0; }
 constexpr int cutmix_blocks(int vector) { return vector == 16 ? 4 : 0; }
 // Samples below this many elements are indexed in 32 bits: sums of offset and step stay below 2^31 then.
@@ -92,8 +91,8 @@ struct Span {
   __device__ bool has_row(Index outer) const { return outer >= outer_begin && outer < outer_end; }
 };
 
-// How a dense sample crosses a box. The nearer of H and W in memory and what lies below it form rows of `length`
-// elements; a row crosses the box in one span, or not at all, as its place along the other of H and W tells.
+// How a dense sample crosses a box. The nearer of H and W in memory, with the dimensions below it, forms rows of `length`
+// elements. A row crosses the box in one span or not at all, depending on its position along the other of H and W.
 template <class Index>
 struct Crossing {
   Divisor<Index> length;
@@ -264,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, cutmix_blocks(N))
         // A vector on the border of the box, or that reaches into the next row, or whose partner is not known.
         uint32_t inside = N == 1;
         if constexpr (N > 1) {
-#pragma unroll 1  // seldom taken: fewer registers count for more
+#pragma unroll 1  // rarely taken, so fewer registers matter more
           for (int i = 0; i < N; ++i) {
             inside |= static_cast<uint32_t>(crossing.is_inside(span, piece.begin + i)) << i;
           }

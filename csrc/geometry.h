@@ -1,4 +1,4 @@
-// Where the pixels of a box lie in memory, for any layout: contiguous runs under at most three loops.
+// The memory of a box's pixels, for any layout: contiguous runs under at most three loops.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +56,7 @@ struct Region {
   FASTUFT_HOST_DEVICE Index rows() const { return run > 0 ? counts[0] * counts[1] * counts[2] : 0; }
 
   FASTUFT_HOST_DEVICE Index row_start(Index row) const {
-    // Divisions are slow, and there is seldom more than one loop.
+    // Divisions are slow, and there is rarely more than one loop.
     const Index i12 = counts[0] == 1 ? row : row / counts[0];
     const Index i2 = counts[1] == 1 ? i12 : i12 / counts[1];
     return start + (row - i12 * counts[0]) * strides[0] + (i12 - i2 * counts[1]) * strides[1] + i2 * strides[2];

@@ -21,7 +21,7 @@ inline Layout layout_of(const Tensor& images) {
   STD_TORCH_CHECK(images.dim() == 4, "images must be [B, C, H, W]");
   Layout layout{images.size(0), images.stride(0), images.size(2), images.size(3), {}};
   for (int d = 0; d < 3; ++d) {
-    // The stride of a dimension of size 1 means nothing; 1 lets it join any run.
+    // The stride of a dimension of size 1 has no meaning; 1 lets it join any run.
     const int64_t size = images.size(d + 1);
     layout.dimensions[d] = Dimension{size, size == 1 ? 1 : images.stride(d + 1), static_cast<Axis>(d)};
   }

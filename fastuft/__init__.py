@@ -1,7 +1,7 @@
 """fastuft: unsupervised finetuning of pretrained image backbones, and its fused loss for other projects.
 
-``import fastuft`` needs torch alone and is cheap: every public name is imported on first use, so Triton,
-DALI and the compiled extension are touched only by what needs them.
+``import fastuft`` needs only torch and is fast: every public name is imported on first use, so Triton,
+DALI and the compiled extension are loaded only by what needs them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _has_numpy() -> bool:
         return False
 
 
-# ``from fastuft import *`` works with torch alone: the metrics, which need NumPy, are left out where it is missing.
+# ``from fastuft import *`` works with only torch: the metrics, which need NumPy, are left out if it is missing.
 _STARRED = [name for name, room in _EXPORTS.items() if room != "fastuft.evaluate" or _has_numpy()]
 __all__ = ["__version__", "evaluate", *_STARRED]
 
@@ -66,7 +66,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":  # a room that can be called
+    if name == "evaluate":  # a callable package
         return import_module("fastuft.evaluate")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'fastuft' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, however many processes write them and whenever one of them is killed."""
+"""Files that are whole or absent, however many processes write them and whenever one of them is killed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_NAME_BYTES = 160  # of the file's own name in a partial's: file systems allow 255 bytes
+_NAME_BYTES = 160  # how much of the file's name its partial file's name has: file systems allow 255 bytes
 _PARTIAL = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{32}\.partial$")
-_FOREIGN_AGE = 24 * 3600.0  # seconds after which the partial file of a process that cannot be asked is a leftover
+_FOREIGN_AGE = 24 * 3600.0  # seconds; an older partial file of a process out of reach is a leftover
 
 
 @contextmanager
 def whole_file(path: Path, *, flush: bool = True) -> Iterator[Path]:
-    """Write beside ``path``, then rename: a reader sees the old file or the new one, never a part.
+    """Write beside ``path``, then rename: a reader sees the old file or the new one, never part of one.
 
-    Yields a path in the same folder that no other writer has, to be written by the body; its suffix is ``.partial``.
-    When the body ends, that file takes the place of ``path``; when it raises, the file is removed.
+    Yields a path in the same folder that no other writer uses, for the body to write; its suffix is ``.partial``.
+    When the body ends, that file replaces ``path``; if the body raises, the file is removed.
 
     Args:
-        path: the file to write; its folder must be there.
-        flush: wait until the content and the new name are on the disk, so that they outlive a loss of power. Without
-            it, thousands of small files are written in seconds; a loss of power may then leave an empty file.
+        path: the file to write; its folder must exist.
+        flush: wait until the content and the new name are on the disk, so that they survive a power failure. Without
+            it, thousands of small files are written in seconds, but a power failure may leave an empty file.
 
     Raises:
-        OSError: the disk refused (full, gone); the old file is as it was and nothing is left beside it.
+        OSError: the file could not be written (disk full, folder removed); the old file is unchanged, nothing is left over.
     """
     partial = _partial_beside(path)
     try:
@@ -51,20 +51,20 @@ def write_whole(path: Path, content: bytes | memoryview, *, flush: bool = True) 
     """Write ``content`` as :func:`whole_file` does.
 
     Raises:
-        OSError: the disk refused (full, gone); the old file is as it was and nothing is left beside it.
+        OSError: the file could not be written (disk full, folder removed); the old file is unchanged, nothing is left over.
     """
     with whole_file(path, flush=flush) as partial:
         partial.write_bytes(content)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the partial files in ``folder`` whose writers were killed; those that are being written stay.
+    """Remove the partial files in ``folder`` whose writers were killed; files that are being written stay.
 
-    A partial file names its writer. It is a leftover when that process is gone; where it ran on another machine, in
-    another container or before a restart, when it has not been written for a day.
+    The name of a partial file names its writer. The file is a leftover if that process is gone. If the process ran on
+    another machine, in another container or before a reboot, the file is a leftover after a day without writes.
     """
     for path in folder.glob("*.partial"):
-        with suppress(OSError):  # gone meanwhile, or not ours to remove: it does no harm
+        with suppress(OSError):  # already gone, or not ours to remove: it does no harm
             if _is_leftover(path):
                 path.unlink()
 
@@ -97,7 +97,7 @@ def _partial_beside(path: Path) -> Path:
 
 @functools.cache
 def _process_space() -> str:
-    """Digest of what makes process numbers comparable: the machine, its start, and the container's numbering."""
+    """Digest of what makes process numbers comparable: the machine, its boot, and the container's numbering."""
     parts = [platform.node()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Lines for the person at the terminal, who may have gone: a closed output ends no work."""
+"""Lines for the user at the terminal, who may have left: a closed output never ends the work."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastuft.names import printable
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print lines at once. Where nobody reads any more (a closed pipe, a terminal that is gone) the output is dropped;
-    characters that the output does not have, or that would move a terminal's cursor, are escaped.
+    """Print lines immediately. If nobody reads any more (a closed pipe, a terminal that is gone), output is dropped;
+    characters that the output's encoding lacks, or that would move a terminal's cursor, are escaped.
 
     Args:
         text: one line, or several.
@@ -29,8 +29,8 @@ def say(text: str, *, error: bool = False) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Send what is still written to ``stream`` nowhere, so that neither later lines nor the interpreter's end fail."""
-    with suppress(OSError, ValueError):  # a stand-in without descriptor
+    """Discard what is still written to ``stream``, so that neither later lines nor the interpreter's exit fail."""
+    with suppress(OSError, ValueError):  # a stand-in without a descriptor
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
             os.dup2(nowhere, stream.fileno())
@@ -41,7 +41,7 @@ def silence(stream: TextIO) -> None:
 
 
 def watched() -> bool:
-    """Whether somebody sees a bar move: at a terminal, or in a notebook."""
+    """Whether somebody sees a progress bar: at a terminal, or in a notebook."""
     if sys.stderr.isatty():
         return True
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -49,7 +49,7 @@ def watched() -> bool:
 
 
 def progress_bar(total: int, *, unit: str, initial: int = 0) -> Any:
-    """A tqdm bar, of the notebook's own kind there; silent where nobody watches."""
+    """A tqdm progress bar, in a notebook of the notebook's own kind; silent if nobody watches."""
     from tqdm.auto import tqdm
 
     return tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True, disable=not watched())
@@ -57,7 +57,7 @@ def progress_bar(total: int, *, unit: str, initial: int = 0) -> Any:
 
 @contextmanager
 def shown_progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A function of (done, in all), whose calls move a bar."""
+    """A function of (done, total), each call of which updates a progress bar."""
     bars: list[Any] = []
 
     def show(done: int, total: int) -> None:
@@ -93,9 +93,9 @@ def shown_parts() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def ensure_standard_streams() -> None:
-    """Give a process that was started with closed standard streams ones that lead nowhere.
+    """Open standard streams that lead nowhere for a process that was started with closed ones.
 
-    Otherwise the next files that it opens take their numbers, and what a library writes to standard error ends in them.
+    Otherwise the next files that it opens get their numbers, and what a library writes to standard error lands in them.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:

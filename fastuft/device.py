@@ -1,4 +1,4 @@
-"""Where to compute and in which precision: one rule for training and evaluation."""
+"""Device and precision: one rule for training and evaluation."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def choose_device(name: str, *, option: str = "device", index: int = 0) -> torch.device:
-    """The device that ``name`` (auto, cuda or cpu) means here; auto is the GPU of this index where there is one.
+    """The device that ``name`` (auto, cuda or cpu) means here; auto is the GPU with this index if there is one.
 
     Args:
         name: auto, cuda or cpu.
         option: name of the user's option, for the message.
-        index: of the GPU among this machine's.
+        index: the GPU's index on this machine.
 
     Raises:
-        ValueError: cuda asked for where there is none.
+        ValueError: ``cuda`` on a machine without CUDA.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"{option}='cuda' but torch sees no CUDA device; `fastuft doctor` tells why, or use auto or cpu"
+            f"{option}='cuda' but torch sees no CUDA device; `fastuft doctor` says why, or use auto or cpu"
         )
     return torch.device("cuda", index) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
@@ -34,7 +34,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["bf
     """bf16, fp16 or fp32; ``auto`` is bf16 on a GPU and fp32 on a CPU.
 
     Raises:
-        ValueError: none of them.
+        ValueError: any other name.
     """
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"

@@ -1,6 +1,6 @@
-"""Which fused kernels may be used on this machine's chip; where one may not, its portable path runs.
+"""Which fused kernels may be used on this machine's chip; if one may not, its portable path runs.
 
-Rooms ask here before they use a kernel; whoever compared one with its portable path on the chip writes here.
+Rooms ask here before they use a kernel; the check that compares a kernel with its portable path records here.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def refusals() -> dict[str, str]:
 
 @contextmanager
 def without(kernel: str) -> Iterator[None]:
-    """The portable path of ``kernel`` for a while."""
+    """Use the portable path of ``kernel`` within the ``with`` block."""
     before = _refusals.get(kernel)
-    refuse(kernel, "the portable path is asked for")
+    refuse(kernel, "the portable path was asked for")
     try:
         yield
     finally:

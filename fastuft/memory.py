@@ -1,4 +1,4 @@
-"""How much memory a device has, and the refusal of what it could never hold."""
+"""The memory of a device, and the refusal of settings that could never fit into it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNITS = ("bytes", "KB", "MB", "GB", "TB", "PB", "EB")
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that a device has: a GPU's memory, or the machine's, at most its container's limit."""
+    """The memory of a device in bytes: a GPU's, or the machine's up to the limit of its container."""
     if device.type == "cuda":
         import torch
 
@@ -27,16 +27,16 @@ def total_memory(device: torch.device) -> int:
 
 
 def refuse_beyond(available: int, needed: int, what: str, remedy: str) -> None:
-    """Raise ValueError where ``what`` takes more bytes than there are.
+    """Raise ValueError if ``what`` needs more bytes than are available.
 
     Args:
-        available: bytes that there are.
-        needed: bytes that it takes.
-        what: the options and what they make, in the plural.
+        available: bytes available.
+        needed: bytes needed.
+        what: the options and what they lead to, in the plural.
         remedy: what to choose instead.
     """
     if needed > available:
-        raise ValueError(f"{what} take {_shown(needed)}, and there are {_shown(available)}; {remedy}")
+        raise ValueError(f"{what} need {_shown(needed)}, but there are only {_shown(available)}; {remedy}")
 
 
 def _shown(count: float) -> str:

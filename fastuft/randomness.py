@@ -1,6 +1,6 @@
-"""Counter-based random numbers: every draw is a pure function of (seed, what it is for, where it stands).
+"""Counter-based random numbers: every draw is a pure function of (seed, purpose, position).
 
-Nothing here has state, so results depend neither on the number of ranks, threads or workers nor on restarts.
+Nothing here has state, so results depend on neither the number of ranks, threads or workers nor on restarts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def keyed_generator(seed: int, *key: int | str) -> np.random.Generator:
 
     Args:
         seed: the run's seed, any Python integer.
-        key: integers and strings that name the use; equal keys give equal streams, different keys independent ones.
+        key: integers and strings that name the purpose; equal keys give equal streams, different keys independent ones.
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (int(seed), *key))
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -16,20 +16,20 @@ from fastuft.cli import configured
 from fastuft.config import EmbedConfig, EvalConfig, TrainConfig
 from fastuft.console import shown_parts, shown_progress
 
-if TYPE_CHECKING:  # each call imports what it needs, so that the names alone cost nothing
+if TYPE_CHECKING:  # each call imports what it needs, so that importing the names costs nothing
     from fastuft.evaluate import Evaluation
     from fastuft.model import Backbone, InitReport, Stem
     from fastuft.runfolder import Progress
 
-Place = str | os.PathLike[str]
+Location = str | os.PathLike[str]
 
 
 def finetune(
     *,
-    target: Place | Sequence[Place],
-    init: Place,
-    source: Place | Sequence[Place] | None = None,
-    out: Place,
+    target: Location | Sequence[Location],
+    init: Location,
+    source: Location | Sequence[Location] | None = None,
+    out: Location,
     on_step: Callable[[Progress], None] | None = None,
     on_epoch: Callable[[Progress, dict[str, Any]], None] | None = None,
     **options: Any,
@@ -38,22 +38,21 @@ def finetune(
 
     ``fastuft.finetune(target="photos/", init="start.pth", out="runs/photos", optim={"lr": 0.03, "epochs": 50})``
 
-    Runs in any thread. In the main thread Ctrl-C and SIGTERM save within a step and end the run, which ``interrupted`` then
-    names; handlers, random numbers and torch's switches are afterwards what they were.
+    It runs in any thread. In the main thread, Ctrl-C and SIGTERM save within a step and end the run, and ``interrupted`` then
+    has the signal. Signal handlers, random numbers and torch's switches are restored afterwards.
 
     Args:
         target: unlabeled images: a folder, a list file, or several of them.
         init: checkpoint, run folder or :class:`Run` to start from.
-        source: source images for replaying; None trains on the target alone.
+        source: source images for replaying; None trains only on the target.
         out: run folder.
-        on_step: called after each step with the progress so far; it must not wait for the device if the run is to keep its
-            speed.
+        on_step: called after each step with the progress so far; to keep the run fast, it must not wait for the device.
         on_epoch: called after each epoch with the progress and the last row of metrics.
-        options: those of the command line (``fastuft finetune --help all``), nested, as ``optim={"lr": 0.03}``, or by
-            their dotted names, as ``**{"optim.lr": 0.03}``; ``config`` names a YAML file of them.
+        options: options of the command line (``fastuft finetune --help all``), nested as in ``optim={"lr": 0.03}``, or by
+            their dotted names as in ``**{"optim.lr": 0.03}``; ``config`` names a YAML file of options.
 
     Raises:
-        ValueError: an option, folder, checkpoint or file that cannot work, in the words of the command line.
+        ValueError: an option, folder, checkpoint or file cannot work; the message is that of the command line.
         fastuft.trainer.NonFiniteLossError: the loss became NaN or infinite.
         fastuft.trainer.CheckpointError: a checkpoint could not be read or written.
     """
@@ -69,21 +68,23 @@ def finetune(
     )
 
 
-def evaluate(*, checkpoint: Place, train: Place, test: Place | None = None, out: Place, **options: Any) -> Evaluation:
+def evaluate(
+    *, checkpoint: Location, train: Location, test: Location | None = None, out: Location, **options: Any
+) -> Evaluation:
     """Evaluate a checkpoint on folders of images, as ``fastuft eval`` does; the report is ``out/report.html``.
 
     ``fastuft.evaluate(checkpoint="runs/photos", train="pets/train", test="pets/test", out="runs/photos/eval").metrics``
 
     Args:
         checkpoint: run folder, :class:`Run`, or any checkpoint that finetuning starts from.
-        train: training images; with class sub-folders the labeled metrics are computed.
+        train: training images; with class folders, the labeled metrics are computed.
         test: test images with the same classes.
         out: folder for eval.json and report.html.
-        options: as of :func:`finetune`; see ``fastuft eval --help all``.
+        options: as in :func:`finetune`; see ``fastuft eval --help all``.
 
     Raises:
-        ValueError: an option, folder or checkpoint that cannot work.
-        OSError: the disk refused; an older evaluation is as it was.
+        ValueError: an option, folder or checkpoint cannot work.
+        OSError: a file could not be written; an older evaluation is unchanged.
     """
     from fastuft.jobs import evaluate_checkpoint
 
@@ -94,7 +95,11 @@ def evaluate(*, checkpoint: Place, train: Place, test: Place | None = None, out:
 
 
 def embed(
-    images: Place | Sequence[Place], checkpoint: Place | Backbone, *, out: Place | None = None, **options: Any
+    images: Location | Sequence[Location],
+    checkpoint: Location | Backbone,
+    *,
+    out: Location | None = None,
+    **options: Any,
 ) -> tuple[Tensor, list[str]]:
     """Features of images, with the network's own preprocessing, as ``fastuft embed`` computes them.
 
@@ -103,20 +108,22 @@ def embed(
     Args:
         images: a folder of any depth, a list file, an image, or several of them.
         checkpoint: run folder, :class:`Run`, any checkpoint that finetuning starts from, or a loaded backbone.
-        out: .npz or .parquet file to write too; with it a stopped call goes on where it was.
-        options: as of :func:`finetune`; see ``fastuft embed --help``.
+        out: .npz or .parquet file to write as well; with it, an interrupted call continues where it stopped.
+        options: as in :func:`finetune`; see ``fastuft embed --help``.
 
     Returns:
         features [N, D] float32 on the CPU, not normalized, and the N absolute paths, sorted within each folder.
 
     Raises:
-        ValueError: an option, folder, checkpoint or file that cannot work.
+        ValueError: an option, folder, checkpoint or file cannot work.
     """
     from fastuft.jobs import embed_images
 
     backbone = checkpoint if isinstance(checkpoint, nn.Module) else None
     if backbone is not None and out is not None:
-        raise ValueError("out needs a checkpoint that a search finds again; give its path instead of a loaded backbone")
+        raise ValueError(
+            "out needs a checkpoint that a search can find again; pass its path instead of a loaded backbone"
+        )
     several = [images] if isinstance(images, str | os.PathLike) else list(images)
     given = {"images": several, "checkpoint": backbone.arch if backbone else checkpoint, **options}
     config: EmbedConfig = configured("embed", given if out is None else {**given, "out": out})
@@ -126,18 +133,18 @@ def embed(
 
 
 def load_backbone(
-    checkpoint: Place, arch: str | None = None, stem: Stem | None = None, *, key: str | None = None
+    checkpoint: Location, arch: str | None = None, stem: Stem | None = None, *, key: str | None = None
 ) -> Backbone:
-    """The backbone of a checkpoint, in eval mode: [B, 3, H, W] normalized by its ``mean`` and ``std`` to [B, num_features].
+    """The backbone of a checkpoint, in eval mode: [B, 3, H, W], normalized by its ``mean`` and ``std`` -> [B, num_features].
 
     Args:
         checkpoint: run folder, :class:`Run`, or any checkpoint that finetuning starts from.
-        arch: network of a checkpoint that does not say it.
-        stem: its stem, likewise.
-        key: which of several backbones in the file, by its prefix there (encoder_k, teacher).
+        arch: the network, if the checkpoint does not name it.
+        stem: the stem, if the checkpoint does not name it.
+        key: prefix of one of several backbones in the file (encoder_k, teacher).
 
     Raises:
-        ValueError: a checkpoint that is not there, damaged, or of another network.
+        ValueError: the checkpoint does not exist, is damaged, or has another network.
     """
     from fastuft import model
     from fastuft.jobs import check_checkpoint
@@ -146,7 +153,7 @@ def load_backbone(
     return model.load_backbone(os.fspath(checkpoint), arch, stem, key=key)
 
 
-def export(checkpoint: Place, out: Place, **options: Any) -> InitReport:
+def export(checkpoint: Location, out: Location, **options: Any) -> InitReport:
     """Write a checkpoint's backbone for other libraries, as ``fastuft export`` does.
 
     ``fastuft.export("runs/photos", "backbone.pth", layout="torchvision")``
@@ -154,14 +161,14 @@ def export(checkpoint: Place, out: Place, **options: Any) -> InitReport:
     Args:
         checkpoint: run folder, :class:`Run`, or any checkpoint that finetuning starts from.
         out: file to write.
-        options: as of :func:`finetune`; see ``fastuft export --help``.
+        options: as in :func:`finetune`; see ``fastuft export --help``.
 
     Returns:
-        What was taken from the checkpoint.
+        The report on the checkpoint's tensors.
 
     Raises:
-        ValueError: an option or checkpoint that cannot work.
-        OSError: the disk refused.
+        ValueError: an option or checkpoint cannot work.
+        OSError: a file could not be written.
     """
     from fastuft import model
     from fastuft.jobs import check_checkpoint

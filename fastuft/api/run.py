@@ -1,4 +1,4 @@
-"""What a training leaves, for further work in Python."""
+"""The result of a training, for further work in Python."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 class Run:
     """A training that has ended.
 
-    Wherever a call takes a checkpoint, it takes a run.
+    A run can be passed wherever a call takes a checkpoint.
 
     Args:
         folder: the run folder.
-        steps: steps done over the whole run.
-        finished: False when a signal, Ctrl-C or ``max_steps`` ended it early; ``resume="auto"`` goes on.
+        steps: completed steps of the whole run.
+        finished: False if a signal, Ctrl-C or ``max_steps`` ended it early; ``resume="auto"`` continues it.
         interrupted: name of the signal that ended it, or None.
         metrics: the last row of training metrics.
         bad_files: files that were skipped.
@@ -36,7 +36,7 @@ class Run:
         return str(self.folder)
 
     def history(self) -> list[dict[str, Any]]:
-        """Rows of ``metrics.jsonl``: ``kind`` is train or watch, ``step`` counts from 1."""
+        """The rows of ``metrics.jsonl``: ``kind`` is train, watch or look; ``step`` counts from 1."""
         from fastuft.runfolder import RunFolder
 
         return RunFolder(self.folder).read_metrics()

@@ -1,4 +1,4 @@
-"""What a training changes in its process, kept for whoever called it."""
+"""Restores what a training changes in its process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def process_state_kept() -> Iterator[None]:
-    """Random numbers of torch and its switches for determinism are afterwards what they were before."""
+    """Restore torch's random numbers and its switches for determinism afterwards."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

@@ -1,4 +1,4 @@
-"""The whole job on data that ships with the installed libraries: glyphs as source, handwritten digits as target."""
+"""The whole job on data bundled with the installed libraries: glyphs as the source, handwritten digits as the target."""
 
 from fastuft.demo.images import write_demo_images
 from fastuft.demo.run import run_demo

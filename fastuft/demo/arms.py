@@ -1,7 +1,7 @@
-"""The demo's runs: pretraining on glyphs, the arms' finetuning on digits, and the evaluation of each.
+"""The demo's runs: pretraining on glyphs, finetuning each arm on digits, and evaluating each.
 
-Every arm is a plain :class:`fastuft.config.TrainConfig` written into its run folder, so any of them can be repeated with
-``fastuft finetune --config RUN/config.yaml``.
+Every arm is a plain :class:`fastuft.config.TrainConfig` that is written into its run folder, so
+``fastuft finetune --config RUN/config.yaml`` repeats it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ METHOD = MethodConfig(queue_size=2048, key_momentum=0.99, mix="none")
 RUNTIME = RuntimeConfig(tensorboard=False)
 DATA = DataConfig(batch_size=128, threads=1)  # other runs use the other processors
 PRETRAIN_LR, FINETUNE_LR = 0.12, 0.06
-# The paper's 3.0 for the FC suits ResNet-50. For this network it was chosen among 3, 1, 0.3 and 0.1 by the pretrained
-# backbone's accuracy on held-out training digits; test digits played no part.
+# The paper's 3.0 for the classifier suits ResNet-50. For this network, the rate was chosen among 3, 1, 0.3 and 0.1 by the
+# pretrained backbone's accuracy on held-out training digits, without using test digits.
 FEWSHOT_LR = 1.0
 
 PRETRAINED, RAW_PIXELS = "pretrained", "raw pixels"
@@ -55,7 +55,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Demo:
-    """A demo's settings and its runs below ``root``; what is finished there is not done again.
+    """A demo's settings and its runs below ``root``; finished runs are not repeated.
 
     Args:
         root: folder of everything.
@@ -78,7 +78,7 @@ class Demo:
         return self.root / f"seed{seed}" / "_".join(re.findall(r"\w+", name.replace("+", " plus ")))
 
     def train(self, seed: int, name: str) -> None:
-        """Train the network that all arms of this seed start from, or an arm from that."""
+        """Train the network from which all arms of this seed start, or train an arm from it."""
         init, out = self.folder(seed, PRETRAINED), self.folder(seed, name)
         if name == PRETRAINED:
             _train(pretrain_config(self.folders, out, seed, self.pretrain_epochs))
@@ -86,7 +86,7 @@ class Demo:
             _train(arm_config(name, self.folders, init, out, seed, self.finetune_epochs))
 
     def evaluate(self, seed: int, name: str) -> None:
-        """Evaluate a run's backbone against the pretrained one; figures go into the run folder."""
+        """Evaluate a run's backbone and compare it with the pretrained one; figures go into the run folder."""
         run, before = self.folder(seed, name), self.folder(seed, PRETRAINED)
         if RunFolder(run).evaluation_file.exists():
             return
@@ -111,7 +111,7 @@ class Demo:
         write_evaluation(run, result)
 
     def evaluate_pixels(self, seed: int) -> None:
-        """Figures of the raw pixels, in a folder of their own."""
+        """Write the figures of the raw pixels into their own folder."""
         out = RunFolder(self.folder(seed, RAW_PIXELS))
         if out.evaluation_file.exists():
             return
@@ -139,7 +139,7 @@ def arm_config(arm: str, folders: DemoFolders, init: Path, out: Path, seed: int,
     """Finetuning on the digits from the pretrained run."""
     replay, mix, matched = ARMS[arm]
     if matched:
-        # Passes over the target alone are shorter than passes over the union; more of them take as many steps.
+        # A pass over the target alone has fewer steps than one over target and source, so more passes match the steps.
         targets = len(labeled_folder(folders.train)[0])
         sources = round(DATA.replay_fraction * len(labeled_folder(folders.source)[0]))
         epochs = round(epochs * ((targets + sources) // DATA.batch_size) / (targets // DATA.batch_size))
@@ -160,7 +160,7 @@ def arm_config(arm: str, folders: DemoFolders, init: Path, out: Path, seed: int,
 
 
 def raw_pixels(folders: DemoFolders, seed: int) -> dict[str, float]:
-    """Retrieval and clustering of the images themselves: what a representation has to beat."""
+    """Retrieval and clustering of the images themselves, which a representation has to beat."""
 
     def pixels(folder: str) -> tuple[np.ndarray, list[int]]:
         paths, labels, _ = labeled_folder(folder)
@@ -176,8 +176,8 @@ def raw_pixels(folders: DemoFolders, seed: int) -> dict[str, float]:
 
 def _train(config: TrainConfig) -> None:
     with warnings.catch_warnings():
-        # The queue is larger than this small training set on purpose; a user's own run is told.
+        # The queue is larger than this small training set on purpose; a user's own run gets the warning.
         warnings.filterwarnings("ignore", message="method.queue_size")
         result = train(config)
     if result.interrupted:
-        raise SystemExit(f"stopped by {result.interrupted}; run the demo again to go on")
+        raise SystemExit(f"stopped by {result.interrupted}; run the demo again to continue")

@@ -1,8 +1,8 @@
 """Source and target images of the demo, written as PNG files in class folders.
 
-Source: the 62 letters and digits, rendered from the fonts that Matplotlib ships, with a random affine map, blur and
-noise. Target: the 1,797 real handwritten digits of scikit-learn's ``load_digits`` (8x8, enlarged to the same side).
-Both are white on black. Class folders exist for evaluation alone; training reads the files without their labels.
+Source: the 62 letters and digits, rendered with the fonts bundled with Matplotlib under a random affine map, blur and noise.
+Target: the 1,797 real handwritten digits of scikit-learn's ``load_digits`` (8x8, enlarged to the same size). Both are white on
+black. Class folders are only for evaluation; training reads the files without their labels.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ FONT_STEMS = (
     *("cmr10", "cmb10", "cmss10", "cmtt10"),
 )
 NUM_TRAIN_DIGITS = 500
-SIDE = 32  # of every image, pixels
-SEED = 0  # of the glyphs and of the split of the digits
+SIDE = 32  # side of every image, pixels
+SEED = 0  # seed of the glyphs and of the split of the digits
 
 
 @dataclass(frozen=True)
 class DemoFolders:
-    """Where the demo's images are: ``source`` (glyphs), ``train`` and ``test`` (digits)."""
+    """The folders of the demo's images: ``source`` (glyphs), ``train`` and ``test`` (digits)."""
 
     source: str
     train: str
@@ -41,7 +41,7 @@ class DemoFolders:
 
 
 def class_name(character: str) -> str:
-    """A folder name that differs on file systems that ignore case."""
+    """A folder name that is unique even on file systems that ignore case."""
     kind = "digit" if character.isdigit() else "upper" if character.isupper() else "lower"
     return f"{kind}_{character.lower()}"
 
@@ -50,15 +50,15 @@ def render_glyph(character: str, font_path: str, side: int, generator: np.random
     """One grayscale glyph [side, side] under a random affine map, blur and noise."""
     scale = 4  # drawn larger, so that the affine map does not alias
     center = side * scale / 2
-    # Sized by the character's own extent, so that it fills most of the image, as handwritten digits do.
+    # Scaled by the character's own extent, so that it fills most of the image, as handwritten digits do.
     left, top, right, bottom = ImageFont.truetype(font_path, 100).getbbox(character, anchor="mm")
     extent = max(right - left, bottom - top)
     font = ImageFont.truetype(font_path, round(100 * side * scale * generator.uniform(0.7, 0.95) / extent))
     canvas = Image.new("L", (side * scale, side * scale))
     draw = ImageDraw.Draw(canvas)
     left, top, right, bottom = draw.textbbox((center, center), character, font=font, anchor="mm")
-    place = (2 * center - (left + right) / 2, 2 * center - (top + bottom) / 2)
-    draw.text(place, character, fill=255, font=font, anchor="mm")
+    anchor = (2 * center - (left + right) / 2, 2 * center - (top + bottom) / 2)
+    draw.text(anchor, character, fill=255, font=font, anchor="mm")
     angle, shear = np.deg2rad(generator.uniform(-15, 15)), generator.uniform(-0.25, 0.25)
     stretch = generator.uniform(0.85, 1.2, size=2)
     rotate = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -73,11 +73,11 @@ def render_glyph(character: str, font_path: str, side: int, generator: np.random
 
 
 def write_demo_images(root: str | Path, *, num_glyphs: int) -> DemoFolders:
-    """Write the demo's folders below ``root``, once: a finished set of the same parameters is left as it is.
+    """Write the demo's folders below ``root``, once; a finished set with the same parameters is left unchanged.
 
     Args:
-        root: folder to write to; ``source``, ``train`` and ``test`` are made in it.
-        num_glyphs: source images, dealt evenly over the 62 characters.
+        root: folder to write to; ``source``, ``train`` and ``test`` are created in it.
+        num_glyphs: source images, spread evenly over the 62 characters.
     """
     import matplotlib
     from sklearn.datasets import load_digits

@@ -1,4 +1,4 @@
-"""The demo from images to report: its runs side by side, one processor each, then the table over them."""
+"""The demo from images to report: its runs side by side, one processor each, then the table of results."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def run_demo(
     trials: int = 1,
     num_glyphs: int = 8000,
 ) -> Path:
-    """Write the images, train and evaluate every arm for every seed, print the table, write it and the report.
+    """Write the images, train and evaluate every arm for every seed, then print the table and write the report.
 
-    As many runs as there are processors go on at once, each in a process of one thread. A run that is finished in
-    ``out`` is kept and one that was broken off goes on, so further seeds may follow later. All seeds share the images;
-    each has its own pretraining, from which all of its arms start. ``table.md`` holds the accuracies as Markdown.
+    As many runs as there are processors work at once, each in a process with one thread. Finished runs in ``out`` are kept and
+    interrupted ones resume, so more seeds can be added later. All seeds share the images; each has its own pretraining, from
+    which all of its arms start. ``table.md`` has the accuracies in Markdown.
 
     Args:
         out: folder for everything.
         seeds: repetitions.
-        first_seed: seed of the first.
+        first_seed: seed of the first repetition.
         pretrain_epochs: epochs on the source.
         finetune_epochs: epochs of each arm.
         shots: labeled images per class of the few-shot runs.
@@ -57,10 +57,10 @@ def run_demo(
         num_glyphs: source images.
 
     Returns:
-        Path of the report.
+        The path of the report.
 
     Raises:
-        ValueError: ``out`` holds a demo with other settings.
+        ValueError: ``out`` has a demo with other settings.
     """
     started = time.perf_counter()
     root = Path(out)
@@ -85,10 +85,10 @@ def run_demo(
     write_whole(root / "table.md", accuracies.markdown().encode())
     report = root / "report.html"
     notes = [
-        f"Source: {num_glyphs} rendered glyphs, with which a small network is pretrained. Target: scikit-learn's handwritten "
-        "digits, 500 of them unlabeled for training and as gallery, 1,297 for test. SDR replays 10 % of the glyphs, Mix "
-        "trains on CutMix queries. Labels serve evaluation alone.",
-        f"Seeds {', '.join(map(str, numbers))}; every figure is as it came.",
+        f"Source: {num_glyphs} rendered glyphs, on which a small network is pretrained. Target: scikit-learn's handwritten "
+        "digits, 500 for unlabeled training and as the gallery, 1,297 for test. SDR replays 10 % of the glyphs; Mix trains "
+        "on CutMix queries. Labels are used only for evaluation.",
+        f"Seeds: {', '.join(map(str, numbers))}. No result was left out.",
     ]
     write_report(report, runs, title="fastuft demo: from glyphs to handwritten digits", notes=notes)
     say(f"report:     {report}")
@@ -99,20 +99,20 @@ def run_demo(
 
 
 def _same_settings(root: Path, **settings: Any) -> None:
-    """Keep what the figures of a folder depend on, and refuse to mix them with those of other settings."""
+    """Record the settings of a folder, and refuse to mix its figures with those of other settings."""
     kept = root / "demo.json"
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else settings
     changed = [f"{name} {before.get(name)!r}" for name, value in settings.items() if before.get(name) != value]
     if changed:
         raise ValueError(
-            f"out={str(root)!r} holds a demo with {', '.join(changed)}; go on with the same settings, or choose another out"
+            f"out={str(root)!r} has a demo with {', '.join(changed)}; continue with the same settings, or choose another out"
         )
     root.mkdir(parents=True, exist_ok=True)
     write_whole(kept, json.dumps(settings).encode())
 
 
 def _run_all(demo: Demo, seeds: Sequence[int]) -> None:
-    """Every seed's pretraining, then its arms; the first failure or Ctrl-C stops the others at a saved step."""
+    """Run every seed's pretraining, then its arms; the first failure or Ctrl-C stops the others at a saved step."""
     with ProcessPoolExecutor(
         min(processors(), len(seeds) * (1 + len(ARMS))), multiprocessing.get_context("spawn"), _start_worker
     ) as pool:
@@ -122,22 +122,24 @@ def _run_all(demo: Demo, seeds: Sequence[int]) -> None:
             for done in as_completed(pretrainings):
                 done.result()
                 seed = pretrainings[done]
-                # In reverse the longest arms come first, so that none of them is left for the end.
+                # In reverse order, the longest arms come first, so that none of them is left for the end.
                 others += [pool.submit(_work, seed, arm, demo.train, demo.evaluate) for arm in reversed(ARMS)]
                 others.append(pool.submit(_work, seed, PRETRAINED, demo.evaluate))
             for done in as_completed(others):
                 done.result()
         except BrokenProcessPool as error:
-            raise SystemExit("a process was killed, perhaps for want of memory; run the demo again to go on") from error
+            raise SystemExit(
+                "a process was killed, perhaps for lack of memory; run the demo again to continue"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def _start_worker() -> None:
-    """One thread: a network this small gains little from a second, and figures do not depend on the number of cores."""
+    """Use one thread: a network this small gains little from a second, and figures do not depend on the number of cores."""
     torch.set_num_threads(1)
-    # Ctrl-C reaches every process: a training then saves and stops by its own handler, an evaluation is finished.
+    # Ctrl-C reaches every process: a training saves and stops with its own handler, an evaluation finishes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
@@ -150,7 +152,7 @@ def _leave_with_parent() -> None:
 
 
 def _work(seed: int, name: str, *parts: Callable[[int, str], None]) -> None:
-    """The parts of one run's work, in order."""
+    """Do the parts of one run's work in order."""
     label = f"seed {seed}, {name}"
     with redirect_stdout(_Labeled(label, sys.stdout)), redirect_stderr(_Labeled(label, sys.stderr)):
         for part in parts:
@@ -158,7 +160,7 @@ def _work(seed: int, name: str, *parts: Callable[[int, str], None]) -> None:
 
 
 class _Labeled(io.TextIOBase):
-    """Text whose lines begin with the run that they are of. Not a terminal: of several bars none could be read."""
+    """Text whose lines begin with the name of their run. It is not a terminal, because several bars would be unreadable."""
 
     def __init__(self, label: str, stream: TextIO) -> None:
         self._label, self._stream = label, stream

@@ -1,7 +1,7 @@
-"""What a representation is worth: the paper's metrics over features, few-shot finetuning, and a label-free report.
+"""Evaluation of a representation: the paper's metrics over features, few-shot finetuning, and label-free measures.
 
-Every function takes features, labels or a backbone module, never a trainer. Metrics are fractions in [0, 1]; only
-reports turn them into per cent. The metrics over features need NumPy and torch alone: names are imported on first use.
+Functions take features, labels or a backbone module, never a trainer. Metrics are fractions in [0, 1]; only reports show
+them in per cent. The metrics over features need only NumPy and torch: names are imported on first use.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Room(ModuleType):
-    """``fastuft.evaluate(...)`` is a call of the Python interface, and this room has the same name."""
+    """Makes this package callable, because ``fastuft.evaluate(...)`` is a call of the Python interface."""
 
     def __call__(self, **options: Any) -> Any:
         return import_module("fastuft.api").evaluate(**options)

@@ -1,4 +1,4 @@
-"""K-means by Lloyd's algorithm in PyTorch, and BCubed precision of a clustering."""
+"""K-means with Lloyd's algorithm in PyTorch, and BCubed precision of a clustering."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ BLOCK_VALUES = 1 << 26
 
 
 def bcubed_precision(clusters: ArrayLike, labels: ArrayLike) -> float:
-    """BCubed precision (Amigo et al. 2009): mean over items of the share of the item's cluster with its label.
+    """BCubed precision (Amigo et al. 2009): mean over items of the share of the item's cluster that has its label.
 
-    From the contingency table n[c, l], it is sum_cl n[c, l]^2 / n[c] / N: O(N log N), no pair is visited.
+    From the contingency table n[c, l], it is sum_cl n[c, l]^2 / n[c] / N, which takes O(N log N) without visiting pairs.
 
     Args:
-        clusters: cluster of each item [N]; NumPy array, tensor or sequence of integers or strings.
+        clusters: cluster of each item [N]; a NumPy array, tensor or sequence of integers or strings.
         labels: label of each item [N].
 
     Returns:
         A fraction in (0, 1].
 
     Raises:
-        ValueError: the two differ in length.
+        ValueError: the lengths differ.
     """
     found = as_labels("clusters", clusters)
     truth = as_labels("labels", labels)
@@ -66,21 +66,21 @@ def _squared_norms(x: Tensor) -> Tensor:
 
 
 def _squared_distances(x: Tensor, norms: Tensor, centers: Tensor) -> Tensor:
-    """|x - c|^2 for all pairs, [N, K]; rounding may leave small negative values, which become 0."""
+    """|x - c|^2 for all pairs, [N, K]; small negative values from rounding become 0."""
     return torch.addmm(norms[:, None] + _squared_norms(centers), x, centers.T, alpha=-2).clamp_(min=0)
 
 
 def kmeans_plus_plus(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
     """Initial centers [K, F] by greedy k-means++ (Arthur and Vassilvitskii 2007, several candidates per step).
 
-    Draws come from a host generator, so the choice depends on the seed and the data, not on the device.
+    Random numbers come from a host generator, so the choice depends on the seed and the data, not on the device.
     """
     candidates = 2 + int(math.log(clusters))
     norms = _squared_norms(x)
     chosen = [int(generator.integers(len(x)))]
     closest = _squared_distances(x, norms, x[chosen])[:, 0]
     for _ in range(1, clusters):
-        cumulative = closest.double().cpu().cumsum(0)  # on the host: CUDA's floating cumsum is not deterministic
+        cumulative = closest.double().cpu().cumsum(0)  # on the host: CUDA's cumsum of floats is not deterministic
         points = torch.from_numpy(generator.random(candidates)) * cumulative[-1]
         index = torch.searchsorted(cumulative, points).clamp_(max=len(x) - 1).to(x.device)
         reach = torch.minimum(_squared_distances(x, norms, x[index]), closest[:, None])
@@ -95,16 +95,16 @@ def _assign(x: Tensor, norms: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     rows = max(1, BLOCK_VALUES // len(centers))
     blocks = zip(x.split(rows), norms.split(rows), strict=True)
     sizes, found = _squared_norms(centers), []
-    for block, norm in blocks:  # |x|^2 does not change which center is nearest, so it joins after the minimum
+    for block, norm in blocks:  # |x|^2 does not change which center is nearest, so it is added after the minimum
         values, labels = torch.addmm(sizes, block, centers.T, alpha=-2).min(dim=1)
         found.append((labels, (values + norm).clamp_(min=0)))
     return torch.cat([labels for labels, _ in found]), torch.cat([distances for _, distances in found])
 
 
 def _means(x: Tensor, labels: Tensor, distances: Tensor, clusters: int) -> Tensor:
-    """Mean of each cluster, [K, F]; an empty cluster takes over the item farthest from its own center.
+    """Mean of each cluster, [K, F]; an empty cluster gets the item farthest from its own center.
 
-    The sums are a segment sum over rows sorted by cluster: no atomics, the same result on every run.
+    The sums are segment sums over rows sorted by cluster: no atomics, so the result is the same in every run.
     """
     counts = torch.bincount(labels, minlength=clusters)
     empty = (counts == 0).nonzero().flatten()
@@ -143,21 +143,21 @@ def kmeans(
     init: ArrayLike | None = None,
     device: torch.device | str | None = None,
 ) -> KMeans:
-    """K-means by Lloyd's algorithm; the restart of lowest inertia is kept.
+    """K-means with Lloyd's algorithm; the restart with the lowest inertia is kept.
 
-    From the same initial centers the solution is scikit-learn's (``KMeans(algorithm="lloyd")``): the same stopping
-    rule (centers move by at most ``tolerance`` times the mean variance, or no label changes) and the same treatment
-    of empty clusters.
+    From the same initial centers, the solution is that of scikit-learn (``KMeans(algorithm="lloyd")``): it has the same
+    stopping rule (centers move by at most ``tolerance`` times the mean variance, or no label changes) and treats empty
+    clusters in the same way.
 
     Args:
         x: items [N, F].
         clusters: K, 1 <= K <= N.
         restarts: independent k-means++ starts.
-        max_iterations: Lloyd iterations of one start.
+        max_iterations: Lloyd iterations per start.
         tolerance: relative tolerance of the stopping rule.
         seed: seed of the starts.
-        init: initial centers [K, F]; then there is one start.
-        device: where to compute; None stays with ``x``.
+        init: initial centers [K, F], for a single start.
+        device: the device to compute on; None takes that of ``x``.
 
     Raises:
         ValueError: wrong shapes, or more clusters than items.
@@ -168,7 +168,7 @@ def kmeans(
     if restarts < 1 or max_iterations < 1:
         raise ValueError(f"restarts={restarts!r} and max_iterations={max_iterations!r} must be at least 1")
     items = items.to(device) if device is not None else items
-    # Distances lose fewer digits when the data is centered.
+    # Distances lose fewer digits if the data is centered.
     offset = items.mean(0)
     items = items - offset
     scaled = tolerance * float(_squared_norms(items).double().mean()) / items.shape[1]  # mean variance of the features
@@ -200,7 +200,7 @@ def clustering_accuracy(
         x: features [N, F].
         labels: [N], at least two classes.
         clusters: K; None takes the number of classes.
-        normalize: scale each row to unit length first, the geometry of retrieval and of the training loss.
+        normalize: scale each row to unit length first, as in retrieval and in the training loss.
         restarts: see :func:`kmeans`.
         seed: see :func:`kmeans`.
         device: see :func:`kmeans`.
@@ -209,17 +209,17 @@ def clustering_accuracy(
         A fraction in (0, 1].
 
     Raises:
-        ValueError: shapes disagree, features are not finite, or one class only.
-        UndefinedError: every item is a class of its own, or all features are the same.
+        ValueError: shapes disagree, features are not finite, or there is only one class.
+        UndefinedError: every item is its own class, or all features are the same.
     """
     features = as_features("x", x)
     truth = as_labels("labels", labels, len(features))
     classes = len(np.unique(truth))
     if classes < 2:
-        raise ValueError("labels name one class only; clustering accuracy needs at least two")
+        raise ValueError("labels has only one class; clustering accuracy needs at least two")
     check_varied("x", features)
     if classes == len(features):
-        raise UndefinedError("each class has a single image, so that every image would be a cluster of its own")
+        raise UndefinedError("each class has only one image, so every image would be its own cluster")
     if normalize:
         features = F.normalize(features, dim=1)
     found = kmeans(features, clusters or classes, restarts=restarts, seed=seed, device=device)

@@ -13,7 +13,7 @@ from fastuft.evaluate.inputs import ArrayLike, UndefinedError, as_features
 
 
 def tsne(features: ArrayLike, *, perplexity: float = 30.0, seed: int = 0) -> np.ndarray:
-    """A 2-D t-SNE map of unit features by openTSNE when installed, otherwise scikit-learn.
+    """A 2-D t-SNE map of unit features, by openTSNE if it is installed, otherwise by scikit-learn.
 
     Args:
         features: [N, F], N >= 5; reduced to 50 principal components first.

@@ -1,4 +1,4 @@
-"""The whole evaluation of one backbone on folders of images, and the files it leaves for the report."""
+"""The whole evaluation of one backbone on folders of images, and the files that it writes for the report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Evaluation:
 
     Args:
         metrics: JSON-able values, accuracies as fractions; written as ``eval.json``.
-        arrays: what the report draws (map, gallery, thumbnails); written as ``eval_arrays.npz``.
+        arrays: what the report shows (map, gallery, thumbnails); written as ``eval_arrays.npz``.
         draws: files of each few-shot draw, by trial and class; written as ``fewshot_draws.json``.
     """
 
@@ -46,19 +46,19 @@ def evaluate_backbone(
 ) -> Evaluation:
     """Every metric that the given folders allow, for one backbone.
 
-    With class sub-folders in ``config.train`` and ``config.test``: retrieval, clustering, few-shot. With classes in
-    ``config.source``: forgetting. Without labels: alignment, uniformity, drift and neighbors, and statements of what
-    cannot be known. A metric that has no value (collapsed features, a diverged finetuning, too few images) is stated
-    likewise and leaves the others whole; ``not_known`` names it with the reason.
+    With class folders in ``config.train`` and ``config.test``: retrieval, clustering, few-shot. With class folders in
+    ``config.source``: forgetting. Without labels: alignment, uniformity, drift and neighbors, and statements about what
+    cannot be known. A metric without a value (collapsed features, a diverged finetuning, too few images) also becomes a
+    statement and does not affect the others; ``not_known`` gives the reason.
 
     Args:
-        backbone: has ``num_features``, ``mean`` and ``std``; it is not changed.
+        backbone: the network; it is not changed.
         config: folders and settings; ``checkpoint``, ``before`` and ``out`` are recorded, not used.
         before: the backbone to compare with, usually the initialization.
         progress: is told the part in words, how much of it is done, and of how much.
 
     Raises:
-        ValueError: classes of test images that no training image has, unreadable images, features that are not finite.
+        ValueError: test images of a class without training images, unreadable images, or features that are not finite.
     """
     folders = read_folders(config)
     for doubt in folders.doubts:
@@ -93,20 +93,20 @@ def evaluate_backbone(
 
 
 def _usual_size(checkpoint: str, backbone: Backbone) -> int:
-    """Side of the training crop where ``checkpoint`` is a run folder, else what the network was made for."""
+    """Side of the training crop if ``checkpoint`` is a run folder, else the network's own input size."""
     trained = RunFolder(Path(checkpoint)).read_config().get("augment")
     size = trained.get("size") if isinstance(trained, dict) else None
     return size if isinstance(size, int) and size >= 8 else backbone.input_size
 
 
 def write_evaluation(folder: Path | str, result: Evaluation) -> None:
-    """Write ``eval_arrays.npz`` (no pickle), ``fewshot_draws.json`` after few-shot runs, and ``eval.json``.
+    """Write ``eval_arrays.npz`` (without pickle), ``fewshot_draws.json`` after few-shot runs, and ``eval.json``.
 
-    All of them are whole on the disk before the first takes its name, and ``eval.json`` takes it last: an evaluation
-    that has it is finished, and one that was there before stays as it was until then.
+    All of them are whole on the disk before the first gets its name, and ``eval.json`` is renamed last: an evaluation
+    that has it is finished, and an earlier evaluation stays unchanged until then.
 
     Raises:
-        OSError: the disk refused; it names the file, and what was there before is as it was.
+        OSError: a file could not be written; the error names it, and an earlier evaluation is unchanged.
     """
     run = RunFolder(Path(folder))
     draws = run.path / "fewshot_draws.json"
@@ -119,16 +119,16 @@ def write_evaluation(folder: Path | str, result: Evaluation) -> None:
     with _naming(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(run.path)
-        with ExitStack() as renames:  # they take place in reverse
+        with ExitStack() as renames:  # they happen in reverse order
             for file, content in contents.items():
                 with _naming(file):
                     renames.enter_context(whole_file(file)).write_bytes(content)
         if not result.draws:
-            draws.unlink(missing_ok=True)  # of an earlier evaluation
+            draws.unlink(missing_ok=True)  # from an earlier evaluation
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    """Names are escaped to ASCII: those of files need not be UTF-8."""
+    """JSON in ASCII, with names escaped: file names need not be UTF-8."""
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
@@ -138,11 +138,11 @@ class _NotWrittenError(OSError):
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Let an error of the disk name ``path``, unless it names a file already, and say what became of it."""
+    """Make an OSError name ``path``, unless it already names a file, and say that nothing was changed."""
     try:
         yield
     except _NotWrittenError:
         raise
     except OSError as error:
-        reason = f"{error.strerror}; it could not be written, and what was there before is as it was"
+        reason = f"{error.strerror}; it could not be written, and earlier files are unchanged"
         raise _NotWrittenError(error.errno, reason, str(path)) from error

@@ -1,4 +1,4 @@
-"""Features of a backbone over a stream of images, with a cache keyed by content."""
+"""A backbone's features of a stream of images, with a cache keyed by content."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from fastuft.model import Backbone
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Device of a module's first parameter."""
+    """The device of a module's first parameter."""
     return next(module.parameters()).device
 
 
 @contextmanager
 def at_work(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """The modules on ``device`` in eval mode; afterwards where and as they were."""
+    """Put the modules on ``device`` in eval mode; afterwards, restore their devices and modes."""
     homes = [(module, module_device(module)) for module in modules]
     states = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
@@ -40,7 +40,7 @@ def at_work(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None
     finally:
         for module, home in homes:
             module.to(home)
-        for part, training in states:  # each its own: some may stay in eval mode while others train
+        for part, training in states:  # each part its own: some may be in eval mode while others train
             part.training = training
 
 
@@ -58,18 +58,18 @@ def features_of_views(
     device: torch.device,
     precision: Precision = "auto",
 ) -> list[Tensor]:
-    """Features [N, F] of several random crops of each image, on the CPU; the backbone runs as it is.
+    """Features [N, F] of several random crops of each image, on the CPU; the backbone's mode is not changed.
 
     Args:
-        backbone: on ``device``.
+        backbone: the network, on ``device``.
         images: uint8 [3, H, W] each.
         views: crops of each image.
-        generator: of crops and flips; equal ones give every backbone the same views.
+        generator: generator of crops and flips; equal generators give every backbone the same views.
         size: side of the crops, pixels.
         scale: area range of the crops; (1, 1) takes the largest centered square.
         flip_p: probability of the horizontal flip.
         batch_size: images per forward pass.
-        device: where to compute.
+        device: the device to compute on.
         precision: auto (bf16 on a GPU), bf16 or fp32.
     """
     found: list[list[Tensor]] = [[] for _ in range(views)]
@@ -92,12 +92,12 @@ def extract_features(
     *,
     precision: Precision = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Features of every image of a stream, in its order; the backbone runs in eval mode and is left as it was.
+    """Features of every image of a stream, in order; the backbone runs in eval mode and is then restored.
 
     Args:
         backbone: [B, 3, H, W] -> [B, F].
         stream: yields (images, labels or None), as :class:`fastuft.data.EvalStream` does.
-        device: where to run; None stays with the backbone.
+        device: the device to run on; None takes that of the backbone.
         precision: auto (bf16 on a GPU), bf16 or fp32.
 
     Returns:
@@ -122,7 +122,7 @@ def extract_features(
 
 
 def weights_hash(backbone: nn.Module) -> str:
-    """Hash of a backbone's structure and every tensor of its state."""
+    """Hash of a backbone's structure and all of its tensors."""
     digest = hashlib.blake2b(repr(backbone).encode(), digest_size=16)
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -131,10 +131,10 @@ def weights_hash(backbone: nn.Module) -> str:
 
 
 def files_hash(paths: Sequence[str]) -> str:
-    """Hash of the content of files, in order; names do not enter.
+    """Hash of the contents of files, in order, without their names.
 
     Raises:
-        BadImageError: a file that cannot be read, or is not a regular one.
+        BadImageError: a file cannot be read, or is not a regular file.
     """
 
     def one(path: str) -> bytes:
@@ -154,11 +154,11 @@ def cached_features(
     device: torch.device | str | None = None,
     precision: Precision = "auto",
 ) -> Tensor:
-    """Features [N, F] of the images at ``paths``, kept in the folder ``cache`` and read from there next time.
+    """Features [N, F] of the images at ``paths``, stored in the folder ``cache`` and read from there the next time.
 
-    The key covers the weights, the bytes of every image in order, ``settings`` (input size and the like) and the
-    precision, so a stale entry cannot be read. A damaged entry is made again. ``cache`` None extracts without keeping.
-    Where the disk refuses an entry, a warning says so and the features are returned all the same.
+    The key covers the weights, the bytes of every image in order, ``settings`` (such as the input size) and the precision,
+    so a stale entry cannot be read. A damaged entry is computed again. If ``cache`` is None, nothing is stored. If an entry
+    cannot be written, a warning says so and the features are returned nevertheless.
     """
     if cache is None:
         return extract_features(backbone, stream, device, precision=precision)[0]
@@ -172,12 +172,12 @@ def cached_features(
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, save({"features": features, "digest": _digest(features)}))
     except OSError as error:
-        warnings.warn(f"the features could not be kept in {file}: {error.strerror}; free the disk", stacklevel=2)
+        warnings.warn(f"features could not be cached in {file}: {error.strerror}; free some disk space", stacklevel=2)
     return features
 
 
 def _read_entry(file: Path, count: int) -> Tensor | None:
-    """The features of an entry that is whole, for ``count`` images; None where there is none."""
+    """The features in a whole entry for ``count`` images, or None."""
     try:
         entry = load(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -186,7 +186,7 @@ def _read_entry(file: Path, count: int) -> Tensor | None:
         entry = {}
     features, digest = entry.get("features"), entry.get("digest")
     if features is None or digest is None or len(features) != count or not torch.equal(digest, _digest(features)):
-        warnings.warn(f"the cached features in {file} are damaged; they are made again", stacklevel=2)
+        warnings.warn(f"the cached features in {file} are damaged; they are computed again", stacklevel=2)
         return None
     return features
 

@@ -1,4 +1,4 @@
-"""The folders of one evaluation: which images, which labels, and what about them a person should know early."""
+"""The folders of one evaluation: images, labels, and doubts about them that the user should learn early."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastuft.names import printable
 _LOOKED_FOR = 20.0  # seconds that looking for test images among the training images may take
 # Names that folders of images have for other reasons than a class.
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "images", "unsorted"}
-_ONE_CLASS = "one class sub-folder only ({}), and accuracies need at least two"
+_ONE_CLASS = "only one class folder ({}), but accuracies need at least two"
 _YEAR = re.compile(r"(19|20)\d\d([-_]\d\d){0,2}")
 
 
 @dataclass(frozen=True)
 class Images:
-    """One folder of images: labels and class names are empty when it has no class sub-folders."""
+    """The images of one folder; labels and class names are empty if it has no class folders."""
 
     paths: Sequence[str]
     labels: np.ndarray
@@ -40,11 +40,11 @@ class Folders:
     """The images of one evaluation.
 
     Args:
-        train: of the target.
-        test: of the target, None without; labels count in the classes of ``train``.
-        source: of pretraining, None without.
-        doubts: sentences on what may be meant otherwise, or was left out.
-        bad_files: reason why a file was left out, by its name.
+        train: training images of the target.
+        test: test images of the target, or None; labels index the classes of ``train``.
+        source: images of the source, or None.
+        doubts: sentences about what may be a mistake, or was left out.
+        bad_files: why a file was left out, by its name.
     """
 
     train: Images
@@ -55,11 +55,11 @@ class Folders:
 
     @property
     def judged(self) -> bool:
-        """Whether accuracy on unseen images can be told."""
+        """Whether accuracy on unseen images can be measured."""
         return self.train.labeled and self.test is not None and self.test.labeled
 
     def named(self) -> dict[str, Images]:
-        """Those that are there, by name."""
+        """The existing folders by name."""
         found = {"train": self.train, "test": self.test, "source": self.source}
         return {name: images for name, images in found.items() if images is not None}
 
@@ -68,7 +68,7 @@ def read_images(folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Images
     """The images of ``folder``: labeled when all of them lie in sub-folders, or shards say their classes.
 
     Raises:
-        ValueError: no images, or a sub-folder without.
+        ValueError: no images, or a sub-folder without images.
     """
     root = os.path.abspath(os.path.expanduser(folder))
     paths = list_images(folder, suffixes)
@@ -89,7 +89,7 @@ def read_classes(name: str, folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXE
     """The labeled images of ``folder``, the value of the option ``name``.
 
     Raises:
-        ValueError: fewer class sub-folders than ``fewest``, or one without images.
+        ValueError: fewer class folders than ``fewest``, or one without images.
     """
     found, labels, classes = labeled_folder(folder, suffixes)
     if len(classes) < fewest:
@@ -98,11 +98,10 @@ def read_classes(name: str, folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXE
 
 
 def read_folders(config: EvalConfig) -> Folders:
-    """The images that an evaluation looks at.
+    """The images of an evaluation.
 
     Raises:
-        ValueError: a folder without images, a class of the test images that no training image has, or a single training
-            image.
+        ValueError: a folder without images, test images of a class without training images, or only one training image.
     """
     bad_files: dict[str, str] = {}
 
@@ -110,15 +109,15 @@ def read_folders(config: EvalConfig) -> Folders:
         images = read_images(folder, config.suffixes)
         if config.on_bad_file == "skip":
             images = _without_bad_files(name, images, bad_files)
-        if len(images.classes) == 1 and name != "test":  # classes of test images are the training images'
-            said.append(f"{name} has {_ONE_CLASS.format(quoted(images.classes))}: its images are taken without labels.")
+        if len(images.classes) == 1 and name != "test":  # test images have the classes of the training images
+            said.append(f"{name} has {_ONE_CLASS.format(quoted(images.classes))}, so its labels are ignored.")
             return _without_labels(images.paths)
         return images
 
     said: list[str] = []
     train = read("train", config.train)
     if len(train.paths) < 2:
-        raise ValueError(f"train={config.train!r} has one image; an evaluation needs at least two")
+        raise ValueError(f"train={config.train!r} has only one image; an evaluation needs at least two")
     test = read("test", config.test) if config.test else None
     source = read("source", config.source) if config.source else None
     doubts = said + [doubt for images in (train, source) if images is not None for doubt in _doubts(images.classes)]
@@ -126,8 +125,8 @@ def read_folders(config: EvalConfig) -> Folders:
         test, missing = in_classes_of(train, test)
         if missing:
             doubts.append(
-                f"The test images have none of {len(missing)} classes of the training images ({quoted(missing)}): "
-                "retrieval and few-shot accuracy are over the other classes."
+                f"{len(missing)} classes of the training images have no test images ({quoted(missing)}), so retrieval and "
+                "few-shot accuracy cover only the other classes."
             )
     if test is not None:
         doubts += _in_train(train, test)
@@ -138,7 +137,7 @@ def read_folders(config: EvalConfig) -> Folders:
 
 
 def _without_bad_files(name: str, images: Images, bad_files: dict[str, str]) -> Images:
-    """The images without those that cannot be decoded, which join ``bad_files``."""
+    """The images that can be decoded; the others are added to ``bad_files``."""
     bad = {entry.path: entry.reason for entry in verify_files(images.paths, decode=True)}
     if 2 * len(bad) > len(images.paths):
         path, reason = next(iter(bad.items()))
@@ -151,21 +150,21 @@ def _without_bad_files(name: str, images: Images, bad_files: dict[str, str]) -> 
     paths = [images.paths[i] for i in kept]
     if not images.labeled:
         return Images(paths, images.labels, [])
-    left, labels = np.unique(images.labels[kept], return_inverse=True)  # a class may have lost all of its images
+    left, labels = np.unique(images.labels[kept], return_inverse=True)  # a class may have lost all its images
     return Images(paths, labels, [images.classes[label] for label in left])
 
 
 def in_classes_of(train: Images, test: Images) -> tuple[Images, list[str]]:
-    """The test images with labels that count in the training images' classes, and classes that they have none of.
+    """The test images with labels that index the training images' classes, and the classes without test images.
 
     Raises:
-        ValueError: a class of the test images that no training image has.
+        ValueError: test images of a class without training images.
     """
     missing = sorted(set(train.classes) - set(test.classes))
     extra = sorted(set(test.classes) - set(train.classes))
     if extra:
         raise ValueError(
-            "test has class sub-folders that train lacks: "
+            "test has class folders that train lacks: "
             f"{quoted(extra)} (only in train: {quoted(missing) or 'none'}). Rename or remove these folders"
         )
     position = {name: number for number, name in enumerate(train.classes)}
@@ -186,7 +185,7 @@ def _in_train(train: Images, test: Images) -> list[str]:
 
 
 def _doubts(classes: Sequence[str]) -> list[str]:
-    """One line where the names of the classes look like an accident."""
+    """One sentence if the names of the classes look like a mistake."""
     if not classes:
         return []
     splits = [name for name in classes if name.lower() in _SPLITS]
@@ -194,7 +193,7 @@ def _doubts(classes: Sequence[str]) -> list[str]:
     for found, what in ((splits, "parts of a data set"), (years, "dates")):
         if len(found) >= 2 or len(found) == len(classes):
             return [
-                f"The sub-folders {quoted(found)} are taken for classes, and look like {what}: if they are, every "
-                "accuracy below means nothing. Name the folders that hold the classes, or one without sub-folders."
+                f"The sub-folders {quoted(found)} are treated as classes, but look like {what}. If they are, every "
+                "accuracy below is meaningless: name the folders that hold the classes, or one without sub-folders."
             ]
     return []

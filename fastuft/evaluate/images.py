@@ -1,4 +1,4 @@
-"""Images decoded once and kept as uint8, and the random crops that few-shot finetuning takes from them."""
+"""Images decoded once and kept as uint8, and random crops of them for few-shot finetuning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastuft.data import CROP_DRAWS, crop_regions, open_rgb
 
 
 def decode(paths: Sequence[str], shorter: int) -> list[Tensor]:
-    """Images as uint8 [3, H, W] with shorter side ``shorter``, decoded by a few threads, in order."""
+    """Images as uint8 [3, H, W] whose shorter side is ``shorter``, in order, decoded by a few threads."""
 
     def one(path: str) -> Tensor:
         image = open_rgb(path)
@@ -44,7 +44,7 @@ def random_views(
 ) -> Tensor:
     """One random resized crop (aspect 3/4 to 4/3) and horizontal flip of each image, normalized.
 
-    ``scale`` (1, 1) crops nothing from a square image. images: uint8 [3, H, W] each; returns [n, 3, size, size]
+    A ``scale`` of (1, 1) crops nothing from a square image. images: uint8 [3, H, W] each. Returns [n, 3, size, size]
     float32 in channels_last on the images' device.
     """
     ratio = (1.0, 1.0) if scale[0] == 1 else (3 / 4, 4 / 3)
@@ -64,7 +64,7 @@ def random_views(
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(pixels / 255 - mean) / std per channel; pixels [n, 3, H, W] in 0..255."""
-    # Asynchronous copies of a few bytes: a device tensor made from a sequence would wait for all work on a GPU.
+    # Asynchronous copies of a few bytes: making a device tensor from a sequence would wait for all work on the GPU.
     shift, factor = (torch.tensor(v).view(1, 3, 1, 1).to(pixels.device, non_blocking=True) for v in (mean, std))
     return (pixels / 255 - shift) / factor
 

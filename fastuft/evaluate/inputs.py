@@ -1,4 +1,4 @@
-"""Checks shared by every metric: what users pass in becomes tensors, or a ValueError that says what to do."""
+"""Checks shared by all metrics: inputs become tensors, or a ValueError says what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ArrayLike = np.ndarray | Tensor | Sequence[Any]
 
 
 class UndefinedError(ValueError):
-    """A metric has no value for these inputs; the message says why. Other metrics of the same inputs may have one."""
+    """A metric has no value for these inputs, though others may; the message says why."""
 
 
 def as_features(name: str, value: ArrayLike) -> Tensor:
@@ -32,24 +32,24 @@ def as_features(name: str, value: ArrayLike) -> Tensor:
 
 def check_finite(name: str, features: Tensor) -> None:
     """Raise ValueError unless all values of [N, F] are finite."""
-    # The sum of finite values is finite unless it overflows: only then, or with bad values, is each one looked at.
+    # The sum of finite values is finite unless it overflows: only then, or with bad values, each one is checked.
     if bool(torch.isfinite(features.sum())) or bool((finite := torch.isfinite(features).all(dim=1)).all()):
         return
     bad = (~finite).nonzero().flatten()
     raise ValueError(
-        f"{name} holds NaN or infinity in {len(bad)} of {len(features)} rows (first: row {int(bad[0])}); "
+        f"{name} has NaN or infinity in {len(bad)} of {len(features)} rows (first: row {int(bad[0])}); "
         "check the checkpoint and the images, or leave these rows out"
     )
 
 
 def as_labels(name: str, value: ArrayLike, length: int | None = None) -> np.ndarray:
-    """``value`` as a NumPy vector of integers, strings or booleans, with ``length`` entries where given."""
+    """``value`` as a NumPy vector of integers, strings or booleans, with ``length`` entries if that is given."""
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
     if array.ndim != 1 or len(array) == 0:
-        raise ValueError(f"{name} has shape {array.shape}; labels are one vector with at least one entry")
+        raise ValueError(f"{name} has shape {array.shape}; labels are a vector with at least one entry")
     if array.dtype.kind == "f":
         if not (np.isfinite(array).all() and (array == np.floor(array)).all()):
-            raise ValueError(f"{name} holds numbers that are not whole; labels are integers or strings")
+            raise ValueError(f"{name} has numbers that are not integers; labels are integers or strings")
         array = array.astype(np.int64)
     if array.dtype.kind not in "iubUS":
         raise ValueError(f"{name} has dtype {array.dtype}; labels are integers or strings")
@@ -62,7 +62,7 @@ def check_varied(name: str, features: Tensor) -> None:
     """Raise unless the directions of the rows [N, F] differ: neighbors and clusters of equal rows are ties.
 
     Raises:
-        UndefinedError: all rows point the same way but for rounding.
+        UndefinedError: all rows have the same direction, up to rounding.
     """
     unit = F.normalize(features, dim=1)
     if len(unit) > 1 and bool((unit - unit[0]).abs().max() < 1e-5):
@@ -78,15 +78,15 @@ def quoted(values: Sequence[Any], limit: int = 5) -> str:
 
 
 def check_seen(train_labels: np.ndarray, test_labels: np.ndarray) -> None:
-    """Raise unless training has at least two classes and holds every test class."""
+    """Raise unless the training labels have at least two classes and include every test class."""
     classes = np.unique(train_labels)
     if len(classes) < 2:
         raise ValueError(
-            f"the training labels name one class only ({quoted(list(classes))}); a labeled metric needs at least two"
+            f"the training labels have only one class ({quoted(list(classes))}); a labeled metric needs at least two"
         )
     unseen = np.setdiff1d(test_labels, classes)
     if len(unseen):
         raise ValueError(
-            f"test classes without a training example: {quoted(list(unseen))}; "
-            "give training examples of them or leave them out of the test set"
+            f"test classes without training examples: {quoted(list(unseen))}; "
+            "add training examples of them, or leave them out of the test set"
         )

@@ -1,4 +1,4 @@
-"""Label-free measures of a backbone on a fixed sample of the target, as often as a run wants them."""
+"""Label-free measures of a backbone on a fixed sample of the target, repeated during a run."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from fastuft.evaluate.verdict import Look
 from fastuft.model import Backbone
 from fastuft.randomness import keyed_generator
 
-# Area range of the crops between which views are compared, whatever a training crops.
+# Area range of the crops in the compared views, whatever crops training uses.
 VIEW_SCALE = (0.4, 1.0)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The images that all looks of a run see, decoded once, and always the same two views of each.
+    """The images of all looks of a run, decoded once, and always the same two views of each.
 
     Args:
         target: uint8 [3, H, W] each.
         source: likewise, empty without a source.
         size: side of the views, pixels.
-        flip_p: probability that a view is mirrored.
-        seed: of the views.
+        flip_p: probability of the horizontal flip of a view.
+        seed: seed of the views.
         batch_size: images per forward pass.
     """
 
@@ -72,7 +72,7 @@ class Sample:
         return cls(draw("target", target), draw("source", source), size, flip_p, seed, batch_size)
 
     def features(self, backbone: Backbone, device: torch.device) -> dict[str, Tensor]:
-        """Features [N, F] of the whole images (target, source) and of two views of the target's (first, second)."""
+        """Features [N, F] of the whole images (target, source) and of two views of the target images (first, second)."""
 
         def of(images: Sequence[Tensor], views: int, scale: tuple[float, float], flip_p: float) -> list[Tensor]:
             return features_of_views(
@@ -96,7 +96,7 @@ class Sample:
 
 
 def look_at(features: dict[str, Tensor], start: dict[str, Tensor] | None, step: int) -> Look:
-    """The measures of a backbone's features; those that compare with the start are None where it is unknown.
+    """The measures of a backbone's features; those that compare with the start are None if it is unknown.
 
     Args:
         features: of the sample, [N, F] each, see :meth:`Sample.features`.

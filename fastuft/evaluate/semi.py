@@ -1,4 +1,4 @@
-"""FixMatch (Sohn et al. 2020): a few labeled images per class, and all training images without their labels."""
+"""FixMatch (Sohn et al. 2020): learning from a few labeled images per class and all training images without labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastuft.randomness import keyed_generator, keyed_seed
 
 @dataclass(frozen=True)
 class FixMatchResult(FewShotResult):
-    """As of few-shot, and how much of the unlabeled images was used.
+    """The results of few-shot finetuning, and the share of unlabeled images that was used.
 
     Args:
         confident: share of unlabeled images above the threshold in each trial's last epoch, by K.
@@ -34,7 +34,7 @@ class FixMatchResult(FewShotResult):
 
 
 def unlabeled_loss(weak: Tensor, strong: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Mean over all images of 1[max p >= threshold] CE(strong, argmax p), p of the weak view (Sohn et al. 2020, Eq. 4).
+    """Mean of 1[max p >= threshold] CE(strong, argmax p) over all images, p from the weak view (Sohn et al. 2020, Eq. 4).
 
     Args:
         weak: logits [B, C] of the weak views; constants.
@@ -42,7 +42,7 @@ def unlabeled_loss(weak: Tensor, strong: Tensor, threshold: float) -> tuple[Tens
         threshold: tau.
 
     Returns:
-        (loss, share of images that counted), scalars.
+        (loss, share of images above the threshold), scalars.
     """
     confidence, guess = weak.detach().float().softmax(1).max(1)
     counted = (confidence >= threshold).float()
@@ -74,7 +74,7 @@ class _Student:
         self.totals = torch.zeros(2, device=labels.device)  # labeled loss and confident share of this epoch
 
     def _labeled(self) -> tuple[Tensor, Tensor]:
-        """The next labeled batch: whole shuffled passes one after the other."""
+        """The next labeled batch, from consecutive shuffled passes."""
         batch, count = self.config.batch_size, len(self.images)
         first = self.step_number * batch
         drawn = range(first, first + batch)
@@ -94,7 +94,7 @@ class _Student:
         return views, self.labels[torch.from_numpy(index).to(self.labels.device, non_blocking=True)]
 
     def step(self, weak: Tensor, strong: Tensor) -> None:
-        """One update from a labeled batch and an unlabeled one's weak and strong views."""
+        """One update from a labeled batch and the weak and strong views of an unlabeled batch."""
         views, labels = self._labeled()
         with autocast(views.device, self.precision):
             with torch.no_grad():
@@ -110,7 +110,7 @@ class _Student:
         self.totals += torch.stack([supervised.detach(), counted]) * len(weak)
 
     def end_of_epoch(self, count: int) -> tuple[float, float]:
-        """(labeled loss, confident share) of the epoch that ends."""
+        """(labeled loss, confident share) of the epoch that just ended."""
         loss, confident = (self.totals / count).tolist()
         self.totals.zero_()
         return loss, confident
@@ -135,33 +135,34 @@ def fixmatch(
     loader: Loader = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> FixMatchResult:
-    """Test accuracy after FixMatch from ``backbone``, for several K and trials.
+    """Test accuracy after FixMatch, starting from ``backbone``, for several K and trials.
 
-    The labeled images are few-shot's draws of the same seed. All finetunings go through the unlabeled images together,
-    so every image is decoded once an epoch for all of them. SGD with momentum 0.9, no weight decay, cosine schedule,
-    BatchNorm in eval mode, and the weights of the last step (FixMatch's own code evaluates a moving average).
+    The labeled images are the same draws as in few-shot finetuning with this seed. All finetunings share one pass over the
+    unlabeled images per epoch, so every image is decoded once per epoch. They use SGD with momentum 0.9, no weight decay, a
+    cosine schedule and BatchNorm in eval mode, and evaluate the weights of the last step (FixMatch's own code evaluates a
+    moving average).
 
     Args:
-        backbone: on the device to work on; it is not changed.
+        backbone: the network, on the device to work on; it is not changed.
         train_paths: all training images.
-        train_labels: their labels [N]; used for the drawn images alone.
-        test: stream of (images, labels) over the test set, normalized for this backbone.
+        train_labels: their labels [N], used only for the drawn images.
+        test: stream of (images, labels) of the test set, normalized for this backbone.
         test_labels: labels [Q] in the stream's order; every class must occur in training.
-        config: values of K and the recipe; None is K = 2, 4, 8 by the paper's.
-        finetuning: learning rates, crop and flip of the weak views; None is few-shot's.
-        strong: RandAugment and Cutout of the strong views; None is the paper's.
-        size: input side, pixels.
-        resize: shorter side at which decoded images are kept.
+        config: values of K and the recipe; None takes the paper's recipe with K = 2, 4, 8.
+        finetuning: learning rates, crop and flip of the weak views; None takes those of few-shot finetuning.
+        strong: RandAugment and Cutout of the strong views; None takes the paper's.
+        size: side of the input, pixels.
+        resize: shorter side of decoded images, pixels.
         precision: auto (bf16 on a GPU), bf16 or fp32.
-        trials: draws for each K.
+        trials: draws per K.
         seed: seed of draws, initialization, order and views.
         classes: class names by label, for messages.
         loader: dali, torch or auto.
         progress: is told how many epochs are done, and of how many.
 
     Raises:
-        ValueError: no shots, a class with fewer than K images, one class only, or a test class absent from training.
-        UndefinedError: the finetuning diverged for every K; where some K are left, ``undefined`` names the others.
+        ValueError: no shots, a class with fewer than K images, only one class, or a test class that is not in training.
+        UndefinedError: finetuning diverged for every K; if only some diverged, ``undefined`` names them.
     """
     recipe, rates = config or SemiConfig(shots=[2, 4, 8]), finetuning or FewShotConfig()
     drawn = LabeledDraws(

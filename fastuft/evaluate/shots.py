@@ -26,15 +26,15 @@ from fastuft.randomness import keyed_generator, keyed_seed
 
 @dataclass(frozen=True)
 class FewShotResult:
-    """Accuracies of all few-shot runs of one backbone, as fractions.
+    """The accuracies of all few-shot runs of one backbone, as fractions.
 
     Args:
         top1: top-1 accuracy of each trial, by K.
         mean_class: mean class accuracy of each trial, by K.
-        train_loss: mean cross-entropy of each trial's last epoch, by K; near log(classes) or above, the learning
+        train_loss: mean cross-entropy of each trial's last epoch, by K. If it is near log(classes) or above, the learning
             rates do not suit the backbone and the accuracies say little about it.
-        draws: positions in the training set, [trials, classes, largest K] int64; K shots are ``draws[t, :, :K]``.
-        undefined: why a K has no accuracy (its finetuning diverged); such a K is in none of the others.
+        draws: indices into the training set, [trials, classes, largest K] int64; K shots are ``draws[t, :, :K]``.
+        undefined: why a K has no accuracy (its finetuning diverged); such a K is missing from the other fields.
     """
 
     top1: dict[int, list[float]]
@@ -45,16 +45,16 @@ class FewShotResult:
 
 
 def draw_shots(labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, classes: Sequence[Any] = ()) -> np.ndarray:
-    """Positions of ``shots`` random items of each class, [classes, shots] int64.
+    """Indices of ``shots`` random items of each class, [classes, shots] int64.
 
-    Draws of one (seed, trial) are nested: fewer shots are the first columns of more.
+    Draws with the same (seed, trial) are nested: fewer shots are the first columns of more.
 
     Args:
         labels: [N].
         shots: K.
         seed: seed of the draws.
         trial: index of the draw.
-        classes: names for messages, by label; empty shows the labels themselves.
+        classes: class names by label, for messages; if empty, messages show the labels.
 
     Raises:
         ValueError: a class has fewer than K items.
@@ -66,7 +66,7 @@ def draw_shots(labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, clas
     short = [(classes[int(v)] if len(classes) else v, int(c)) for v, c in zip(values, counts, strict=True) if c < shots]
     if short:
         raise ValueError(
-            f"{shots} shots need {shots} training images of every class, but {len(short)} have fewer: "
+            f"{shots} shots need {shots} training images of every class, but {len(short)} classes have fewer: "
             f"{quoted([name for name, _ in short])} (smallest: {min(c for _, c in short)}); "
             "use fewer shots or add images"
         )
@@ -78,19 +78,19 @@ def draw_shots(labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, clas
 
 
 class LabeledDraws:
-    """The labeled images of all runs over several K and trials, checked before anything is trained.
+    """The labeled images of all runs over several K and trials, checked before any training.
 
     Args:
         paths: training images to draw from.
         labels: their labels [N].
         test_labels: labels [Q] of the test set.
         shots: the values of K.
-        trials: draws for each K.
+        trials: draws per K.
         seed: seed of the draws.
         classes: class names by label, for messages.
 
     Raises:
-        ValueError: no shots, a class with fewer than K images, one class only, a test class absent from training.
+        ValueError: no shots, a class with fewer than K images, only one class, or a test class that is not in training.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LabeledDraws:
         self.positions = np.stack(draws)  # [trials, classes, largest K]
 
     def runs(self, resize: int, device: torch.device) -> Iterator[tuple[int, int, list[Tensor], Tensor]]:
-        """(trial, K, labeled images, labels in 0..C-1) of each run; a trial's images are decoded once for all K."""
+        """(trial, K, labeled images, labels in 0..C-1) per run; a trial's images are decoded once for all K."""
         _, classes, most = self.positions.shape
         for trial, drawn in enumerate(self.positions):
             pool = [image.to(device) for image in decode([self.paths[i] for i in drawn.ravel()], resize)]
@@ -128,7 +128,7 @@ class LabeledDraws:
     def accuracies(
         self, shots: Sequence[int], predicted: np.ndarray
     ) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
-        """(top-1, mean class) accuracy by K of models with these K; predicted: classes in 0..C-1, [models, Q]."""
+        """(top-1, mean class) accuracies by K, for models with these K; predicted: classes in 0..C-1, [models, Q]."""
         top1: dict[int, list[float]] = {k: [] for k in shots}
         mean_class: dict[int, list[float]] = {k: [] for k in shots}
         for k, answers in zip(shots, self.values[predicted], strict=True):
@@ -152,11 +152,11 @@ class Classifier(nn.Module):
 
     @classmethod
     def on(cls, backbone: Backbone, classes: int, seed: int) -> Classifier:
-        """A classifier in training mode on a copy of ``backbone``, on its device."""
+        """A classifier in training mode on top of a copy of ``backbone``, on the same device."""
         return cls(copy.deepcopy(backbone), classes, seed).to(module_device(backbone)).train()
 
     def train(self, mode: bool = True) -> Classifier:
-        """Training mode with BatchNorm left in eval mode: statistics of a few images would be noise."""
+        """Set training mode but leave BatchNorm in eval mode: statistics of a few images would be noise."""
         super().train(mode)
         for module in self.backbone.modules():
             if isinstance(module, _BatchNorm):
@@ -164,7 +164,7 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] in float32 under autocast too: in bfloat16 classes would tie."""
+        """Logits [B, classes], in float32 even under autocast: in bfloat16, classes would tie."""
         features = self.backbone(images)
         with torch.autocast(images.device.type, enabled=False):
             logits: Tensor = self.fc(features.float())
@@ -195,18 +195,18 @@ def finetune(
     precision: Precision = "auto",
     seed: int,
 ) -> tuple[Classifier, float]:
-    """A copy of ``backbone`` with a new classifier, finetuned on a few labeled images.
+    """Finetune a copy of ``backbone`` with a new classifier on a few labeled images.
 
-    SGD with momentum 0.9, no weight decay, cosine schedule to zero over all steps, random crop and flip,
-    cross-entropy, BatchNorm in eval mode.
+    It uses SGD with momentum 0.9, no weight decay, a cosine schedule to zero over all steps, random crop and flip,
+    cross-entropy, and BatchNorm in eval mode.
 
     Args:
-        backbone: has ``num_features``, ``mean`` and ``std``; it is not changed.
+        backbone: the network; it is not changed.
         images: uint8 [3, H, W] each, on the backbone's device.
         labels: [n] int64 in 0..classes-1, on the same device.
         classes: outputs of the classifier.
         config: the recipe.
-        size: input side, pixels.
+        size: side of the input, pixels.
         precision: auto (bf16 on a GPU), bf16 or fp32.
         seed: seed of initialization, order and crops.
 
@@ -214,7 +214,7 @@ def finetune(
         the classifier in eval mode and the mean loss of its last epoch.
 
     Raises:
-        UndefinedError: the loss stops being finite.
+        UndefinedError: the loss is no longer finite.
     """
     device = module_device(backbone)
     model = Classifier.on(backbone, classes, seed)
@@ -253,9 +253,9 @@ def finetune(
 
 
 def diverged(what: str, loss: float, config: FewShotConfig) -> UndefinedError:
-    """The error of a finetuning whose loss stopped being finite."""
+    """The error for a finetuning whose loss is no longer finite."""
     return UndefinedError(
-        f"{what} diverged (loss of the last epoch {loss}) at fewshot.lr={config.lr:g}, "
+        f"{what} diverged (the last epoch's loss is {loss}) at fewshot.lr={config.lr:g}, "
         f"fewshot.backbone_lr={config.backbone_lr:g}; lower them"
     )
 
@@ -264,7 +264,7 @@ def diverged(what: str, loss: float, config: FewShotConfig) -> UndefinedError:
 def predict(
     models: Sequence[nn.Module], stream: Iterable[tuple[Tensor, Tensor | None]], precision: Precision = "auto"
 ) -> np.ndarray:
-    """Predicted labels [models, N] of several models in one pass over a stream of (images, labels)."""
+    """Labels [models, N] predicted by several models in one pass over a stream of (images, labels)."""
     device = module_device(models[0])
     batches = []
     for images, _ in stream:
@@ -292,27 +292,27 @@ def fewshot(
 ) -> FewShotResult:
     """Test accuracy after finetuning on K labeled images per class, for several K and trials.
 
-    Each trial decodes its largest draw once; smaller K reuse its first images. All finetuned models then share one
-    pass over the test stream, so test images are decoded once as well.
+    Each trial decodes its largest draw once, and smaller K reuse its first images. All finetuned models share one pass over
+    the test stream, so test images are also decoded once.
 
     Args:
-        backbone: on the device to work on; it is not changed.
+        backbone: the network, on the device to work on; it is not changed.
         train_paths: training images to draw from.
         train_labels: their labels [N].
-        test: stream of (images, labels) over the test set, normalized for this backbone.
+        test: stream of (images, labels) of the test set, normalized for this backbone.
         test_labels: labels [Q] in the stream's order; every class must occur in training.
-        config: values of K and the recipe; None is the paper's.
-        size: input side, pixels.
-        resize: shorter side at which decoded images are kept.
+        config: values of K and the recipe; None takes the paper's.
+        size: side of the input, pixels.
+        resize: shorter side of decoded images, pixels.
         precision: auto (bf16 on a GPU), bf16 or fp32.
-        trials: draws for each K.
+        trials: draws per K.
         seed: seed of draws, initialization, order and crops.
         classes: class names by label, for messages.
         progress: is told how many runs are done, and of how many.
 
     Raises:
-        ValueError: no shots, a class with fewer than K images, one class only, or a test class absent from training.
-        UndefinedError: the finetuning diverged for every K; where some K are left, ``undefined`` names the others.
+        ValueError: no shots, a class with fewer than K images, only one class, or a test class that is not in training.
+        UndefinedError: finetuning diverged for every K; if only some diverged, ``undefined`` names them.
     """
     recipe = config or FewShotConfig()
     drawn = LabeledDraws(

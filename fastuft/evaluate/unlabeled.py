@@ -1,4 +1,4 @@
-"""What can be measured without labels: neighbors, alignment and uniformity, drift of the representation."""
+"""Measures that need no labels: neighbors, alignment, uniformity, rank, and drift of the representation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastuft.evaluate.inputs import ArrayLike, UndefinedError, as_features, chec
 from fastuft.evaluate.retrieval import nearest_neighbors
 from fastuft.randomness import keyed_generator
 
-# Share of the features' squared size below which their variation is rounding: (1e-6)^2 in float32.
+# Share of the features' squared norm below which their variation is rounding: (1e-6)^2 in float32.
 _ROUNDING = 1e-12
 
 
@@ -39,7 +39,7 @@ def uniformity(features: ArrayLike, t: float = 2.0, *, most: int = 4096, seed: i
     """
     x = as_features("features", features)
     if len(x) < 2:
-        raise UndefinedError("uniformity is over pairs of images, and there is one image")
+        raise UndefinedError("uniformity needs pairs of images, but there is only one image")
     if len(x) > most:
         x = x[torch.as_tensor(keyed_generator(seed, "uniformity").permutation(len(x))[:most], device=x.device)]
     unit = F.normalize(x.double(), dim=1)
@@ -60,7 +60,7 @@ def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
     scales = [float((v.T @ v).norm()) for v in (a, b)]
     for scale, given in zip(scales, pair, strict=True):
         if scale <= _ROUNDING * float(given.double().square().sum()):
-            raise UndefinedError("linear CKA compares how features vary over the images, and one of both is constant")
+            raise UndefinedError("linear CKA compares how features vary over the images, but one set is constant")
     return float((b.T @ a).norm().square()) / math.prod(scales)
 
 
@@ -72,7 +72,7 @@ def mean_cosine(before: ArrayLike, after: ArrayLike) -> float:
     """
     a, b = _paired("before", before, "after", after)
     if a.shape[1] != b.shape[1]:
-        raise UndefinedError(f"the features' widths differ ({a.shape[1]} before and {b.shape[1]} after)")
+        raise UndefinedError(f"the widths of the features differ ({a.shape[1]} before, {b.shape[1]} after)")
     return float(F.cosine_similarity(a, b, dim=1).double().mean())
 
 
@@ -87,10 +87,10 @@ def neighbor_overlap(before: ArrayLike, after: ArrayLike, k: int = 5) -> float:
 
 
 def view_agreement(first: ArrayLike, second: ArrayLike, k: int = 5) -> float:
-    """Mean share of an image's ``k`` nearest other images that its two views agree on, [N, F] each.
+    """Mean share of an image's ``k`` nearest other images that its two views agree on; both [N, F].
 
-    The neighbors of a first view are looked for among the first views, those of a second view among the second. 1 where
-    augmentation moves no image out of its neighborhood; training for agreement of views raises it by itself.
+    First views have their neighbors among the first views, second views among the second. It is 1 if augmentation moves no
+    image out of its neighborhood. Training that makes views agree raises it by itself.
     """
     return neighbor_overlap(first, second, k)
 
@@ -98,8 +98,8 @@ def view_agreement(first: ArrayLike, second: ArrayLike, k: int = 5) -> float:
 def effective_rank(features: ArrayLike) -> float:
     """RankMe (Garrido et al. 2023, Eq. 1): exp of the entropy of the normalized singular values of [N, F].
 
-    From 1 (all features on one line: collapse) to min(N, F) (all directions alike); it depends on N, so compare equal
-    samples.
+    It ranges from 1 (all features on one line: collapse) to min(N, F) (all directions equal). It depends on N, so compare
+    samples of equal size.
     """
     x = as_features("features", features).double()
     gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
@@ -107,7 +107,7 @@ def effective_rank(features: ArrayLike) -> float:
 
 
 def lidar(first: ArrayLike, second: ArrayLike, *, delta: float = 1e-4) -> float:
-    """LiDAR (Thilak et al. 2023, Eq. 5) of two views of each image, [N, F] each.
+    """LiDAR (Thilak et al. 2023, Eq. 5) of two views of each image; both [N, F].
 
     The effective rank of the linear discriminant matrix W^(-1/2) B W^(-1/2), where B is the covariance of the images'
     means and W that of views around their image's mean plus ``delta`` times the identity: how many directions tell
@@ -122,9 +122,9 @@ def lidar(first: ArrayLike, second: ArrayLike, *, delta: float = 1e-4) -> float:
     views = views - views.mean((0, 1))
     scale = views.square().mean().sqrt()
     if float(scale) == 0:
-        raise UndefinedError("LiDAR compares how features vary over the images, and they are constant")
+        raise UndefinedError("LiDAR compares how features vary over the images, but they are constant")
     means = views.mean(0) / scale
-    within = (views[0] - views[1]).div(2 * scale)  # of both views, up to the sign
+    within = (views[0] - views[1]).div(2 * scale)  # the same for both views, up to the sign
     means, within = _in_their_span(torch.cat([means, within])).chunk(2)
     between, noise = (x.T @ x / len(x) for x in (means, within))
     values, vectors = torch.linalg.eigh(noise)

@@ -1,8 +1,8 @@
-"""Whether finetuning helped, told without labels: from the label-free measures of a run to a verdict.
+"""A verdict without labels on whether finetuning helped, from the label-free measures of a run.
 
 A run looks at a fixed sample of its target before the first step and at intervals (:mod:`fastuft.evaluate.looks`). This
-module is pure: :func:`judge` is a function from these looks to a verdict, so that its thresholds (:class:`Rule`) can be
-fitted on any set of recorded runs.
+module is pure: :func:`judge` maps these looks to a verdict, so its thresholds (:class:`Rule`) can be fitted to any set of
+recorded runs.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ Outcome = Literal["better", "no better", "collapsed", "not known"]
 
 @dataclass(frozen=True)
 class Look:
-    """Label-free measures of one backbone on the sample; None where one has no value.
+    """The label-free measures of one backbone on the sample; None if one has no value.
 
     Args:
-        step: steps done; 0 is the start.
-        images: of the sample.
+        step: completed steps; 0 is the start.
+        images: images in the sample.
         effective_rank: RankMe of the features.
         lidar: LiDAR of two views of each image.
-        uniformity: of the features; lower is more uniform.
-        alignment: mean squared distance of two views' unit features; lower is closer.
+        uniformity: uniformity of the features; lower is more uniform.
+        alignment: mean squared distance between the unit features of two views; lower is closer.
         view_agreement: share of nearest neighbors that an image's two views agree on.
-        neighbors_kept: share of nearest neighbors that are those of the start.
-        source_cka: linear CKA with the start over images of the source; None without a source.
+        neighbors_kept: share of nearest neighbors that were nearest at the start.
+        source_cka: linear CKA with the start, on source images; None without a source.
     """
 
     step: int
@@ -43,13 +43,13 @@ class Look:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Look:
-        """The look that a row of metrics holds."""
+        """The look in a row of metrics."""
         return cls(**{field.name: row.get(field.name) for field in fields(cls)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Thresholds of the verdict; the one place where they stand.
+    """The thresholds of the verdict.
 
     Changes of effective rank and LiDAR are natural logarithms of the ratio to the start, those of view agreement of the ratio
     of its odds, so that they mean the same for every network. What the values rest on, and how far they can be trusted, stands
@@ -81,12 +81,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the looks of a run say.
+    """The conclusion from the looks of a run.
 
     Args:
         outcome: better or no better than the start, collapsed, or not known.
-        step: of the look that is the best, 0 for the start; the last where it is not known.
-        why: the measures that say it, in words.
+        step: step of the best look, 0 for the start; the last step if the outcome is not known.
+        why: the measures behind it, in words.
     """
 
     outcome: Outcome
@@ -105,7 +105,7 @@ class Verdict:
 
 
 def _change(now: float | None, then: float | None) -> float | None:
-    """log(now / then); None where one has no value."""
+    """log(now / then); None if either has no value."""
     return math.log(now / then) if now and then and now > 0 and then > 0 else None
 
 
@@ -118,7 +118,7 @@ def agreement_gain(look: Look, start: Look) -> float | None:
 
 
 def collapsed(look: Look, start: Look, rule: Rule) -> bool:
-    """Whether the features have become alike, or their rank a small part of what it was."""
+    """Whether the features have become alike, or their rank has fallen to a small share of the start's."""
     if look.effective_rank is None or look.uniformity is None:
         return True  # without a rank there are no directions left
     if start.effective_rank is not None and look.effective_rank < rule.collapsed_rank * start.effective_rank:
@@ -139,7 +139,7 @@ def best_look(looks: Sequence[Look], rule: Rule | None = None) -> Look | None:
 
 
 def should_stop(looks: Sequence[Look], rule: Rule | None = None) -> bool:
-    """Whether going on is of no use: the last look has collapsed, or the best one is ``patience`` looks old."""
+    """Whether no gain is expected: the last look has collapsed, or the best one is ``patience`` looks old."""
     limits = rule or Rule()
     if len(looks) < 2:
         return False
@@ -150,7 +150,7 @@ def should_stop(looks: Sequence[Look], rule: Rule | None = None) -> bool:
 
 
 def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
-    """The verdict over the looks of a run, the start's first.
+    """The verdict on the looks of a run, of which the first is the start.
 
     The best look is the one of the largest view agreement that has not collapsed. It is better than the start where that
     rose by ``agreement_gain``, the features have spread (training makes views agree, and agreement alone rises in a collapse
@@ -158,7 +158,7 @@ def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
     every look.
 
     Args:
-        looks: in the order of their steps; the first is of step 0.
+        looks: in the order of their steps; the first is at step 0.
         rule: thresholds; None takes the defaults.
     """
     limits = rule or Rule()
@@ -199,7 +199,7 @@ _WORDS = {
 
 
 def _compared(look: Look, start: Look) -> str:
-    """The measures at the start and at a look, in words."""
+    """The measures at the start and at this look, in words."""
     parts = []
     for name, (words, digits) in _WORDS.items():
         then, now = getattr(start, name), getattr(look, name)

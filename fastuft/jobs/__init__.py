@@ -1,4 +1,4 @@
-"""What the command line and the Python calls both do beyond training: evaluations of checkpoints, embeddings, search."""
+"""Jobs shared by the command line and the Python calls, besides training: evaluating checkpoints, embedding, search."""
 
 from fastuft.jobs.embedding import embed_images
 from fastuft.jobs.evaluation import EvaluatedCheckpoint, evaluate_checkpoint

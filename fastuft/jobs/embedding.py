@@ -1,4 +1,4 @@
-"""Features of any images by any checkpoint: in parts that outlive a stop, with the network's own preprocessing."""
+"""Features of any images with any checkpoint, in parts that survive an interruption, with the network's preprocessing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastuft.jobs.storage import Embeddings, check_out, write_embeddings
 from fastuft.model import Backbone, open_backbone
 from fastuft.names import printable
 
-# What embeddings remember of their options, so that a query is embedded alike.
+# The options stored with embeddings, so that a query is embedded in the same way.
 _REMEMBERED = ("checkpoint", "arch", "stem", "init_key", "init_channels", "size", "resize")
 
 
@@ -42,14 +42,14 @@ class _Work:
         self.device = choose_device(self.config.device)
 
     def settings(self) -> dict[str, Any]:
-        """What the features depend on, beside the images."""
+        """The settings that features depend on, besides the images."""
         config, backbone = self.config, self.backbone
         chosen = {name: getattr(config, name) for name in _REMEMBERED} | {"arch": backbone.arch, "stem": backbone.stem}
         chosen |= {"checkpoint": os.path.abspath(config.checkpoint), "size": config.size or backbone.input_size}
         return {**chosen, "weights": weights_hash(backbone)}
 
     def key(self) -> str:
-        """Hash of everything that the features depend on: files count by name, size and time of their last change."""
+        """Hash of everything that features depend on; files count by name, size and modification time."""
         digest = hashlib.blake2b(json.dumps(self.settings(), sort_keys=True).encode(), digest_size=16)
         digest.update(f"{self.config.part_size} {self.config.precision} {self.device.type}".encode())
         if self.backbone.traits.pool != "own":
@@ -82,21 +82,20 @@ def embed_images(
     keep: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Embeddings:
-    """Features of every image, in the order of their names; the backbone runs in eval mode and is left as it was.
+    """Features of every image, in the order of their names; the backbone runs in eval mode and is then restored.
 
-    With ``keep`` they are written to ``config.out``. Parts of them lie beside it meanwhile, in a folder whose name ends in
-    ``.parts``: the same call goes on after the last whole part, and starts again where images, weights or settings are
-    others.
+    With ``keep``, they are written to ``config.out``. Meanwhile, parts of them are saved beside it in a folder whose name ends
+    in ``.parts``: the same call continues after the last whole part, and starts again if images, weights or settings differ.
 
     Args:
         config: images, checkpoint and settings.
-        backbone: in place of ``config.checkpoint``.
-        keep: write the file, and parts on the way.
-        progress: called after each part with (images done, images in all).
+        backbone: used instead of ``config.checkpoint``.
+        keep: whether to write the file, and parts along the way.
+        progress: called after each part with (images done, total images).
 
     Raises:
-        ValueError: no images, a checkpoint or file that cannot be read.
-        OSError: the disk refused.
+        ValueError: there are no images, or a checkpoint or file cannot be read.
+        OSError: a file could not be written.
     """
     if keep:
         check_out(config.out)
@@ -135,12 +134,12 @@ def _usable(paths: Sequence[str], config: EmbedConfig) -> tuple[Sequence[str], d
     left = [path for path in paths if path not in bad]
     if not left:
         path, reason = next(iter(bad.items()))
-        raise ValueError(f"all {len(paths)} images are bad (first: {printable(path)}: {reason}); name others")
+        raise ValueError(f"all {len(paths)} images are bad (first: {printable(path)}: {reason}); name other images")
     return left, {printable(path): reason for path, reason in bad.items()}
 
 
 class _Parts:
-    """Features of an unfinished list of images, a file per part, of one key at a time."""
+    """Features of an unfinished list of images, one file per part, for one key at a time."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self._key = folder, folder / "key.txt"
@@ -158,7 +157,7 @@ class _Parts:
         return self.folder / f"{number:06d}.npy"
 
     def read(self, number: int, count: int) -> np.ndarray | None:
-        """Features [count, D] of a part, or None where it is not there or not whole."""
+        """Features [count, D] of a part, or None if it does not exist or is not whole."""
         try:
             found = np.load(self._file(number), allow_pickle=False)
         except (OSError, ValueError, EOFError):

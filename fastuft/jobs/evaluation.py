@@ -1,4 +1,4 @@
-"""A checkpoint evaluated, from the options to the report."""
+"""The evaluation of a checkpoint, from the options to the report."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fastuft.config import EvalConfig
 from fastuft.jobs.inputs import check_checkpoint
 from fastuft.model import InitReport, open_backbone
 
-if TYPE_CHECKING:  # embeddings need neither scikit-learn nor charts
+if TYPE_CHECKING:  # embeddings need neither scikit-learn nor plots
     from fastuft.evaluate import Evaluation
     from fastuft.report import RunFiles
 
 
 @dataclass(frozen=True)
 class EvaluatedCheckpoint:
-    """Result of :func:`evaluate_checkpoint`.
+    """The result of :func:`evaluate_checkpoint`.
 
     Args:
-        evaluation: figures, statements and what the report draws.
-        taken: what was loaded from each checkpoint.
-        run: the files of the evaluation and of the run behind it, as the report reads them.
+        evaluation: figures, statements and what the report shows.
+        taken: the report on the tensors of each checkpoint.
+        run: the files of the evaluation and of its run, as the report reads them.
         report: the HTML page.
     """
 
@@ -43,8 +43,8 @@ def evaluate_checkpoint(
         progress: is told the part in words, how much of it is done, and of how much.
 
     Raises:
-        ValueError: a checkpoint or folder that cannot work.
-        OSError: the disk refused; an older evaluation is as it was.
+        ValueError: a checkpoint or folder cannot work.
+        OSError: a file could not be written; an older evaluation is unchanged.
     """
     from fastuft.evaluate import evaluate_backbone, write_evaluation
     from fastuft.report import load_run, write_report
@@ -62,7 +62,7 @@ def evaluate_checkpoint(
     evaluation = evaluate_backbone(backbone, config, before, progress)
     write_evaluation(config.out, evaluation)
     trained = Path(config.checkpoint)
-    # The curves of a run join its evaluation.
+    # The report also shows the curves of the run.
     run = load_run(trained.name or "checkpoint", [config.out, trained] if trained.is_dir() else config.out)
     report = Path(config.out) / "report.html"
     write_report(report, [run])

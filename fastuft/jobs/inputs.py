@@ -1,4 +1,4 @@
-"""Checks of what a job is given."""
+"""Checks of the inputs of a job."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def check_checkpoint(name: str, path: str) -> None:
-    """Raise ValueError where nothing is at ``path``, the value of the option ``name``."""
+    """Raise ValueError if ``path``, the value of the option ``name``, does not exist."""
     if not Path(path).exists():
         raise ValueError(
             f"{name}={path!r} does not exist; name a run folder or a checkpoint (.pth, .safetensors, .npz)"

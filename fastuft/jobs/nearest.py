@@ -1,4 +1,4 @@
-"""The images of a collection that are nearest to a query."""
+"""Search: the images of a collection that are nearest to a query."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Found:
 
 
 def search(config: SearchConfig) -> list[Found]:
-    """Embed each query as the collection was, and find its nearest images; exact.
+    """Embed each query in the same way as the collection, and find its nearest images; exact.
 
     Raises:
-        ValueError: a file that is not one of embeddings, another checkpoint than theirs, or no query.
+        ValueError: the file has no embeddings, the checkpoint is not theirs, or there is no query.
         OSError: a file cannot be read.
     """
     collection = read_embeddings(config.in_)
@@ -52,8 +52,8 @@ def search(config: SearchConfig) -> list[Found]:
     queries = embed_images(dataclasses.replace(wanted, device="auto"), keep=False)
     if queries.settings["weights"] != settings.get("weights"):
         raise ValueError(
-            f"checkpoint={wanted.checkpoint!r} holds other weights than the ones that made {printable(config.in_)}; name the "
-            "checkpoint that did, or embed the collection anew"
+            f"checkpoint={wanted.checkpoint!r} does not have the weights that made {printable(config.in_)}; name the "
+            "checkpoint that does, or embed the collection again"
         )
     top = min(config.top, len(collection.paths))
     similarities, indices = nearest_neighbors(queries.features, collection.features, top)

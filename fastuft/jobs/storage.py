@@ -23,10 +23,10 @@ class Embeddings:
     """Features of images.
 
     Args:
-        features: float32 [N, D], as the network gives them: not normalized.
-        paths: of the images, absolute.
+        features: features as the network returns them, float32 [N, D], not normalized.
+        paths: absolute paths of the images.
         settings: the checkpoint and its preprocessing.
-        bad_files: reasons why files were left out, by their names.
+        bad_files: why files were left out, by name.
     """
 
     features: np.ndarray
@@ -39,7 +39,7 @@ def check_out(out: str, option: str = "out") -> None:
     """Refuse a file, the value of ``option``, that could not be written when all is done, or not be read.
 
     Raises:
-        ValueError: another ending, or a table without pyarrow.
+        ValueError: a wrong suffix, or a table without pyarrow.
     """
     ending = Path(out).suffix
     if ending not in ENDINGS:
@@ -49,11 +49,11 @@ def check_out(out: str, option: str = "out") -> None:
 
 
 def write_embeddings(out: str, embeddings: Embeddings) -> None:
-    """Write a file whole: arrays ``features`` and ``paths`` and the text ``settings``, or columns ``path`` and ``features``.
+    """Write a file whole: arrays ``features``, ``paths`` and ``settings`` (text), or columns ``path`` and ``features``.
 
     Raises:
-        ValueError: another ending, a table without pyarrow or with names that are not UTF-8.
-        OSError: the disk refused.
+        ValueError: a wrong suffix, a table without pyarrow, or a table with names that are not UTF-8.
+        OSError: the file could not be written.
     """
     check_out(out)
     file = Path(out)
@@ -76,7 +76,7 @@ def _write_table(file: Path, embeddings: Embeddings, settings: str) -> None:
     try:
         "".join(embeddings.paths).encode()
     except UnicodeEncodeError as error:
-        raise ValueError("names that are not UTF-8 have no place in a table; write .npz") from error
+        raise ValueError("a table cannot have names that are not UTF-8; write .npz") from error
     count, width = embeddings.features.shape
     values = pa.array(np.ascontiguousarray(embeddings.features).reshape(count * width))
     table = pa.table(
@@ -86,10 +86,10 @@ def _write_table(file: Path, embeddings: Embeddings, settings: str) -> None:
 
 
 def read_embeddings(path: str) -> Embeddings:
-    """What :func:`write_embeddings` wrote.
+    """Read what :func:`write_embeddings` wrote.
 
     Raises:
-        ValueError: another file, or a damaged one.
+        ValueError: another kind of file, or a damaged one.
         OSError: it cannot be read.
     """
     check_out(path, "in")
@@ -103,10 +103,10 @@ def read_embeddings(path: str) -> Embeddings:
             raise ValueError("features, paths and settings do not fit together")
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged file makes its reader raise
+    except Exception as error:  # whatever a reader raises for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{printable(path)} does not hold embeddings ({reason}); write it with `fastuft embed`"
+            f"{printable(path)} does not have embeddings ({reason}); write it with `fastuft embed`"
         ) from error
     return Embeddings(features, tuple(paths), values)
 

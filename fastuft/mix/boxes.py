@@ -12,7 +12,7 @@ def _beta(alpha: float, n: int, generator: torch.Generator | None) -> Tensor:
         return torch.rand(n, dtype=torch.float64, generator=generator)
     gammas = torch._standard_gamma(torch.full((2, n), alpha, dtype=torch.float64), generator)
     total = gammas.sum(0)
-    # For tiny alpha both gammas may underflow to 0; the limit of Beta is then a fair coin.
+    # For tiny alpha, both gammas may underflow to 0; the limit of Beta is then a fair coin.
     coin = torch.rand(n, dtype=torch.float64, generator=generator).round()
     return torch.where(total > 0, gammas[0] / total, coin)
 
@@ -33,14 +33,14 @@ def sample_boxes(
 ) -> tuple[Tensor, Tensor]:
     """CutMix boxes and their exact mixing weights (Yun et al. 2019; Eq. 5 of Li et al. 2021).
 
-    lambda ~ Beta(alpha, alpha); a box of sides (H sqrt(1 - lambda), W sqrt(1 - lambda)), rounded, around a pixel drawn
-    uniformly, clipped at the border; then lambda is set to the share that the clipped box leaves.
+    lambda ~ Beta(alpha, alpha). The box has the rounded sides (H sqrt(1 - lambda), W sqrt(1 - lambda)), is centered at a
+    uniformly drawn pixel, and is clipped at the border; lambda is then set to the share outside the clipped box.
 
     Args:
-        n: boxes.
-        height: of the images, pixels.
-        width: of the images, pixels.
-        alpha: of the Beta distribution.
+        n: number of boxes.
+        height: height of the images, pixels.
+        width: width of the images, pixels.
+        alpha: parameter of the Beta distribution.
         generator: a CPU generator; the same state gives the same boxes.
 
     Returns:

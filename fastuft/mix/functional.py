@@ -1,4 +1,4 @@
-"""The public mixing functions: checks, then the registered operators."""
+"""The public mixing functions: they check the tensors and call the registered operators."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _check_companion(name: str, value: Tensor, shape: tuple[int, ...], dtype: to
         found = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} is {found}; it must be a tensor {list(shape)} of {dtype}")
     if value.device != images.device:
-        raise ValueError(f"{name} is on {value.device} and images on {images.device}; move it there")
+        raise ValueError(f"{name} is on {value.device} but images is on {images.device}; move it there")
 
 
 def _check_box_values(boxes: Tensor, images: Tensor) -> None:
@@ -82,9 +82,9 @@ Check = Callable[[Tensor, Tensor], None]
 
 
 def _run(name: str, images: Tensor, companions: Sequence[tuple[Tensor, Check]], *more: int) -> Any:
-    """Call an operator by name; the companions' values are checked where the host may look at them.
+    """Call an operator by name; the companions' values are checked if the host may read them.
 
-    The extension checks them itself before it writes anything: here they are looked at only to say what is wrong.
+    The extension checks them itself before it writes anything; here they are read only to say what is wrong.
     """
     operator: Callable[..., Any] = getattr(torch.ops.fastuft, name).default
     if images.is_cuda and fused.refusal(fused.MIXING) is not None:
@@ -105,7 +105,7 @@ def _run(name: str, images: Tensor, companions: Sequence[tuple[Tensor, Check]], 
 
 
 def _pairs(images: Tensor, group: int | None) -> tuple[int, int]:
-    """(samples that pair among themselves, pairs)."""
+    """(samples per group, total number of pairs)."""
     count = images.shape[0]
     if group is None:
         return count, count // 2
@@ -115,8 +115,10 @@ def _pairs(images: Tensor, group: int | None) -> tuple[int, int]:
 
 
 def _announce_write(images: Tensor) -> None:
-    """Let autograd know that the images change: a backward pass that needs them as they were then raises."""
-    if not torch.compiler.is_compiling():  # compiled programs write mutated inputs back through copy_, which tells it
+    """Tell autograd that the images have changed, so that a backward pass that needs the old values raises an error."""
+    if (
+        not torch.compiler.is_compiling()
+    ):  # compiled programs write mutated inputs back with copy_, which tells autograd
         torch.autograd.graph.increment_version(images)
 
 
@@ -126,13 +128,13 @@ def cutmix(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
     Args:
         images: [B, C, H, W] in any layout; uint8, float16, bfloat16, float32 or float64.
         boxes: int32 [B, 4]: top, left, bottom, right, the last two exclusive. On CUDA, clamped to the image.
-        partner: int64 [B]; on CUDA, one out of range gives NaN (0 for uint8).
+        partner: int64 [B]; on CUDA, a value out of range gives NaN (0 for uint8).
 
     Returns:
         A tensor like ``images``; differentiable in it.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; on the CPU also values out of range.
+        ValueError: shapes, dtypes or devices do not fit; on the CPU, also values out of range.
     """
     _check_images(images, in_place=False)
     _check_companion("boxes", boxes, (images.shape[0], 4), torch.int32, images)
@@ -143,21 +145,21 @@ def cutmix(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
 
 
 def cutmix_(images: Tensor, boxes: Tensor, group: int | None = None) -> Tensor:
-    """CutMix in place: sample i swaps its box with sample B - 1 - i; with B odd the middle one stays.
+    """CutMix in place: sample i swaps its box with sample B - 1 - i; if B is odd, the middle sample is unchanged.
 
-    Both samples of a pair keep the same share, 1 - area / (H W), of themselves. Only the boxes are written. With ``group``,
-    samples pair in the same way within each ``group`` consecutive ones.
+    Both samples of a pair keep the same share of themselves, 1 - area / (H W). Only the boxes are written. With ``group``,
+    samples pair in this way within each ``group`` consecutive samples.
 
     Args:
         images: [B, C, H, W] in any layout without overlap, not requiring grad.
         boxes: int32 [B // 2, 4], as for :func:`cutmix`; with ``group``, [B / group (group // 2), 4], group by group.
-        group: samples that pair among themselves, a divisor of B; by default all.
+        group: number of consecutive samples that pair among themselves, a divisor of B; by default all.
 
     Returns:
         ``images``.
 
     Raises:
-        ValueError: as :func:`cutmix`, before anything is written.
+        ValueError: as for :func:`cutmix`, before anything is written.
     """
     _check_images(images, in_place=True)
     size, pairs = _pairs(images, group)
@@ -168,18 +170,18 @@ def cutmix_(images: Tensor, boxes: Tensor, group: int | None = None) -> Tensor:
 
 
 def mixup(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
-    """MixUp out of place: lam x_i + (1 - lam) x_partner(i), in fp32, rounded once (bytes: half to even).
+    """MixUp out of place: lam x_i + (1 - lam) x_partner(i), computed in fp32 and rounded once (bytes: half to even).
 
     Args:
         images: as for :func:`cutmix`.
-        lam: float32 [B] in [0, 1]; on CUDA other values give NaN.
+        lam: float32 [B] in [0, 1]; on CUDA, other values give NaN.
         partner: as for :func:`cutmix`.
 
     Returns:
         A tensor like ``images``; differentiable in it.
 
     Raises:
-        ValueError: as :func:`cutmix`.
+        ValueError: as for :func:`cutmix`.
     """
     _check_images(images, in_place=False)
     _check_companion("lam", lam, (images.shape[0],), torch.float32, images)
@@ -191,20 +193,20 @@ def mixup(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
 
 
 def mixup_(images: Tensor, lam: Tensor, group: int | None = None) -> Tensor:
-    """MixUp in place: samples i and B - 1 - i both become their mix, each weighing itself by lam[i].
+    """MixUp in place: samples i and B - 1 - i both become a mix, in which each weights itself by lam[i].
 
-    With ``group``, samples pair in the same way within each ``group`` consecutive ones.
+    With ``group``, samples pair in this way within each ``group`` consecutive samples.
 
     Args:
         images: as for :func:`cutmix_`.
-        lam: float32 [B // 2] in [0, 1]; on CUDA other values give NaN. With ``group``, [B / group (group // 2)].
+        lam: float32 [B // 2] in [0, 1]; on CUDA, other values give NaN. With ``group``, [B / group (group // 2)].
         group: as for :func:`cutmix_`.
 
     Returns:
         ``images``.
 
     Raises:
-        ValueError: as :func:`cutmix`, before anything is written.
+        ValueError: as for :func:`cutmix`, before anything is written.
     """
     _check_images(images, in_place=True)
     size, pairs = _pairs(images, group)

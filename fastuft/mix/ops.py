@@ -1,8 +1,8 @@
-"""The mixing operators: the compiled extension where it is built, the plain PyTorch reference elsewhere.
+"""The mixing operators: the compiled extension if it is built, otherwise the plain PyTorch reference.
 
-``_C`` holds the schemas and the CPU kernels, ``_C_cuda`` the CUDA kernels; both lie beside this file. ``_C_cuda`` is
-loaded where PyTorch is a CUDA build, without asking the driver: importing must neither wait for a GPU nor start CUDA in
-a process that is going to fork. Fake tensors and autograd are registered here for either.
+``_C`` has the schemas and the CPU kernels, ``_C_cuda`` the CUDA kernels; both are beside this file. ``_C_cuda`` is loaded if
+PyTorch is a CUDA build, without asking the driver: importing must neither wait for a GPU nor initialize CUDA in a process that
+will fork. Fake tensors and autograd are registered here for both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _warned = False
 
 
 def find_library(name: str) -> Path | None:
-    """The built library of this name beside this file, or None."""
+    """The built library with this name beside this file, or None."""
     return next(iter(sorted(Path(__file__).parent.glob(f"{name}.*so"))), None)
 
 
@@ -36,7 +36,7 @@ def _load(name: str) -> bool:
 
 
 HAS_CPU_EXTENSION = _load("_C")
-# A ROCm build says None, and has the key "CUDA" for its own devices: the reference serves them.
+# A ROCm build has None here and uses the key "CUDA" for its own devices, for which the reference runs.
 HAS_CUDA_EXTENSION = HAS_CPU_EXTENSION and torch.version.cuda is not None and _load("_C_cuda")
 
 
@@ -51,7 +51,7 @@ def _why_the_reference_runs() -> str:
 
 
 def _with_warning(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference as an operator's kernel: warns once, and lays its result out as the extension does."""
+    """The reference as an operator's kernel: it warns once, and its result has the same strides as the extension's."""
 
     def run(*arguments: Any) -> Any:
         global _warned
@@ -68,7 +68,7 @@ def _with_warning(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reference_schema(name: str) -> str:
-    """The operator's schema, read off the reference function; the extension's says the same."""
+    """The operator's schema, inferred from the reference function and equal to the extension's."""
     mutated = {"images"} if name.endswith("_") else ()
     schema = library.infer_schema(getattr(reference, name), mutates_args=mutated)
     return f"{name}{schema.replace('SymInt', 'int')}"  # the extension takes plain numbers
@@ -97,7 +97,7 @@ def _save_boxes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _add_to_partners(own: Tensor, partner: Tensor, grad: Tensor) -> Tensor:
-    """own[partner[i]] += grad[i]; what a partner out of range was to get is dropped (its images are NaN already)."""
+    """own[partner[i]] += grad[i]; the gradient for a partner out of range is dropped (its images are NaN already)."""
     known = ((partner >= 0) & (partner < len(own))).view(-1, 1, 1, 1)
     return own.index_add(0, partner.clamp(0, len(own) - 1), torch.where(known, grad, 0))
 

@@ -1,4 +1,4 @@
-"""CutMix and MixUp in plain PyTorch: the truth for the extension, and what runs where it is not built."""
+"""CutMix and MixUp in plain PyTorch: the reference for the extension, which runs if that is not built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def gather_partners(images: Tensor, partner: Tensor) -> Tensor:
-    """images[partner]; where the host must not look at values (CUDA), a partner out of range gives NaN (0 for bytes)."""
+    """images[partner]; on CUDA, where the host must not read values, a partner out of range gives NaN (0 for bytes)."""
     if not images.is_cuda:
         return images[partner]
     count = images.shape[0]
@@ -33,7 +33,7 @@ def cutmix(images: Tensor, boxes: Tensor, partner: Tensor) -> Tensor:
 
 
 def _halves(images: Tensor, companion: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(view of the first half of each group, view of its last half, that half's partners in order, companion by group)."""
+    """(view of each group's first half, view of its last half, that half in pairing order, companion by group)."""
     groups = images.unflatten(0, (-1, group or images.shape[0]))
     half = groups.shape[1] // 2
     last = groups[:, groups.shape[1] - half :]
@@ -41,13 +41,13 @@ def _halves(images: Tensor, companion: Tensor, group: int) -> tuple[Tensor, Tens
 
 
 def cutmix_(images: Tensor, boxes: Tensor, group: int = 0) -> None:
-    """In place: within each ``group`` of samples (0: the whole batch), sample i swaps its box with the last but i."""
+    """In place: within each ``group`` of samples (0: the whole batch), sample i swaps its box with the i-th from the end."""
     if len(boxes):
         mask = box_mask(boxes, images.shape[2], images.shape[3])
-        first, place, last, mask = _halves(images, mask, group)
+        first, tail, last, mask = _halves(images, mask, group)
         swapped = torch.where(mask, first, last)
         first.copy_(torch.where(mask, last, first))
-        place.copy_(swapped.flip(1))
+        tail.copy_(swapped.flip(1))
 
 
 def _blend(first: Tensor, last: Tensor, lam: Tensor) -> Tensor:
@@ -64,12 +64,12 @@ def mixup(images: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
 
 
 def mixup_(images: Tensor, lam: Tensor, group: int = 0) -> None:
-    """In place: within each ``group`` of samples (0: the whole batch), samples i and the last but i become their mix.
+    """In place: within each ``group`` of samples (0: the whole batch), sample i and the i-th from the end become a mix.
 
-    Each weighs itself by lam[i].
+    Each weights itself by lam[i].
     """
     if len(lam):
-        first, place, last, weight = _halves(images, lam, group)
+        first, tail, last, weight = _halves(images, lam, group)
         mixed = _blend(first, last, weight), _blend(last, first, weight)
         first.copy_(mixed[0])
-        place.copy_(mixed[1].flip(1))
+        tail.copy_(mixed[1].flip(1))

@@ -1,4 +1,4 @@
-"""Backbones, the MoCo pair of encoders, BatchNorm modes, and checkpoints in and out."""
+"""Backbones, MoCo's pair of encoders, BatchNorm modes, and loading and exporting checkpoints."""
 
 from fastuft.model.backbone import Backbone, Stem, Traits
 from fastuft.model.batchnorm import SplitBatchNorm2d, grouped_channels, has_batchnorm, set_batchnorm_mode

@@ -1,4 +1,4 @@
-"""What every backbone is: images in, one row of features per image out, and how its inputs are normalized."""
+"""The interface of all backbones: from images to one row of features per image, with the normalization of the inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Traits:
-    """What a checkpoint's network does otherwise than the network of that name, its weights aside.
+    """How a checkpoint's network differs from the network with the same name, apart from its weights.
 
     Args:
         mean, std: normalization that it was trained with; None is the network's own.
@@ -46,15 +46,15 @@ def as_triple(values: object, name: str) -> Triple:
     """
     numbers = [float(v) for v in values if isinstance(v, (int, float))] if isinstance(values, (list, tuple)) else []
     if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"{name}={values!r} is not three numbers, one for each color")
+        raise ValueError(f"{name}={values!r} is not three numbers, one per color")
     return numbers[0], numbers[1], numbers[2]
 
 
 class Backbone(nn.Module, ABC):
-    """A network without classifier.
+    """A network without a classifier.
 
     Args:
-        arch: name under which ``build_backbone`` makes it again.
+        arch: name with which ``build_backbone`` builds it.
         stem: its stem.
         num_features: width of the features.
         mean, std: normalization of the inputs per channel, for pixels in [0, 1].
@@ -76,14 +76,14 @@ class Backbone(nn.Module, ABC):
         self.traits = Traits()
 
     def adopt(self, traits: Traits) -> None:
-        """Do as the network of a checkpoint did; before anything is computed.
+        """Adopt the traits of a checkpoint's network, before anything is computed.
 
         Raises:
-            ValueError: a trait that this network cannot have.
+            ValueError: this network cannot have such a trait.
         """
         if traits.stride_in_1x1:
             raise ValueError(
-                f"the checkpoint's bottlenecks take their stride in 1x1 convolutions; {self.arch} has none"
+                f"the checkpoint's bottlenecks have their stride in 1x1 convolutions, but {self.arch} has no bottlenecks"
             )
         if traits.pool != "own":
             raise ValueError(
@@ -142,5 +142,5 @@ class Backbone(nn.Module, ABC):
 
 
 def default_input_size(stem: Stem) -> int:
-    """Side in pixels of the images that a stem is made for."""
+    """Side of the images that a stem is designed for, in pixels."""
     return 224 if stem == "imagenet" else 32

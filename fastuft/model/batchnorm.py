@@ -1,8 +1,8 @@
-"""BatchNorm over virtual sub-batches: hides which samples share a batch, on one device.
+"""BatchNorm over virtual sub-batches, which hides which samples share a batch on one device.
 
-A query and its key that share batch statistics can recognize each other by them. MoCo shuffles samples across GPUs;
-on one device, statistics over groups of the batch (in an order that differs between the query's and the key's
-sub-batches) serve the same end. Keys of the state dict stay BatchNorm's own.
+If a query and its key share batch statistics, the network can match them by these. MoCo shuffles samples across GPUs. On one
+device, statistics over groups of the batch, in an order that differs between queries and keys, serve the same purpose. The
+keys of the state dict are those of BatchNorm.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics are taken over groups of ``group`` consecutive samples.
+    """BatchNorm2d whose training statistics cover groups of ``group`` consecutive samples.
 
-    Equal to applying BatchNorm to each chunk of the batch with the same affine parameters. Running statistics move
-    by the mean of the groups' statistics, once a call. In eval mode it is plain BatchNorm.
+    It equals applying BatchNorm to each group with the same affine parameters. Running statistics move toward the mean of the
+    groups' statistics, once per call. In eval mode it is plain BatchNorm.
 
     Args:
-        group: samples per group; the batch must be a multiple of it.
+        group: samples per group; the batch size must be a multiple of it.
     """
 
     group: int = 32
@@ -57,7 +57,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 class Statistics(NamedTuple):
-    """A layer's running statistics [C], and what they are to move towards: the means and variances of its groups."""
+    """A layer's running statistics [C], and the means and variances of its groups, toward which they move."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -72,11 +72,11 @@ _waiting: ContextVar[list[Statistics] | None] = ContextVar("statistics of the la
 
 @contextmanager
 def one_statistics_update() -> Iterator[None]:
-    """Running statistics of all layers that are called inside move together, at the end.
+    """Update the running statistics of all layers called inside together, at the end.
 
-    Layer by layer the same takes nine operators each.
+    Updating them layer by layer takes nine operators per layer.
     """
-    if torch.compiler.is_compiling():  # a compiler fuses them
+    if torch.compiler.is_compiling():  # the compiler fuses the updates
         yield
         return
     statistics: list[Statistics] = []
@@ -120,7 +120,7 @@ def _note_statistics(statistics: Statistics) -> None:
 
 @torch.no_grad()
 def _move_running_statistics(statistics: list[Statistics]) -> None:
-    """Move every layer's running statistics towards the mean of its groups' statistics."""
+    """Move every layer's running statistics toward the mean of its groups' statistics."""
     kinds: dict[tuple[float | None, int], list[Statistics]] = {}
     for layer in statistics:
         kinds.setdefault((layer.momentum, len(layer.means)), []).append(layer)
@@ -144,7 +144,7 @@ def _activate(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
 
 
 def norm_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(bn(x) + residual): one operator where statistics are taken by group."""
+    """relu(bn(x) + residual), as one operator if statistics are per group."""
     if isinstance(bn, SplitBatchNorm2d):
         activated: Tensor = bn(x, residual, relu=True)
         return activated
@@ -152,7 +152,7 @@ def norm_relu(bn: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tenso
 
 
 def has_batchnorm(module: nn.Module) -> bool:
-    """Whether any statistics over the batch are taken."""
+    """Whether a module computes statistics over the batch."""
     return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())
 
 
@@ -165,10 +165,10 @@ def set_batchnorm_mode(module: Module, mode: str, group: int = 32) -> Module:
     """Put every BatchNorm2d of ``module`` into a mode, keeping parameters, buffers and state-dict keys.
 
     Args:
-        module: changed in place where possible; use the returned module.
-        mode: plain; split (groups of ``group``); sync (statistics over all ranks, CUDA only). shuffle is plain here:
-            the trainer exchanges the samples instead.
-        group: samples per group of split.
+        module: the module, which is changed in place if possible; use the returned one.
+        mode: plain; split (groups of ``group``); sync (statistics over all ranks, CUDA only). shuffle is plain here,
+            because the trainer exchanges the samples.
+        group: samples per group in split mode.
 
     Raises:
         ValueError: an unknown mode.
@@ -180,7 +180,7 @@ def set_batchnorm_mode(module: Module, mode: str, group: int = 32) -> Module:
         raise ValueError(f"model.bn={mode!r} is not allowed here; choose one of 'plain', 'split', 'shuffle', 'sync'")
     for child in module.modules():
         if type(child) in (nn.BatchNorm2d, SplitBatchNorm2d):
-            # Same parameters, buffers and attributes; only the rule for training statistics changes.
+            # Parameters, buffers and attributes stay the same; only the rule for training statistics changes.
             child.__class__ = SplitBatchNorm2d if mode == "split" else nn.BatchNorm2d
             if isinstance(child, SplitBatchNorm2d):
                 child.group = group

@@ -1,8 +1,8 @@
 """BatchNorm over groups of the batch as one registered operator per direction.
 
-Fused kernels (``fastuft.kernels.grouped_batchnorm``, where the formulas stand) serve channels_last on CUDA; elsewhere the
-backend's own BatchNorm runs for each group. Called eagerly, autograd enters by a ``torch.autograd.Function``: the wrapping
-that ``register_autograd`` generates costs a multiple of its host time, and a ResNet-50 step has 159 of these calls.
+Fused kernels (``fastuft.kernels.grouped_batchnorm``, which has the formulas) handle channels_last on CUDA; otherwise the
+backend's own BatchNorm runs for each group. In eager mode, autograd uses a ``torch.autograd.Function``: the wrapper that
+``register_autograd`` generates takes several times as much host time, and a ResNet-50 step has 159 of these calls.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastuft.kernels.problem import BatchNorm, BatchNormGradient, schema
 __all__ = ["BatchNorm", "grouped_batch_norm", "portable_backward", "portable_forward"]
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # output, means, variances, scales
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, weight, bias and residual; empty where there is none
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, weight, bias and residual; empty if there is none
 
 library.define("fastuft::grouped_batch_norm", f"({schema(BatchNorm)}) -> (Tensor, Tensor, Tensor, Tensor)")
 library.define(
@@ -52,7 +52,7 @@ def portable_forward(problem: BatchNorm) -> Outputs:
     variances, scales = torch.zeros_like(means), torch.empty_like(means)
     normalized = []
     for index, part in enumerate(parts):
-        # With momentum 1 the "running" statistics are this group's.
+        # With momentum 1, the "running" statistics are those of this group.
         ignored = torch.zeros_like(means[index])
         part, means[index], scales[index] = torch.native_batch_norm(
             part, weight, bias, ignored, variances[index], True, 1.0, eps
@@ -79,7 +79,7 @@ def portable_backward(problem: BatchNormGradient) -> Gradients:
     ]
     grad_x = torch.cat([part for part, _, _ in found], out=torch.empty_like(x))
     if affine:
-        # From the last group to the first: the order in which autograd adds up the gradients of one operator per group.
+        # From the last group to the first, the order in which autograd would add the gradients of one operator per group.
         grad_weight = reduce(torch.add, [part for _, part, _ in reversed(found)])
         grad_bias = reduce(torch.add, [part for _, _, part in reversed(found)])
     else:
@@ -141,7 +141,7 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor
         return (None,) * len(BatchNorm._fields)
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "BatchNorm over groups is differentiable once; leave create_graph out, or use set_batchnorm_mode(..., 'plain')"
+            "BatchNorm over groups is differentiable only once; omit create_graph, or use set_batchnorm_mode(..., 'plain')"
         )
     x, weight, out, means, scales = ctx.saved_tensors
     arguments = BatchNormGradient(grad, x, weight, out, means, scales, ctx.group, ctx.eps, ctx.residual)
@@ -174,7 +174,8 @@ def grouped_batch_norm(problem: BatchNorm) -> Outputs:
     """BatchNorm of x [B, C, H, W] with statistics of each ``group`` consecutive images; then + residual, then ReLU.
 
     Returns:
-        (output like x; means, unbiased variances and 1 / sqrt(variance + eps) of the groups, each [B / group, C], constants).
+        (output like x; means, unbiased variances and 1 / sqrt(variance + eps) of the groups, each [B / group, C], without
+        gradient).
     """
     leaves = (problem.x, problem.weight, problem.residual)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)

@@ -14,7 +14,7 @@ from fastuft.model.batchnorm import one_statistics_update, statistics_inside_onl
 
 
 class ProjectionHead(nn.Sequential):
-    """MoCoV2's MLP head: in -> in -> dim with a ReLU between."""
+    """MoCoV2's MLP head: in -> in -> dim, with a ReLU in between."""
 
     def __init__(self, num_features: int, dim: int) -> None:
         super().__init__(nn.Linear(num_features, num_features), nn.ReLU(inplace=True), nn.Linear(num_features, dim))
@@ -27,7 +27,7 @@ class ProjectionHead(nn.Sequential):
 class Encoder(nn.Module):
     """Backbone and projection head: images [B, 3, H, W] -> embeddings [B, dim], not normalized.
 
-    ``frozen_statistics`` lets the backbone's BatchNorm normalize by its running statistics in training too.
+    With ``frozen_statistics``, the backbone's BatchNorm uses its running statistics in training too.
     """
 
     frozen_statistics = False
@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         self.head = ProjectionHead(backbone.num_features, dim)
 
     def train(self, mode: bool = True) -> Encoder:
-        """Training mode; frozen BatchNorm stays in eval mode, which neither reads nor moves statistics of the batch."""
+        """Set training mode; frozen BatchNorm stays in eval mode, so it neither uses nor updates batch statistics."""
         super().train(mode)
         if self.frozen_statistics:
             for module in self.backbone.modules():
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
 
 
 class MoCo(nn.Module):
-    """Query encoder f_q, and key encoder f_k, its exponential moving average, which takes no gradient.
+    """The query encoder f_q, and the key encoder f_k, its exponential moving average, which gets no gradient.
 
     The key encoder's BatchNorm statistics are its own: only parameters are averaged, as in MoCo. It draws nothing at random:
     of its layers BatchNorm alone is ever in training mode, so that drop path and dropout are off.
@@ -75,7 +75,7 @@ class MoCo(nn.Module):
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
 
     def adopt(self, traits: Traits) -> None:
-        """Make both backbones do as a checkpoint's network did."""
+        """Make both backbones adopt the traits of a checkpoint's network."""
         for encoder in (self.query_encoder, self.key_encoder):
             encoder.backbone.adopt(traits)
 

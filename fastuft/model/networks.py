@@ -1,4 +1,4 @@
-"""The networks by name."""
+"""Networks by name."""
 
 from __future__ import annotations
 

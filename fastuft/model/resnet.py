@@ -1,4 +1,4 @@
-"""ResNet backbones; state-dict keys are torchvision's (without ``fc``), so official checkpoints load by name."""
+"""ResNet backbones with torchvision's state-dict keys (without ``fc``), so official checkpoints load by name."""
 
 from __future__ import annotations
 

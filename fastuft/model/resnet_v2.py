@@ -24,7 +24,7 @@ class StdConv2d(nn.Conv2d):
 
 
 class PreActBottleneck(nn.Module):
-    """Pre-activation bottleneck of ResNet-v2; the shortcut starts behind the first activation."""
+    """Pre-activation bottleneck of ResNet-v2; the shortcut starts after the first activation."""
 
     expansion = 4
 
@@ -80,7 +80,7 @@ class ResNetV2(ResidualNetwork):
         )
         small = stem == "small"
         self.conv1 = StdConv2d(3, widths[0], *((3, small_stride, 1) if small else (7, 2, 3)), bias=False)
-        # BiT pads with zeros before a max-pool without padding; behind no activation, so the values differ from
+        # BiT pads with zeros before a max-pool without padding. No activation comes before it, so the values differ from
         # MaxPool2d(padding=1), which pads with -inf.
         self.maxpool = nn.Identity() if small else nn.Sequential(nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2))
         inputs = widths[0]

@@ -1,4 +1,4 @@
-"""Any network of timm as a backbone."""
+"""Any timm network as a backbone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastuft.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Traits
 
 
 def _triple(values: object, default: Triple) -> Triple:
-    """A value per color channel; networks of other channels keep the default."""
+    """One value per color channel; networks with other channels get the default."""
     if not isinstance(values, (list, tuple)) or len(values) != 3:
         return default
     red, green, blue = (float(value) for value in values)
@@ -47,7 +47,7 @@ def _create(name: str, drop_path: float) -> nn.Module:
 
 
 class TimmBackbone(Backbone):
-    """A timm network without its classifier, randomly initialized.
+    """A randomly initialized timm network without its classifier.
 
     Args:
         name: timm's name of it.
@@ -143,7 +143,7 @@ class TimmBackbone(Backbone):
         features: Tensor = self._pooled(images) if self.traits.pool != "own" else self.network(images)
         if features.ndim != 2 or features.shape[1] != self.num_features:
             raise ValueError(
-                f"model.arch={self.arch!r} gives features of shape {tuple(features.shape)}, expected "
+                f"model.arch={self.arch!r} returns features of shape {tuple(features.shape)}, expected "
                 f"{(len(images), self.num_features)}; choose a network that pools its features"
             )
         return features

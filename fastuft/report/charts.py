@@ -1,4 +1,4 @@
-"""Figures of the report as data URIs: curves as SVG, maps as PNG, drawn without pyplot's global state."""
+"""Plots of the report as data URIs: curves as SVG, maps as PNG, drawn without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure as Canvas
 from fastuft.names import printable
 from fastuft.report.files import RunFiles
 
-# Okabe and Ito's colors, told apart by color-blind readers; lines also differ in style once they repeat.
+# Okabe and Ito's colors, which color-blind readers can distinguish; once they repeat, lines also differ in style.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F5F5F")
 STYLES = ("-", "--", ":", "-.")
 CURVES = (
@@ -34,7 +34,7 @@ LOOKS = (
     ("neighbors_kept", "neighbors kept"),
     ("source_cka", "source CKA"),
 )
-_LABEL = 40  # characters of a name beside a chart
+_LABEL = 40  # characters of a name beside a plot
 
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -60,14 +60,14 @@ def _uri(canvas: Canvas, format: str) -> str:
     buffer = io.BytesIO()
     metadata = {"Date": None} if format == "svg" else {}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a name in another script shows boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a name in another script has boxes
         canvas.savefig(buffer, format=format, dpi=170, transparent=True, bbox_inches="tight", metadata=metadata)
     kind = "image/svg+xml" if format == "svg" else "image/png"
     return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centered moving average of odd ``window``; ends average over what is there."""
+    """Centered moving average over an odd ``window``, which is shorter at the ends."""
     half = window // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -81,16 +81,16 @@ def _short(name: str) -> str:
 
 
 def _legend(owner: Canvas, handles: Sequence[Artist], names: Sequence[str], **options: Any) -> None:
-    """A legend that shows names as they are: no mathematics between dollars, none left out for a leading underscore."""
+    """A legend that shows names as they are: no math between dollar signs, no name hidden for a leading underscore."""
     legend = owner.legend(handles, [str(number) for number in range(len(names))], **options)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=_short(name), parse_math=False)
 
 
 def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | None:
-    """Loss, its two terms and learning rate of the first run of the named arms against steps.
+    """Loss, its two terms and learning rate against steps, for the first run of each named arm.
 
-    Colors are those of the arms' places in ``arms``. None without metrics.
+    Colors follow the order of ``arms``. None if there are no metrics.
     """
     shown = {name: runs[0] for name, runs in arms.items() if name in names and len(runs[0].series("loss")[0])}
     if not shown:
@@ -121,19 +121,19 @@ def curves(arms: dict[str, list[RunFiles]], names: Collection[str]) -> str | Non
 
 
 def watched(arms: dict[str, list[RunFiles]]) -> str | None:
-    """Accuracies evaluated while training, per cent, against steps; None when nothing was watched."""
+    """Accuracies evaluated during training, in per cent, against steps; None if nothing was watched."""
     return _panels(arms, "watch", WATCHED, scale=100)
 
 
 def looks(arms: dict[str, list[RunFiles]]) -> str | None:
-    """The label-free measures of a verdict against steps; None when no run was looked at."""
+    """The label-free measures of a verdict against steps; None if no run has looks."""
     return _panels(arms, "look", LOOKS, scale=1)
 
 
 def _panels(
     arms: dict[str, list[RunFiles]], kind: str, quantities: Sequence[tuple[str, str]], *, scale: float
 ) -> str | None:
-    """Quantities of one kind of rows, three panels a line; None when no run has any."""
+    """Quantities of one kind of row, three panels per line; None if no run has any."""
     panels = [
         (key, title) for key, title in quantities if any(len(runs[0].series(key, kind)[0]) for runs in arms.values())
     ]
@@ -161,7 +161,7 @@ def _panels(
 
 
 def class_colors(count: int) -> np.ndarray:
-    """``count`` colors [count, 4]: ten well-separated ones, or hues around the circle at two lightnesses."""
+    """``count`` colors [count, 4]: up to ten distinct ones, otherwise hues around the circle at two lightnesses."""
     if count <= 10:
         return matplotlib.colormaps["tab10"](np.arange(count))
     hues = matplotlib.colormaps["hsv"](np.linspace(0, 1, count, endpoint=False))
@@ -170,7 +170,7 @@ def class_colors(count: int) -> np.ndarray:
 
 
 def maps(arms: dict[str, list[RunFiles]], classes: Sequence[str]) -> str | None:
-    """t-SNE maps of the arms beside each other, points colored by class; None when no run has one."""
+    """t-SNE maps of the arms side by side, points colored by class; None if no run has one."""
     shown = {name: runs[0].arrays for name, runs in arms.items() if "tsne" in runs[0].arrays}
     if not shown:
         return None

@@ -1,4 +1,4 @@
-"""What of a run's files a report can use: a part of another kind than expected is left out and named."""
+"""The parts of a run's files that a report can use; a part of an unexpected kind is left out and named."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from fastuft.names import printable
 
 Arrays = dict[str, np.ndarray]
-_LARGEST = 1e30  # beyond every figure
-_MAX_DEPTH = 20  # of nested values; a run writes four
+_LARGEST = 1e30  # larger than any figure
+_MAX_DEPTH = 20  # levels of nested values; a run writes four
 _PER_SHOTS = ("fewshot", "fixmatch")  # figures by K
-# Figures of eval.json, and how deep they lie in groups of figures.
+# Figures of eval.json, and how deeply they are nested in groups of figures.
 _FIGURES = {
     "retrieval": 0,
     "clustering": 0,
@@ -30,7 +30,7 @@ ARRAYS = {"tsne", "tsne_labels", *_GALLERY, *_NEIGHBORS, *(f"before_{name}" for 
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number as a figure may be: finite, and such that sums of it are."""
+    """Whether a value can be a figure: a finite number, small enough that sums stay finite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
@@ -56,7 +56,7 @@ def checked_summary(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
 
 
 def checked_evaluation(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(evaluation, complaints): figures are numbers or trials with their mean, statements and classes are texts."""
+    """(evaluation, complaints): figures are numbers or trials with their mean; statements and classes are text."""
     complaints: list[str] = []
     kept = {key: value for key, value in values.items() if _shallow(key, value, complaints)}
     for key in _FIGURES.keys() & kept.keys():
@@ -72,7 +72,7 @@ def checked_evaluation(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
             kept[key] = [printable(text) for text in texts]
         else:
-            complaints.append(f"{key} is not a list of texts and is left out")
+            complaints.append(f"{key} is not a list of strings and is left out")
             kept[key] = []
     timings = kept.get("timings", {})
     if not isinstance(timings, dict) or not all(map(is_number, timings.values())):
@@ -82,7 +82,7 @@ def checked_evaluation(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
 
 
 def _shallow(key: str, value: Any, complaints: list[str]) -> bool:
-    """Whether a value is nested no deeper than anything a run writes."""
+    """Whether a value is nested no deeper than a run writes; otherwise a complaint is added."""
     level, depth = [value], 0
     while level and depth <= _MAX_DEPTH:
         inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
@@ -93,7 +93,7 @@ def _shallow(key: str, value: Any, complaints: list[str]) -> bool:
 
 
 def _figures(name: str, value: Any, depth: int, complaints: list[str]) -> Any:
-    """The figures of a group of them, in groups at most so deep; None where there is none."""
+    """A figure or a group of figures, nested at most ``depth`` deep; None in place of anything else."""
     if value is None or is_number(value):
         return value
     if isinstance(value, dict) and "mean" not in value and depth > 0:
@@ -111,7 +111,7 @@ def _is_spread(value: Mapping[str, Any]) -> bool:
 
 
 def checked_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[Arrays, list[str]]:
-    """(arrays, complaints): the gallery and the map, each whole or not there."""
+    """(arrays, complaints): the gallery and the map, each whole or absent."""
     kept: Arrays = {}
     complaints = []
     parts: tuple[tuple[str, tuple[str, ...], Callable[[Mapping[str, np.ndarray]], Arrays]], ...] = (
@@ -138,7 +138,7 @@ def _map(arrays: Mapping[str, np.ndarray]) -> Arrays:
     points, labels = arrays["tsne"], arrays["tsne_labels"]
     floats = np.issubdtype(points.dtype, np.floating)
     _require("tsne", floats and points.ndim == 2 and points.shape[1] == 2 and len(points) > 0)
-    _require("tsne", bool((np.abs(points.astype(float)) < 1e6).all()))  # finite, and what can be drawn
+    _require("tsne", bool((np.abs(points.astype(float)) < 1e6).all()))  # finite, and small enough to plot
     _require("tsne_labels", np.issubdtype(labels.dtype, np.integer) and labels.shape == (len(points),))
     return {"tsne": points, "tsne_labels": labels}
 
@@ -146,25 +146,25 @@ def _map(arrays: Mapping[str, np.ndarray]) -> Arrays:
 def _gallery(arrays: Mapping[str, np.ndarray]) -> Arrays:
     found = {name: arrays[name] for name in _GALLERY}
     pictures, offsets, names, queries = found.values()
-    names.tolist()  # raises on characters that are none
+    names.tolist()  # raises on invalid characters
     _require("thumb_png", pictures.dtype == np.uint8 and pictures.ndim == 1)
     _require("thumb_names", names.dtype.kind == "U" and names.ndim == 1)
     _require("thumb_offsets", np.issubdtype(offsets.dtype, np.integer) and offsets.shape == (len(names) + 1,))
     rising = offsets[0] >= 0 and offsets[-1] <= len(pictures) and bool((offsets[1:] >= offsets[:-1]).all())
     _require("thumb_offsets", bool(rising))
 
-    def places(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def indices(name: str, shape: tuple[int, ...]) -> np.ndarray:
         found = arrays[name]
         _require(name, np.issubdtype(found.dtype, np.integer) and found.shape == shape)
         _require(name, bool(((found >= 0) & (found < len(names))).all()))
         return found
 
-    places("queries", (queries.size,))
+    indices("queries", (queries.size,))
     for prefix in ("", "before_"):
         if f"{prefix}neighbors" not in arrays:
             continue
         shape = (len(queries), *arrays[f"{prefix}neighbors"].shape[1:2])
-        found[f"{prefix}neighbors"] = places(f"{prefix}neighbors", shape)
+        found[f"{prefix}neighbors"] = indices(f"{prefix}neighbors", shape)
         similarity = arrays[f"{prefix}similarity"]
         _require(f"{prefix}similarity", np.issubdtype(similarity.dtype, np.floating) and similarity.shape == shape)
         found[f"{prefix}similarity"] = similarity

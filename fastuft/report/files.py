@@ -1,4 +1,4 @@
-"""Reading what a run leaves behind: metrics.jsonl, summary.json, config.yaml, eval.json, eval_arrays.npz."""
+"""Reading the files of a run: metrics.jsonl, summary.json, config.yaml, eval.json, eval_arrays.npz."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fastuft.report.checked import (
 )
 from fastuft.runfolder import RunFolder, json_lines, read_json
 
-_MAX_ARRAYS = 1 << 30  # bytes of eval_arrays.npz when unpacked; an evaluation writes a few megabytes
-_MAX_COMPLAINTS = 5  # of one file that are shown one by one
+_MAX_ARRAYS = 1 << 30  # unpacked bytes of eval_arrays.npz; an evaluation writes a few megabytes
+_MAX_COMPLAINTS = 5  # complaints about one file that are shown one by one
 
 Content = TypeVar("Content")
 
@@ -32,14 +32,14 @@ class RunFiles:
     """The files of one run; what is absent or damaged is empty.
 
     Args:
-        name: what the report calls it; runs of one name are seeds of one arm.
-        folder: where it lies.
+        name: its name in the report; runs with the same name are seeds of one arm.
+        folder: its folder.
         metrics: rows of metrics.jsonl.
         summary: summary.json.
         config: text of config.yaml.
         evaluation: eval.json.
         arrays: eval_arrays.npz.
-        damaged: what could not be used, a sentence each.
+        damaged: what could not be used, one sentence each.
     """
 
     name: str
@@ -52,32 +52,32 @@ class RunFiles:
     damaged: tuple[str, ...] = ()
 
     def series(self, key: str, kind: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        """(steps [N], values [N]) of one logged quantity, without rows that lack it or are not finite."""
+        """(steps [N], values [N]) of one logged quantity, without the rows that lack it."""
         rows = [row for row in self.metrics if row.get("kind") == kind and isinstance(row.get(key), int | float)]
         return np.array([row["step"] for row in rows], dtype=float), np.array([row[key] for row in rows], dtype=float)
 
 
 def load_run(name: str, folder: Path | str | Sequence[Path | str]) -> RunFiles:
-    """The files of one run, from its folder or from several (training and evaluation apart).
+    """The files of one run, from its folder or from several (if training and evaluation are in separate folders).
 
-    A file is looked for in each folder and in its sub-folder ``eval``; the first found counts. Of a damaged file what is
-    whole is used, and ``damaged`` says what is not.
+    Each file is looked for in every folder and in its sub-folder ``eval``; the first one found counts. The intact parts
+    of a damaged file are used, and ``damaged`` says which parts are not.
 
     Raises:
         ValueError: no folder holds any run file.
     """
     folders = [Path(f) for f in ([folder] if isinstance(folder, str | Path) else folder)]
-    places = [RunFolder(place) for f in folders for place in (f, f / "eval")]
-    if not any(file.is_file() for place in places for file in place.report_files):
-        names = ", ".join(file.name for file in places[0].report_files)
+    searched = [RunFolder(path) for f in folders for path in (f, f / "eval")]
+    if not any(file.is_file() for run in searched for file in run.report_files):
+        names = ", ".join(file.name for file in searched[0].report_files)
         listed = ", ".join(printable(str(folder)) for folder in folders)
-        raise ValueError(f"run {printable(name)!r}: {listed} holds none of {names}; name a run or evaluation folder")
+        raise ValueError(f"run {printable(name)!r}: {listed} has none of {names}; name a run or evaluation folder")
     damaged: list[str] = []
 
     def read(
         file: Callable[[RunFolder], Path], reader: Callable[[Path], tuple[Content, list[str]]], empty: Content
     ) -> Content:
-        path = next((file(place) for place in places if file(place).is_file()), None)
+        path = next((file(run) for run in searched if file(run).is_file()), None)
         if path is None:
             return empty
         try:
@@ -90,11 +90,11 @@ def load_run(name: str, folder: Path | str | Sequence[Path | str]) -> RunFiles:
     return RunFiles(
         printable(name),
         folders[0],
-        metrics=read(lambda place: place.metrics_file, _read_metrics, []),
-        summary=read(lambda place: place.summary_file, lambda path: checked_summary(read_json(path)), {}),
-        config=read(lambda place: place.config_file, _read_text, ""),
-        evaluation=read(lambda place: place.evaluation_file, lambda path: checked_evaluation(read_json(path)), {}),
-        arrays=read(lambda place: place.arrays_file, _read_arrays, {}),
+        metrics=read(lambda run: run.metrics_file, _read_metrics, []),
+        summary=read(lambda run: run.summary_file, lambda path: checked_summary(read_json(path)), {}),
+        config=read(lambda run: run.config_file, _read_text, ""),
+        evaluation=read(lambda run: run.evaluation_file, lambda path: checked_evaluation(read_json(path)), {}),
+        arrays=read(lambda run: run.arrays_file, _read_arrays, {}),
         damaged=tuple(damaged),
     )
 
@@ -105,7 +105,7 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 def _named(path: Path, complaints: Sequence[str]) -> list[str]:
-    """Complaints with their file; of many the first ones and how many more there are."""
+    """Complaints with the name of their file: the first few, then how many more there are."""
     rest = len(complaints) - _MAX_COMPLAINTS
     shown = [*complaints[:_MAX_COMPLAINTS], *([f"{rest} more"] if rest > 0 else [])]
     return [f"{printable(str(path))}: {printable(text)}" for text in shown]
@@ -132,7 +132,7 @@ def _read_arrays(path: Path) -> tuple[Arrays, list[str]]:
         for key in ARRAYS & set(file.files):
             try:
                 loaded[key] = file[key]
-            except Exception as error:  # as above: one damaged array leaves the others
+            except Exception as error:  # as above; one damaged array does not affect the others
                 complaints.append(f"{key} {_reason(error, path)}")
     checked, more = checked_arrays(loaded)
     return checked, [*complaints, *more]

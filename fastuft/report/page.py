@@ -36,7 +36,7 @@ GALLERY_ROWS = 12
 
 @dataclass(frozen=True)
 class Thumb:
-    """One picture of the gallery: CSS class of its thumbnail, caption and, with labels, whether it is right."""
+    """One picture of the gallery: the CSS class of its thumbnail, its caption and, with labels, whether it is right."""
 
     style: str
     caption: str
@@ -45,7 +45,7 @@ class Thumb:
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """A query with its neighbors, and its neighbors before training where they are known."""
+    """A query with its neighbors and, if they are known, its neighbors before training."""
 
     query: Thumb
     neighbors: list[Thumb]
@@ -53,7 +53,7 @@ class GalleryRow:
 
 
 def _thumbnails(run: RunFiles, styles: dict[str, str]) -> list[tuple[str, str]]:
-    """(CSS class, file name) of each thumbnail; equal pictures of several runs share one entry of ``styles``."""
+    """(CSS class, file name) of each thumbnail; identical pictures in several runs share one entry of ``styles``."""
     data, offsets = run.arrays["thumb_png"], run.arrays["thumb_offsets"]
     result = []
     for i, name in enumerate(run.arrays["thumb_names"]):
@@ -97,7 +97,7 @@ def _used_styles(galleries: dict[str, list[GalleryRow]], styles: dict[str, str])
 
 
 def _count(value: Any) -> str:
-    """A figure for people: lists by their length, numbers with thin digits."""
+    """A figure for readers: the length of a list, a number with thousands separators."""
     if isinstance(value, list | dict):
         value = len(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -106,7 +106,7 @@ def _count(value: Any) -> str:
 
 
 def _training_facts(run: RunFiles) -> dict[str, str]:
-    """How a training went, in words and figures; empty for what was not logged."""
+    """How a training went, in words and figures; empty if nothing was logged."""
     rate, wait = (run.series(key)[1] for key in ("images_per_second", "data_wait_share"))
     facts = {
         "target images": _count(lookup(run.summary, "manifest", "num_target")),
@@ -122,7 +122,7 @@ def _training_facts(run: RunFiles) -> dict[str, str]:
 
 
 def _facts(groups: dict[str, list[RunFiles]]) -> dict[str, Table]:
-    """How each arm's first run went: of its training, and seconds of each part of its evaluation."""
+    """How the first run of each arm went: its training, and the seconds of each part of its evaluation."""
     training = {name: facts for name, runs in groups.items() if (facts := _training_facts(runs[0]))}
     evaluation = {
         name: {part: _count(seconds) for part, seconds in timings.items()}
@@ -140,14 +140,14 @@ def _facts(groups: dict[str, list[RunFiles]]) -> dict[str, Table]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested summary values as (dotted name, text) pairs, long lists cut."""
+    """Nested summary values as (dotted name, text) pairs, with long lists shortened."""
     result = []
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             result += _flat(value, f"{name}.")
         elif isinstance(value, list):
-            shown = ", ".join(str(v) for v in value[:20]) + (f" … ({len(value)} in all)" if len(value) > 20 else "")
+            shown = ", ".join(str(v) for v in value[:20]) + (f" … ({len(value)} in total)" if len(value) > 20 else "")
             result.append((name, shown or "none"))
         else:
             result.append((name, _count(value)))
@@ -162,23 +162,23 @@ def _remarks(groups: dict[str, list[RunFiles]]) -> list[str]:
         remarks.append(f"± is the sample standard deviation over the runs of a row ({min(seeds)} to {max(seeds)}).")
     elif any((f := figure(runs, "clustering")) and f.std is not None for runs in groups.values()):
         remarks.append(
-            "± is the sample standard deviation over the trials of one run: other draws and starts, the same weights. "
-            "It does not cover the spread over training seeds."
+            "± is the sample standard deviation over the trials of one run, which differ in draws and starts but share the "
+            "weights. It does not cover the spread over training seeds."
         )
     steps = {runs[0].summary["steps"] for runs in groups.values() if "steps" in runs[0].summary}
     if len(steps) > 1:
         remarks.append(
-            "The runs took different numbers of steps (see Timings): part of a difference may be training length."
+            "The runs took different numbers of steps (see Timings), so part of a difference may be due to training length."
         )
     if any(lookup(run.evaluation, "fewshot") for runs in groups.values() for run in runs):
         remarks.append("K-shot figures are mean class accuracies after finetuning on K labeled images per class.")
     if sum(1 for runs in groups.values() if any(run.evaluation for run in runs)) > 1:
-        remarks.append("Bold marks the highest mean of a column as printed; it is not a test of significance.")
+        remarks.append("Bold marks the highest printed mean of a column; it is not a test of significance.")
     return remarks
 
 
 def _statements(groups: dict[str, list[RunFiles]]) -> list[str]:
-    """What the evaluations say they cannot know, each with its runs where others could."""
+    """What the evaluations state that they cannot know, each with its runs if others could."""
     said: dict[str, list[str]] = {}
     for name, runs in groups.items():
         for statement in dict.fromkeys(s for run in runs for s in lookup(run.evaluation, "statements") or ()):
@@ -191,7 +191,7 @@ def _statements(groups: dict[str, list[RunFiles]]) -> list[str]:
 
 
 def _verdicts(groups: dict[str, list[RunFiles]], before_after: Table | None) -> list[tuple[str, list[str]]]:
-    """(arm, lines): its accuracies before and after, then what its first run says of itself without labels."""
+    """(arm, lines): its accuracies before and after, then the verdict without labels of its first run."""
     measured: dict[str, list[str]] = {}
     for name, metric, before, after, change in before_after.rows if before_after else ():
         if metric in ACCURACIES:
@@ -207,7 +207,7 @@ def _verdicts(groups: dict[str, list[RunFiles]], before_after: Table | None) -> 
 
 
 def _curves(groups: dict[str, list[RunFiles]]) -> list[tuple[str, str]]:
-    """(caption, picture) of pretraining and of finetuning: steps and losses of the two do not compare."""
+    """(caption, picture) for pretraining and for finetuning, whose steps and losses cannot be compared."""
     finetuned = {name for name, runs in groups.items() if lookup(runs[0].summary, "init")}
     parts = (("From random weights", set(groups) - finetuned), ("From a checkpoint", finetuned))
     drawn = [(caption, picture) for caption, names in parts if (picture := curves(groups, names))]
@@ -217,14 +217,14 @@ def _curves(groups: dict[str, list[RunFiles]]) -> list[tuple[str, str]]:
 def write_report(
     path: Path | str, runs: Runs, title: str = "Unsupervised finetuning", notes: Sequence[str] = ()
 ) -> None:
-    """Write one self-contained HTML page: figures, curves, maps, gallery, timings and settings of the runs.
+    """Write one self-contained HTML page with the figures, curves, maps, gallery, timings and settings of the runs.
 
-    The page needs no network and no other file; every name from disk is escaped. Curves, maps, galleries and settings
-    are those of the first run of each name; figures are means over all of them.
+    The page needs neither a network nor other files; every name from disk is escaped. Curves, maps, galleries and
+    settings are those of the first run with each name; figures are means over all runs with that name.
 
     Args:
-        path: file to write.
-        runs: (name, folder) pairs or loaded runs; several of one name are seeds of one arm.
+        path: the file to write.
+        runs: (name, folder) pairs or loaded runs; runs with the same name are seeds of one arm.
         title: heading of the page.
         notes: sentences shown above the figures.
     """

@@ -1,4 +1,4 @@
-"""Reproduced figures beside those of the paper (Li et al. 2021, Tables 1-6 and text)."""
+"""Reproduced figures beside those of the paper (Li et al. 2021, Tables 1-6 and the text)."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from fastuft.runfolder import read_json_lines
 KEYS = ("table", "pretraining", "backbone", "method", "dataset", "metric")
 Key = tuple[str, str, str, str, str, str]
 
-# What the paper prints that does not agree with itself.
+# Inconsistencies within the paper.
 SLIPS = (
-    "Averages are recomputed from the cells: the paper's Table 3 prints averages that are not the means of their rows "
-    "(38.39 is printed where the cells give 34.51).",
+    "Averages are recomputed from the cells, because the averages printed in the paper's Table 3 are not the means of "
+    "their rows (it prints 38.39 where the cells give 34.51).",
     "One cell, unsup_S on Food-101 with two shots, is 15.80 in Table 2 and 15.84 in Table 6.",
-    "Two gains printed in Table 2 differ from its cells: +17.88 where they give 17.90, +9.14 where they give 11.84.",
-    "The text quotes clustering with replaying as 28.14 (ImageNet) and 56.11 (Pet); 56.11 is also Table 2's figure of "
-    "the full method, so the quoted pair may include mixing.",
+    "Two gains printed in Table 2 differ from its cells: +17.88 where they give 17.90, and +9.14 where they give 11.84.",
+    "The text quotes clustering with replaying as 28.14 (ImageNet) and 56.11 (Pet); 56.11 is also the figure of the full "
+    "method in Table 2, so the quoted pair may include mixing.",
     "Section 3 of the paper swaps the sizes of Caltech101 and Pet.",
 )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One cell: ``ours`` and ``paper`` in per cent, None where there is no figure; ``runs`` are its run folders."""
+    """One cell: ``ours`` and ``paper`` in per cent, None if there is no figure; ``runs`` are its run folders."""
 
     key: Key
     ours: Figure | None
@@ -41,21 +41,21 @@ class Comparison:
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the paper's, points."""
+        """Our figure minus the paper's, in percentage points."""
         return None if self.ours is None or self.paper is None else self.ours.mean - self.paper
 
 
 def paper_figures() -> dict[Key, float]:
-    """Every figure of the paper's tables and text, per cent, by its ``KEYS``."""
+    """Every figure in the paper's tables and text, in per cent, by its ``KEYS``."""
     text = (resources.files("fastuft.report") / "paper_tables.csv").read_text(encoding="utf-8")
     return {tuple(row[k] for k in KEYS): float(row["value"]) for row in csv.DictReader(text.splitlines())}  # type: ignore[misc]
 
 
 def read_results(paths: Path | str | Sequence[Path | str]) -> list[dict[str, Any]]:
-    """Rows of one or several results.jsonl files, checked.
+    """The checked rows of one or several results.jsonl files.
 
-    Each row holds table, pretraining, backbone, method, dataset, metric (as in the paper's figures), trial (int),
-    value (per cent) and run (folder, absolute or from the current directory). A (cell, trial) may occur once.
+    Each row has table, pretraining, backbone, method, dataset, metric (as in the paper's figures), trial (int), value
+    (per cent) and run (a folder, absolute or relative to the current directory). A (cell, trial) may occur only once.
 
     Raises:
         ValueError: a row is malformed or repeated; the message names file and line.
@@ -67,22 +67,20 @@ def read_results(paths: Path | str | Sequence[Path | str]) -> list[dict[str, Any
             where = f"{path}: row {number}"
             missing = [key for key in (*KEYS, "trial", "value") if key not in row]
             if missing:
-                raise ValueError(
-                    f"{where} lacks {', '.join(missing)}; a row holds {', '.join(KEYS)}, trial, value, run"
-                )
+                raise ValueError(f"{where} lacks {', '.join(missing)}; a row has {', '.join(KEYS)}, trial, value, run")
             value = row["value"]
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
-                raise ValueError(f"{where} has value={value!r}; allowed: a number from 0 to 100, per cent")
+                raise ValueError(f"{where} has value={value!r}; allowed: a number from 0 to 100, in per cent")
             cell = (*(str(row[key]) for key in KEYS), row["trial"])
             if cell in seen:
-                raise ValueError(f"{where} repeats {' '.join(map(str, cell))} of {seen[cell]}; remove one of them")
+                raise ValueError(f"{where} repeats {' '.join(map(str, cell))} from {seen[cell]}; remove one of them")
             seen[cell] = where
             rows.append(row)
     return rows
 
 
-def _order(key: Key, places: dict[Key, int]) -> tuple[Any, ...]:
-    return (key[0], places.get(key, len(places)), key)
+def _order(key: Key, positions: dict[Key, int]) -> tuple[Any, ...]:
+    return (key[0], positions.get(key, len(positions)), key)
 
 
 def compare_with_paper(rows: Iterable[dict[str, Any]], *, missing: bool = True) -> list[Comparison]:
@@ -90,7 +88,7 @@ def compare_with_paper(rows: Iterable[dict[str, Any]], *, missing: bool = True) 
 
     Args:
         rows: rows of results.jsonl.
-        missing: also list the paper's cells of the tables touched that have no result yet.
+        missing: also list cells without a result, in those of the paper's tables that have any.
     """
     values: dict[Key, list[tuple[Any, float, str]]] = {}
     for row in rows:
@@ -99,9 +97,9 @@ def compare_with_paper(rows: Iterable[dict[str, Any]], *, missing: bool = True) 
     paper = paper_figures()
     tables = {key[0] for key in values}
     keys = set(values) | ({key for key in paper if key[0] in tables} if missing else set())
-    places = {key: i for i, key in enumerate(paper)}
+    positions = {key: i for i, key in enumerate(paper)}
     result = []
-    for key in sorted(keys, key=lambda k: _order(k, places)):
+    for key in sorted(keys, key=lambda k: _order(k, positions)):
         trials = sorted(values.get(key, []), key=lambda trial: str(trial[0]))
         ours = Figure.of([value for _, value, _ in trials]) if trials else None
         runs = tuple(dict.fromkeys(run for _, _, run in trials if run))
@@ -110,7 +108,7 @@ def compare_with_paper(rows: Iterable[dict[str, Any]], *, missing: bool = True) 
 
 
 def _averages(cells: Sequence[Comparison]) -> list[Comparison]:
-    """Means over data sets, where the paper and we have all of a row's (at least two); ours has no spread."""
+    """Means over data sets, if the paper and we have all of a row's figures (at least two); ours has no spread."""
     rows: dict[tuple[str, ...], list[Comparison]] = {}
     for cell in cells:
         if cell.key[0] != "text":
@@ -128,12 +126,12 @@ def _averages(cells: Sequence[Comparison]) -> list[Comparison]:
 def comparison_table(
     cells: Sequence[Comparison], format: Format = "text", links: Mapping[str, str] | None = None
 ) -> str:
-    """All cells, one per row: mean, std over trials, number of trials, the paper's figure and the difference.
+    """All cells, one per row: mean, standard deviation over trials, number of trials, the paper's figure, the difference.
 
     Args:
         cells: see :func:`compare_with_paper`.
         format: text; markdown, whose means link to their run folders; csv, which has these folders as a column.
-        links: address of each run folder; by default the folder itself.
+        links: the address of each run folder; by default the folder itself.
     """
     headers = [*KEYS, "mean", "std", "trials", "paper", "difference"]
     rows = []
@@ -157,7 +155,7 @@ def comparison_table(
 
 @dataclass(frozen=True)
 class Section:
-    """One of the paper's tables, laid out as methods and metrics against data sets."""
+    """One of the paper's tables: methods and metrics against data sets."""
 
     title: str
     datasets: list[str]
@@ -165,7 +163,7 @@ class Section:
 
 
 def sections(cells: Sequence[Comparison]) -> list[Section]:
-    """Cells arranged as the paper's tables are."""
+    """Cells arranged as in the paper's tables."""
     result = []
     for table in dict.fromkeys(cell.key[0] for cell in cells):
         mine = [cell for cell in cells if cell.key[0] == table]
@@ -200,19 +198,19 @@ def write_comparison(
     """Write the comparison as .txt, .csv, .md and .html into ``folder`` from results.jsonl files.
 
     Args:
-        folder: where to write; links to run folders are relative to it.
-        results: results.jsonl, one or several; see :func:`read_results`.
+        folder: the folder to write to; links to run folders are relative to it.
+        results: one or several results.jsonl files; see :func:`read_results`.
         stem: name of the files, without suffix.
         title: heading of the page.
         notes: sentences shown above the tables, such as the scale of the grid.
         missing: also show the paper's cells that have no result yet.
 
     Raises:
-        ValueError: the files hold no results.
+        ValueError: the files have no results.
     """
     rows = read_results(results)
     if not rows:
-        raise ValueError(f"{results} holds no results yet; run `fastuft reproduce` first")
+        raise ValueError(f"{results} has no results yet; run `fastuft reproduce` first")
     cells = compare_with_paper(rows, missing=missing)
     root = Path(folder)
     links = {run: quote(os.path.relpath(run, root)) for cell in cells for run in cell.runs}

@@ -1,4 +1,4 @@
-"""HTML from the package's templates: every value is escaped unless it is markup made here."""
+"""HTML from the package's templates; every value is escaped unless it is markup made here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastuft.atomic import write_whole
 
 
 def render(template: str, **values: Any) -> str:
-    """One template filled in; autoescape is always on and an undefined name is an error."""
+    """Fill in one template; autoescape is always on, and an undefined name is an error."""
     loader = PackageLoader("fastuft.report", "templates")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -28,6 +28,6 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page or a table whole, its folder too; bytes of names that are not UTF-8 are shown as escapes."""
+    """Write a page or a table whole, creating its folder; bytes of names that are not UTF-8 are shown as escapes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.encode(errors="backslashreplace"))

@@ -1,4 +1,4 @@
-"""Tables of figures: one structure, shown as text, Markdown, CSV or (by the page) HTML."""
+"""Tables of figures: one structure, shown as text, Markdown, CSV or (on the page) HTML."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ACCURACIES = ("retrieval %", "clustering %", "source clustering %")  # what labe
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean with its spread; ``std`` None when there is one value only."""
+    """A mean with its spread; ``std`` is None if there is only one value."""
 
     mean: float
     std: float | None = None
@@ -41,14 +41,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Headers and cells, all text; the first ``names`` columns are names, the rest are numbers."""
+    """Headers and cells, all of them text; the first ``names`` columns are names, the rest are numbers."""
 
     headers: list[str]
     rows: list[list[str]]
     names: int = 1
 
     def text(self) -> str:
-        """Columns aligned for a terminal: names to the left, numbers to the right."""
+        """Columns aligned for a terminal: names left, numbers right."""
         widths = [max(len(row[i]) for row in [self.headers, *self.rows]) for i in range(len(self.headers))]
 
         def line(cells: Sequence[str]) -> str:
@@ -60,7 +60,7 @@ class Table:
         return "\n".join([line(self.headers), "  ".join("-" * w for w in widths), *map(line, self.rows)]) + "\n"
 
     def markdown(self) -> str:
-        """A Markdown table; bars in cells are escaped."""
+        """A Markdown table; vertical bars in cells are escaped."""
 
         def line(cells: Sequence[str]) -> str:
             return (
@@ -91,14 +91,14 @@ class Table:
 
 
 def as_runs(runs: Runs) -> list[RunFiles]:
-    """Loaded runs, from (name, folder) pairs or runs already loaded."""
+    """Loaded runs, from (name, folder) pairs or from runs that are already loaded."""
     if not runs:
         raise ValueError("runs is empty; name at least one run folder")
     return [run if isinstance(run, RunFiles) else load_run(*run) for run in runs]
 
 
 def arms(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
-    """Runs by name, in order of first mention; several runs of one name are seeds of one arm."""
+    """Runs by name, in order of first mention; runs with the same name are seeds of one arm."""
     grouped: dict[str, list[RunFiles]] = {}
     for run in runs:
         grouped.setdefault(run.name, []).append(run)
@@ -106,14 +106,14 @@ def arms(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
 
 
 def lookup(values: Any, *keys: str) -> Any:
-    """Nested value or None."""
+    """A nested value, or None."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     return values
 
 
 def figure(runs: Sequence[RunFiles], *keys: str) -> Figure | None:
-    """A figure of eval.json over the runs of an arm: spread over runs, or over the trials of a single run."""
+    """A figure of eval.json over the runs of an arm; its spread is over runs, or over the trials of a single run."""
     found = [value for run in runs if (value := lookup(run.evaluation, *keys)) is not None]
     found = [value for value in found if not isinstance(value, dict) or "mean" in value]
     if not found:
@@ -128,11 +128,11 @@ class Column:
     """One figure of every arm.
 
     Args:
-        header: of the column.
-        get: the figure of an arm, None where it has none.
-        digits: after the point.
-        kind: accuracy, of which higher is better; reference, an accuracy of another network to read it by; or change, told
-            without labels.
+        header: the heading of the column.
+        get: the figure of an arm, or None.
+        digits: digits after the decimal point.
+        kind: accuracy, for which higher is better; reference, the accuracy of another network for comparison; or change,
+            measured without labels.
     """
 
     header: str
@@ -142,7 +142,7 @@ class Column:
 
 
 def _columns(runs: Sequence[RunFiles]) -> list[Column]:
-    """Everything that any run has."""
+    """The columns for which any run has a figure."""
 
     def share(header: str, *keys: str, kind: Literal["accuracy", "reference", "change"] = "accuracy") -> Column:
         def get(group: Sequence[RunFiles]) -> Figure | None:
@@ -159,7 +159,7 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
     columns = [
         share("retrieval %", "retrieval"),
         share("clustering %", "clustering"),
-        # Where test classes are equally large, mean class accuracy is top-1 accuracy; eval.json holds both.
+        # If test classes are equally large, mean class accuracy equals top-1 accuracy; eval.json has both.
         *(share(f"{k}-shot %", "fewshot", str(k), "mean_class") for k in shots),
         *(share(f"FixMatch {k} %", "fixmatch", str(k), "mean_class") for k in semi),
         share("source clustering %", "forgetting", "after"),
@@ -178,7 +178,7 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
 
 
 def _side_by_side(groups: dict[str, list[RunFiles]], columns: Sequence[Column]) -> Table | None:
-    """A row per arm that has any of these figures; None without any."""
+    """A row per arm that has any of these figures; None if no arm has."""
     rows = []
     for name, group in groups.items():
         found = [column.get(group) for column in columns]
@@ -188,17 +188,17 @@ def _side_by_side(groups: dict[str, list[RunFiles]], columns: Sequence[Column]) 
 
 
 def accuracy_table(runs: Sequence[RunFiles]) -> Table | None:
-    """How good each arm is, as far as labels tell."""
+    """How good each arm is, as far as labels can tell."""
     return _side_by_side(arms(runs), [column for column in _columns(runs) if column.kind != "change"])
 
 
 def change_table(runs: Sequence[RunFiles]) -> Table | None:
-    """How each arm's features lie and how they changed, which needs no labels."""
+    """The geometry of each arm's features and how they changed, which needs no labels."""
     return _side_by_side(arms(runs), [column for column in _columns(runs) if column.kind == "change"])
 
 
 def before_after_table(runs: Sequence[RunFiles]) -> Table | None:
-    """Each metric that is known before and after, with the difference; a row per arm and metric. None without any."""
+    """Each metric known before and after, with the difference; one row per arm and metric, None if there are none."""
     compared: list[tuple[str, float, int, tuple[str, ...], tuple[str, ...]]] = [
         (ACCURACIES[0], 100, 1, ("before", "retrieval"), ("retrieval",)),
         (ACCURACIES[1], 100, 1, ("before", "clustering"), ("clustering",)),
@@ -221,7 +221,7 @@ def before_after_table(runs: Sequence[RunFiles]) -> Table | None:
 
 
 def best_cells(runs: Sequence[RunFiles], shown: Table) -> set[tuple[int, int]]:
-    """(row, column) of the highest mean of each column of accuracies, as printed."""
+    """(row, column) of the highest printed mean in each column of accuracies."""
     best = set()
     for column in _columns(runs):
         if column.kind != "accuracy" or column.header not in shown.headers:
@@ -234,10 +234,10 @@ def best_cells(runs: Sequence[RunFiles], shown: Table) -> set[tuple[int, int]]:
 
 
 def table(runs: Runs, format: Format = "text") -> str:
-    """The arms side by side: one row a name, mean and spread over runs of that name or over a run's trials.
+    """The arms side by side: one row per name, with mean and spread over the runs with that name or over a run's trials.
 
-    Text and Markdown show accuracies first, what changed without labels below, and before beside after where both are
-    known; CSV has one table of all.
+    Text and Markdown show accuracies first, then changes measured without labels, then before beside after if both are
+    known; CSV has everything in one table.
 
     Args:
         runs: (name, folder) pairs or loaded runs.
@@ -246,7 +246,7 @@ def table(runs: Runs, format: Format = "text") -> str:
     loaded = as_runs(runs)
     everything = _side_by_side(arms(loaded), _columns(loaded))
     if everything is None:
-        return "none of the runs has figures yet: evaluate them with `fastuft eval`\n"
+        return "none of the runs has figures yet; evaluate them with `fastuft eval`\n"
     if format == "csv":
         return everything.csv()
     tables = (accuracy_table(loaded), change_table(loaded), before_after_table(loaded))

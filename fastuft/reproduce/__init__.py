@@ -1,4 +1,4 @@
-"""Every result of the paper by one command: data sets, the grid of runs, and the side-by-side table."""
+"""All results of the paper with one command: data sets, the grid of runs, and the side-by-side tables."""
 
 from fastuft.reproduce.datasets import DatasetMissing, PreparedDataset, Sizes, prepare_dataset
 from fastuft.reproduce.runner import reproduce

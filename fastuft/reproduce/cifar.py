@@ -1,4 +1,4 @@
-"""The files of ``cifar-100-python``, which are pickles, read without running anything they name."""
+"""Reads the files of ``cifar-100-python``, which are pickles, without running any code that they name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-# Whatever a damaged pickle makes its reader raise.
+# The errors that reading a damaged pickle may raise.
 _BROKEN = (
     pickle.UnpicklingError,
     EOFError,
@@ -29,7 +29,7 @@ def _array_from_pickle(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> 
 
 
 class _InertArray:
-    """Stands in for a NumPy array while its pickle is read: keeps the state and runs nothing."""
+    """Stands in for a NumPy array while its pickle is read; keeps the state and runs no code."""
 
     def __init__(self, *_: object) -> None:
         self.array: np.ndarray | None = None
@@ -44,7 +44,7 @@ class _InertArray:
 
 
 class _InertDtype:
-    """Stands in for a NumPy dtype: keeps its code (only plain unsigned bytes and integers are accepted)."""
+    """Stands in for a NumPy dtype; keeps its code (only unsigned bytes and integers are accepted)."""
 
     def __init__(self, code: str | bytes, *_: object) -> None:
         self.code = code.decode("ascii") if isinstance(code, bytes) else code
@@ -56,7 +56,7 @@ class _InertDtype:
 
 
 class _CifarUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings, numbers and byte arrays; every global resolves to an inert class of ours."""
+    """Reads dicts, lists, strings, numbers and byte arrays; every global resolves to an inert class."""
 
     _STAND_INS: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): _InertArray,
@@ -74,13 +74,13 @@ class _CifarUnpickler(pickle.Unpickler):
 
 
 def read_cifar_pickle(path: Path) -> dict[str, Any]:
-    """One file of ``cifar-100-python`` as a dict of lists and arrays, without running anything it names."""
+    """One file of ``cifar-100-python`` as a dict of lists and arrays, without running any code that it names."""
     try:
         raw = _CifarUnpickler(io.BytesIO(path.read_bytes()), encoding="latin-1").load()
     except _BROKEN as error:
         raise ValueError(f"{path} is not a CIFAR-100 file: {error}; {_REMEDY}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} is not a CIFAR-100 file: it holds a {type(raw).__name__}, no dict; {_REMEDY}")
+        raise ValueError(f"{path} is not a CIFAR-100 file: it has a {type(raw).__name__}, not a dict; {_REMEDY}")
     entries = ((key.decode() if isinstance(key, bytes) else key, value) for key, value in raw.items())
     return {key: value.array if isinstance(value, _InertArray) else value for key, value in entries}
 
@@ -96,12 +96,12 @@ def read_cifar_names(path: Path) -> list[str]:
 
 
 def read_cifar_images(path: Path, classes: int) -> tuple[np.ndarray, list[int]]:
-    """Images uint8 [n, 32, 32, 3] and their labels in 0..classes-1, of ``train`` or ``test``."""
+    """The images uint8 [n, 32, 32, 3] of ``train`` or ``test``, and their labels in 0..classes-1."""
     content = read_cifar_pickle(path)
     data, labels = content.get("data"), content.get("fine_labels")
     if not isinstance(labels, list) or not all(isinstance(label, int) and 0 <= label < classes for label in labels):
         raise ValueError(f"{path} has no fine_labels from 0 to {classes - 1}; {_REMEDY} (CIFAR-10 is another data set)")
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (len(labels), 3072):
         found = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
-        raise ValueError(f"{path} has {found} as data; expected are {len(labels)} rows of 3072 bytes; {_REMEDY}")
+        raise ValueError(f"{path} has {found} as data, expected {len(labels)} rows of 3072 bytes; {_REMEDY}")
     return data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels

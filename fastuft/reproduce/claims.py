@@ -1,4 +1,4 @@
-"""Several processes in one output folder: each part of the work is done by one of them."""
+"""Several processes share one output folder, and each part of the work is done by only one of them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def claim(folder: Path, name: str, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone may do the named part until the block ends.
+    """Whether this process may do the named part, exclusively, until the block ends.
 
-    A lock of the operating system on a file below ``folder``: it is freed when its process ends, however it ends, and it
-    holds among machines where the file system passes locks on, as NFS, Lustre (mounted with flock) and GPFS do.
+    It is a lock of the operating system on a file below ``folder``. It is released when its process ends, however it ends,
+    and works across machines if the file system supports locks, as NFS, Lustre (mounted with flock) and GPFS do.
 
     Args:
-        folder: output folder that the processes share.
-        name: of the part.
-        wait: wait until the part is free; then the answer is always true.
+        folder: the output folder that the processes share.
+        name: name of the part.
+        wait: wait until the part is free; the answer is then always true.
 
     Raises:
         ValueError: the file system has no locks.

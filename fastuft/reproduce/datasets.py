@@ -1,8 +1,8 @@
-"""The paper's data sets, read from their published layouts and laid out as class folders.
+"""The paper's data sets: read from their published layouts and prepared as class folders.
 
-Each data set becomes ``CACHE/<name>/train/<class>/...`` and ``.../test/<class>/...`` of symbolic links
-(CIFAR-100, which is published as arrays, becomes PNG files), so that training and evaluation read every data set as
-they read a user's own folders. Sizes are checked against the paper's (Li et al. 2021, Section 4).
+Each data set becomes ``CACHE/<name>/train/<class>/...`` and ``.../test/<class>/...`` with symbolic links (CIFAR-100, which is
+published as arrays, becomes PNG files), so training and evaluation read every data set like a user's own folders. Sizes are
+checked against the paper's (Li et al. 2021, Section 4).
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Entry = tuple[str, "Path | Callable[[Path], None]", str]
 
 
 class DatasetMissing(ValueError):
-    """A data set is not where its published layout puts it; the message says what to download and where to."""
+    """A data set is missing; the message says what to download and where to put it."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images and classes of one data set.
+    """The numbers of images and classes of a data set.
 
     Args:
         train: training images.
-        test: test images; None is not checked (what is published, or drawn, leaves it open).
+        test: test images; None skips the check (if publication or the draw leaves it open).
         classes: classes of both.
     """
 
@@ -51,13 +51,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a data set's files are published to be, and what the paper says of it.
+    """The published layout of a data set, and what the paper says about it.
 
     Args:
         name: the name in the paper's tables.
         folder: folder below the data root.
-        sentinel: a path below ``folder`` that is there when the data set is.
-        download: what to fetch.
+        sentinel: a path below ``folder`` that exists if the data set does.
+        download: what to download.
         sizes: training images and classes in the paper, test images as published.
         metric: how test accuracy is averaged.
     """
@@ -70,7 +70,7 @@ class Layout:
     metric: Metric
 
     def locate(self, root: Path) -> Path:
-        """The data set's folder; DatasetMissing when it is not there."""
+        """The data set's folder; raises DatasetMissing if it does not exist."""
         folder = root / self.folder
         if not (folder / self.sentinel).exists():
             raise DatasetMissing(
@@ -97,16 +97,18 @@ def _class_folders(folder: Path) -> list[Path]:
 
 
 def read_caltech101(folder: Path, *, per_class: int) -> tuple[list[Entry], list[Entry]]:
-    """``101_ObjectCategories/<class>/image_0001.jpg``: ``per_class`` images per class train, the rest is the test set.
+    """``101_ObjectCategories/<class>/image_0001.jpg``: ``per_class`` images per class for training, the rest for test.
 
-    The paper does not publish its split; this one is drawn by ``CALTECH_SEED`` and is the same on every machine.
+    The paper does not publish its split; this one is drawn with ``CALTECH_SEED`` and is the same on every machine.
     """
     train: list[Entry] = []
     test: list[Entry] = []
     for class_folder in _class_folders(folder / "101_ObjectCategories"):
         files = _image_files(class_folder)
         if len(files) <= per_class:
-            raise ValueError(f"class {class_folder.name} has {len(files)} images; more than {per_class} are needed")
+            raise ValueError(
+                f"class {class_folder.name} has only {len(files)} images; more than {per_class} are needed"
+            )
         order = keyed_generator(CALTECH_SEED, "caltech101", class_folder.name).permutation(len(files))
         for rank, index in enumerate(order):
             (train if rank < per_class else test).append((class_folder.name, files[index], files[index].name))
@@ -200,7 +202,7 @@ LAYOUTS = {
 
 
 def read_splits(name: str, folder: Path, *, caltech_per_class: int) -> tuple[list[Entry], list[Entry]]:
-    """Training and test entries of one data set."""
+    """The training and test entries of one data set."""
     if name == "caltech101":
         return read_caltech101(folder, per_class=caltech_per_class)
     return {"pet": read_pet, "cifar100": read_cifar100, "food101": read_food101}[name](folder)
@@ -208,29 +210,29 @@ def read_splits(name: str, folder: Path, *, caltech_per_class: int) -> tuple[lis
 
 def _lay_out(entries: Iterable[Entry], folder: Path) -> None:
     for class_name, origin, file_name in entries:
-        place = folder / class_name / file_name
-        if place.exists():
+        target = folder / class_name / file_name
+        if target.exists():
             continue
-        place.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if callable(origin):
-            with whole_file(place, flush=False) as partial:
+            with whole_file(target, flush=False) as partial:
                 origin(partial)
         elif origin.is_file():
             with contextlib.suppress(FileExistsError):  # made by another task of a job array
-                place.symlink_to(origin.resolve())
+                target.symlink_to(origin.resolve())
         else:
             raise DatasetMissing(f"{origin} is listed by the data set's split file but does not exist; unpack it again")
 
 
 def _check_names(name: str, origin: Path, *splits: Sequence[Entry]) -> None:
-    """Refuse names that lead out of the folders of their classes, and files that are listed twice."""
+    """Refuse names that lead outside their class folder, and files that are listed twice."""
     for entries in splits:
         seen: set[tuple[str, str]] = set()
         for class_name, _, file_name in entries:
             for part in (class_name, file_name):
                 if safe_name(part) != part:
                     raise ValueError(
-                        f"{name} below {origin} names a class or a file {printable(part)!r}, which is not a plain name. "
+                        f"{name} below {origin} has a class or file {printable(part)!r}, which is not a plain name. "
                         "Download it again."
                     )
             if (class_name, file_name) in seen:
@@ -244,7 +246,7 @@ def _check_sizes(name: str, origin: Path, train: Sequence[Entry], test: Sequence
         tests = "" if expected.test is None else f" and {expected.test} test images"
         raise ValueError(
             f"{name} below {origin} has {found.train} training and {found.test} test images of {found.classes} classes; "
-            f"expected are {expected.train} training{tests} of {expected.classes}. "
+            f"expected {expected.train} training{tests} of {expected.classes}. "
             "Download it again or check what was unpacked."
         )
 
@@ -257,29 +259,29 @@ def prepare_dataset(
     sizes: Sizes | None = None,
     caltech_per_class: int = 30,
 ) -> PreparedDataset:
-    """Lay one data set out as class folders below ``cache``; a finished layout is reused.
+    """Prepare one data set as class folders below ``cache``; a finished one is reused.
 
     Args:
         name: caltech101, pet, cifar100 or food101.
-        root: folder that holds the published data sets.
+        root: folder with the published data sets.
         cache: folder for the class folders.
-        sizes: expected; the paper's by default.
+        sizes: expected sizes; the paper's by default.
         caltech_per_class: training images per class of Caltech101.
 
     Raises:
-        DatasetMissing: the data set, or a listed file, is not there.
-        ValueError: unknown name, other sizes than expected, or a cache with something else in it.
+        DatasetMissing: the data set or a listed file does not exist.
+        ValueError: an unknown name, unexpected sizes, or a cache with other content.
     """
     if name not in LAYOUTS:
         raise ValueError(f"name={name!r} is not a known data set; choose one of {', '.join(LAYOUTS)}")
     layout = LAYOUTS[name]
     origin = layout.locate(Path(root))
-    place = Path(cache) / name
-    prepared = PreparedDataset(str(place / "train"), str(place / "test"))
-    stamp_file = place / "prepared.json"
+    folder = Path(cache) / name
+    prepared = PreparedDataset(str(folder / "train"), str(folder / "test"))
+    stamp_file = folder / "prepared.json"
     request = {"origin": str(origin.resolve()), "caltech_per_class": caltech_per_class, "seed": CALTECH_SEED}
     other = ValueError(
-        f"cache={str(cache)!r} holds {name} prepared from other data or another split; use another folder"
+        f"cache={str(cache)!r} has {name} prepared from other data or with another split; use another folder"
     )
     if stamp_file.exists():
         if json.loads(stamp_file.read_text(encoding="utf-8")) == request:
@@ -290,8 +292,8 @@ def prepare_dataset(
     _check_names(name, origin, train, test)
     _check_sizes(name, origin, train, test, sizes or layout.sizes)
     for part, entries in (("train", train), ("test", test)):
-        _lay_out(entries, place / part)
-        if len(list_images(str(place / part))) != len(entries):
-            raise other  # left by a layout that was broken off
+        _lay_out(entries, folder / part)
+        if len(list_images(str(folder / part))) != len(entries):
+            raise other  # left over from an interrupted preparation
     write_whole(stamp_file, json.dumps(request).encode())
     return prepared

@@ -1,4 +1,4 @@
-"""Does the parts of a grid that are not done: one process each, however many work in the output folder."""
+"""Does the unfinished parts of a grid: one process per part, however many work in the output folder."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class Executor:
 
     Args:
         plan: the parts.
-        config: how the grid is run.
+        config: how to run the grid.
         scale: sizes.
-        folders: where everything lies.
+        folders: the output folder.
     """
 
     def __init__(self, plan: Plan, config: ReproduceConfig, scale: Scale, folders: GridFolders) -> None:
         self.plan, self.config, self.folders = plan, config, folders
-        self.failures: dict[str, str] = {}  # reasons by part
+        self.failures: dict[str, str] = {}  # the reason by part
         self._scale = scale
 
     def run(self) -> None:
-        """Do the share; parts that fail are in ``failures``, and what depends on them is left out.
+        """Do the share; parts that fail are recorded in ``failures``, and parts that depend on them are skipped.
 
         Raises:
-            ValueError: the tasks of an array have no pretrained backbone to start from.
+            ValueError: the tasks of a job array have no pretrained backbone to start from.
         """
         with claim(self.folders.out, "data", wait=True):  # one process writes, the others find it written
             root, source = self._locate_data()
@@ -49,8 +49,8 @@ class Executor:
             return
         with claim(self.folders.out, "data", wait=True):
             datasets = {name: self._prepare(name, root) for name in self.plan.datasets}
-        # One share is a backbone with all of its evaluations, so that no task waits for another. A task that is through
-        # with its own share takes what is left of the others'.
+        # A unit of work is a backbone with all of its evaluations, so that no task waits for another. A task that has
+        # finished its own share takes over what is left of the others'.
         mine = self._mine(self.plan.backbones)
         order = [*mine, *(backbone for backbone in self.plan.backbones if backbone not in mine)]
         marks = {backbone: f"[{number}/{len(order)}] {backbone.name}" for number, backbone in enumerate(order, 1)}
@@ -65,9 +65,9 @@ class Executor:
                         held.append(backbone)
             if len(held) == len(left):
                 break
-            left = held  # whoever held them may have been killed meanwhile, so that they are taken over
+            left = held  # the processes that held them may have been killed meanwhile, so try again
         for backbone in left:
-            say(f"{marks[backbone]}: in the hands of another process")
+            say(f"{marks[backbone]}: another process is working on it")
 
     @property
     def _how(self) -> tuple[ReproduceConfig, Scale, GridFolders]:
@@ -82,17 +82,17 @@ class Executor:
             pretrained = self._mine(pretrained)
         elif self.config.tasks > 1 and not all(map(self.folders.trained, pretrained)):
             raise ValueError(
-                f"tasks={self.config.tasks}: the pretrained backbones have to exist before the tasks share the rest; run "
-                "stage=pretrain first, or name checkpoints by weights"
+                f"tasks={self.config.tasks}: the pretrained backbones must exist before tasks share the rest; run "
+                "stage=pretrain first, or name checkpoints with weights"
             )
         for backbone in pretrained:
-            with claim(self.folders.out, backbone.name, wait=True):  # all that follows starts from it
+            with claim(self.folders.out, backbone.name, wait=True):  # everything after it starts from it
                 self._attempt(backbone.name, partial(pretrain, backbone, source, *self._how))
 
     def _run_backbone(
         self, backbone: Backbone, mark: str, datasets: Mapping[str, PreparedDataset], source: str
     ) -> None:
-        """Train one backbone and evaluate it on all of its data sets, as far as that is not done."""
+        """Train one backbone and evaluate it on all of its data sets, unless that is done."""
         if backbone.method not in PRETRAINED:
             target = datasets[backbone.dataset].train
             self._attempt(backbone.name, partial(finetune, backbone, target, source, mark, *self._how))
@@ -106,7 +106,7 @@ class Executor:
                 )
 
     def _attempt(self, name: str, work: Callable[[], None]) -> None:
-        """A part that fails leaves the others to go on; what depends on it is left out."""
+        """Do one part; if it fails, the others continue, and parts that depend on it are skipped."""
         try:
             work()
         except (ValueError, NonFiniteLossError, CheckpointError, LostRankError) as error:
@@ -114,7 +114,7 @@ class Executor:
             say(f"{name}: {self.failures[name]}", error=True)
 
     def _locate_data(self) -> tuple[Path, str]:
-        """(data root, source folder); a source in tar shards is unpacked, as far as it is needed."""
+        """(data root, source folder); a source in tar shards is unpacked as far as needed."""
         config, scale = self.config, self._scale
         if config.data is not None:
             root, source = Path(config.data), config.source or str(Path(config.data) / scale.source)
@@ -126,10 +126,10 @@ class Executor:
             return root, source
         needs_all = any(b.method in PRETRAINED and not self.folders.given(b) for b in self.plan.backbones)
         fraction = 1.0 if needs_all else scale.replay_fraction
-        if not needs_all:  # the drawn share is all that is unpacked
+        if not needs_all:  # only the drawn share is unpacked
             self._scale = dataclasses.replace(scale, replay_fraction=1.0)
-        place = self.folders.source("all" if needs_all else "replayed")
-        return root, extract_tar_sample(source, place, fraction=fraction, seed=0)
+        folder = self.folders.source("all" if needs_all else "replayed")
+        return root, extract_tar_sample(source, folder, fraction=fraction, seed=0)
 
     def _prepare(self, name: str, root: Path) -> PreparedDataset:
         return prepare_dataset(

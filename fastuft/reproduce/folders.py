@@ -1,11 +1,11 @@
 """The layout of a grid's output folder::
 
-runs/<backbone>/                   a run folder each
+runs/<backbone>/                   a run folder per backbone
 runs/<backbone>/eval-<data set>/   its evaluation
 datasets/, source/, features/      class folders of the data sets, the drawn source share, cached features
-data/                              the data sets as published, where a scale makes its own
-locks/                             which process works on what
-results.jsonl, comparison.*        every trial's figure, and the tables beside the paper's
+data/                              the data sets as published, if a scale makes its own
+locks/                             which process works on which part
+results.jsonl, comparison.*        the figure of every trial, and the tables beside the paper's
 figure1.html                       the maps of Figure 1
 """
 
@@ -24,7 +24,7 @@ from fastuft.runfolder import RunFolder
 
 @dataclass(frozen=True)
 class GridFolders:
-    """Where everything of a grid lies, and what of it is finished.
+    """The folders and files of a grid, and which of its parts are finished.
 
     Args:
         out: the output folder.
@@ -36,7 +36,7 @@ class GridFolders:
 
     @property
     def data(self) -> Path:
-        """Data sets as published, where a scale makes its own."""
+        """Data sets as published, if a scale makes its own."""
         return self.out / "data"
 
     @property
@@ -65,7 +65,7 @@ class GridFolders:
         return self.out / "figure1.html"
 
     def source(self, share: str) -> Path:
-        """Images that were taken from the source's tar shards."""
+        """Images extracted from the source's tar shards."""
         return self.out / "source" / share
 
     def run(self, backbone: Backbone) -> Path:
@@ -73,12 +73,12 @@ class GridFolders:
         return self.out / "runs" / backbone.name
 
     def summary(self, backbone: Backbone) -> Path:
-        """What a training says of itself when it ends."""
+        """The summary of a training."""
         return RunFolder(self.run(backbone)).summary_file
 
     def evaluation(self, measurement: Measurement) -> Path:
         """The folder of one evaluation."""
-        # A given checkpoint has one run folder for all seeds of its evaluation.
+        # A given checkpoint has one run folder for evaluations with all seeds.
         repeat = f"-seed{measurement.seed}" if measurement.seed != measurement.backbone.seed else ""
         return self.run(measurement.backbone) / f"eval-{measurement.dataset}{repeat}"
 
@@ -94,28 +94,28 @@ class GridFolders:
         return named
 
     def checkpoint(self, backbone: Backbone) -> str:
-        """What is loaded for a backbone."""
+        """The checkpoint to load for a backbone."""
         return self.given(backbone) or str(self.run(backbone))
 
     def trained(self, backbone: Backbone) -> bool:
-        """Whether a training is finished; one that was stopped has a backbone too, that of its last step."""
+        """Whether a training is finished; a stopped one has a backbone too, that of its last step."""
         # Supervised training writes its backbone once, at the end; the others write a summary.
         run = RunFolder(self.run(backbone))
         finished = backbone.method == "sup_S" or run.read_summary().get("finished", False)
         return finished and run.backbone_file.exists()
 
     def evaluated(self, measurement: Measurement) -> bool:
-        """Whether an evaluation is there."""
+        """Whether an evaluation exists."""
         return self.figures(measurement).exists()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The values of a file that is written whole; none where there is no file."""
+    """The content of a JSON file; empty if the file does not exist."""
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return values
 
 
 def plain(config: TrainConfig | EvalConfig) -> dict[str, Any]:
-    """A configuration as its file reads: lists for tuples."""
+    """A configuration as it is read from a file, with lists for tuples."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return values

@@ -1,6 +1,6 @@
-"""The paper's tables as a grid: cells (one published figure each), the backbones and the evaluations they need.
+"""The paper's tables as a grid: cells (one published figure each), and the backbones and evaluations that they need.
 
-The cells are the keys of the packaged figures of the paper, so that nothing about a table is written twice.
+The cells are the keys of the packaged figures of the paper, so nothing about a table is written twice.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 from fastuft.report import Key, paper_figures
 
-PRETRAINED = ("unsup_S", "sup_S")  # methods that evaluate a pretrained backbone as it comes
+PRETRAINED = ("unsup_S", "sup_S")  # methods that evaluate a pretrained backbone unchanged
 SOURCE = "imagenet"
-# The text quotes clustering of the source beside that of Pet, so its backbones are the ones finetuned on Pet.
+# The text quotes clustering of the source beside that of Pet, so its backbones are those finetuned on Pet.
 FORGETTING_TARGET = "pet"
-# "With SDR" may mean SDR and Mix in the text (its figure for Pet is the full method's in Table 2): both are measured.
+# "With SDR" may mean SDR and Mix in the text (its figure for Pet is that of the full method in Table 2), so both are measured.
 FORGETTING_OF_OURS: tuple[Key, ...] = (
     ("text", "unsupervised", "resnet50", "ours", SOURCE, "cluster"),
     ("text", "unsupervised", "resnet50", "ours", FORGETTING_TARGET, "cluster"),
 )
-# Figure 1: t-SNE of one target's features from scratch, pretrained, naive, with replaying; the full method beside them.
+# Figure 1: t-SNE of one target's features from scratch, pretrained, naive and with replaying; we add the full method.
 FIGURE_1_TARGET = "pet"
 FIGURE_1 = {
     "from scratch": "unsup_T",
@@ -38,10 +38,10 @@ class Backbone:
 
     Args:
         pretraining: unsupervised or supervised_bit.
-        network: resnet50 or resnet101, as the paper's tables say.
+        network: resnet50 or resnet101, as in the paper's tables.
         method: unsup_S and sup_S (as pretrained), unsup_T (from scratch), naive, naive_sdr or ours.
-        dataset: target; empty for a pretrained backbone, which serves every data set.
-        seed: of its training.
+        dataset: the target; empty for a pretrained backbone, which is used for every data set.
+        seed: seed of its training.
     """
 
     pretraining: str
@@ -58,7 +58,7 @@ class Backbone:
 
     @property
     def pretrained(self) -> Backbone:
-        """Where training starts (itself, for a pretrained backbone)."""
+        """The backbone that training starts from (itself, for a pretrained backbone)."""
         return Backbone(self.pretraining, self.network, "unsup_S" if self.pretraining == "unsupervised" else "sup_S")
 
 
@@ -67,13 +67,13 @@ class Measurement:
     """The evaluation of one backbone on one data set.
 
     Args:
-        backbone: what is evaluated.
-        dataset: on what.
-        seed: of draws and starts.
+        backbone: the backbone to evaluate.
+        dataset: the data set to evaluate it on.
+        seed: seed of draws and starts.
         shots: labeled images per class of the few-shot runs.
         semi_shots: labeled images per class of the FixMatch runs.
-        source: whether the source set is clustered too.
-        tsne: whether a map is drawn.
+        source: whether to cluster the source too.
+        tsne: whether to make a t-SNE map.
     """
 
     backbone: Backbone
@@ -89,17 +89,17 @@ def select_cells(tables: Iterable[str], datasets: Iterable[str]) -> list[Key]:
     """The cells of the named tables and data sets, in the paper's order."""
     wanted, targets = list(tables), list(datasets)
     cells = [*paper_figures(), *FORGETTING_OF_OURS]
-    return [key for key in cells if key[0] in wanted and _place(key)[1] in targets]
+    return [key for key in cells if key[0] in wanted and _training_of(key)[1] in targets]
 
 
-def _place(key: Key) -> tuple[str, str]:
-    """(method, target data set) of a cell."""
+def _training_of(key: Key) -> tuple[str, str]:
+    """(method, target data set) of a cell's training."""
     _, _, _, method, dataset, _ = key
     return method, FORGETTING_TARGET if dataset == SOURCE else dataset
 
 
 def _backbone(key: Key, seed: int) -> Backbone:
-    method, dataset = _place(key)
+    method, dataset = _training_of(key)
     if method in PRETRAINED:
         return Backbone(key[1], key[2], method)
     return Backbone(key[1], key[2], method, dataset, seed)
@@ -115,13 +115,13 @@ def _metric(key: Key) -> tuple[str, int]:
 def measurements(
     cells: Iterable[Key], figures: Iterable[int], datasets: Iterable[str], seeds: int
 ) -> list[Measurement]:
-    """Every evaluation that cells and figures need, each once, with all it has to measure."""
+    """Every evaluation that cells and figures need, once each, with everything it must measure."""
     wanted: dict[tuple[Backbone, str, int], list[Key]] = {}
     mapped: set[Backbone] = set()
     for seed in range(seeds):
         for key in cells:
-            place = (_backbone(key, seed), _place(key)[1], seed)
-            wanted.setdefault(place, []).append(key)
+            measured = (_backbone(key, seed), _training_of(key)[1], seed)
+            wanted.setdefault(measured, []).append(key)
     if 1 in figures and FIGURE_1_TARGET in datasets:
         for method in FIGURE_1.values():
             backbone = figure_backbone(method)
@@ -150,7 +150,7 @@ def figure_backbone(method: str) -> Backbone:
 
 
 def backbones(needed: Iterable[Measurement]) -> list[Backbone]:
-    """Every backbone that has to exist, pretrained ones first, each once."""
+    """Every backbone that must exist, once each, pretrained ones first."""
     found: dict[Backbone, None] = {}
     for measurement in needed:
         if measurement.backbone.method != "unsup_T":
@@ -160,12 +160,12 @@ def backbones(needed: Iterable[Measurement]) -> list[Backbone]:
 
 
 def values(key: Key, evaluation: Mapping[str, Any], accuracy: str) -> list[float]:
-    """A cell's figures by trial, as fractions, from what ``fastuft eval`` wrote.
+    """A cell's figures by trial, as fractions, from the output of ``fastuft eval``.
 
     Args:
         key: the cell.
         evaluation: content of eval.json.
-        accuracy: mean_class or top1, as the data set's protocol has it.
+        accuracy: mean_class or top1, according to the data set's protocol.
     """
     kind, shots = _metric(key)
     if key[4] == SOURCE:
@@ -177,11 +177,11 @@ def values(key: Key, evaluation: Mapping[str, Any], accuracy: str) -> list[float
     else:
         runs = evaluation.get("fewshot" if kind == "fewshot" else "fixmatch", {})
         found = runs.get(str(shots), {}).get(accuracy)
-    return [] if found is None else found["trials"]  # none where other tables' evaluations did without it
+    return [] if found is None else found["trials"]  # empty if the evaluation was for other tables
 
 
 def result_rows(key: Key, measured: Mapping[int, tuple[Mapping[str, Any], str]], accuracy: str) -> list[dict[str, Any]]:
-    """Rows of results.jsonl of one cell, per cent.
+    """The rows of results.jsonl for one cell, in per cent.
 
     Args:
         key: the cell.
@@ -198,4 +198,4 @@ def result_rows(key: Key, measured: Mapping[int, tuple[Mapping[str, Any], str]],
 
 def cell_backbone(key: Key, seed: int) -> tuple[Backbone, str]:
     """(backbone, data set) that a cell is measured on."""
-    return _backbone(key, seed), _place(key)[1]
+    return _backbone(key, seed), _training_of(key)[1]

@@ -1,4 +1,4 @@
-"""One evaluation of a grid; what an earlier one measured of the same weights is kept."""
+"""One evaluation of a grid; what an earlier evaluation measured with the same weights is kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastuft.reproduce.folders import GridFolders, plain, read_json
 from fastuft.reproduce.grid import Measurement
 from fastuft.reproduce.recipes import Scale
 
-# Settings of which more than is wanted serves as well, and those that change nothing.
+# Settings for which a larger value also serves, and settings that change no figure.
 _GROWS = {"fewshot": "shots", "semi": "shots", "map": "points"}
 _FREE = ("source", "cache", "out")
 
@@ -28,19 +28,19 @@ def measure(
     scale: Scale,
     folders: GridFolders,
 ) -> None:
-    """Evaluate one backbone on one data set, unless that is there already for these weights.
+    """Evaluate one backbone on one data set, unless that is already done for these weights.
 
     Args:
-        measurement: what is measured.
-        dataset: its class folders.
-        source: the source set.
-        mark: what the printed line begins with.
-        config: how the grid is run.
+        measurement: what to measure.
+        dataset: class folders of the data set.
+        source: the source folder.
+        mark: beginning of the printed line.
+        config: how to run the grid.
         scale: sizes.
-        folders: where the evaluation lies.
+        folders: the output folder.
 
     Raises:
-        ValueError: something that cannot be evaluated, or a metric without a value; the others are written all the same.
+        ValueError: it cannot be evaluated, or a metric has no value; the others are written nevertheless.
     """
     usual = scale.evaluation
     wanted = dataclasses.replace(
@@ -78,7 +78,7 @@ def _check_known(evaluation: dict[str, Any]) -> None:
 
 
 def _grown(wanted: EvalConfig, stored: dict[str, Any]) -> EvalConfig:
-    """What is wanted together with what was measured before, where the two go together."""
+    """What is wanted, together with what was measured before if the settings agree."""
     if _fixed(plain(wanted)) != _fixed(stored):
         return wanted
     few, semi = wanted.fewshot, wanted.semi
@@ -92,7 +92,7 @@ def _grown(wanted: EvalConfig, stored: dict[str, Any]) -> EvalConfig:
 
 
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings in which two evaluations have to agree."""
+    """The settings in which two evaluations must agree."""
     kept = {name: value for name, value in settings.items() if name not in _FREE}
     grown = {group: {k: v for k, v in settings.get(group, {}).items() if k != name} for group, name in _GROWS.items()}
     return kept | grown

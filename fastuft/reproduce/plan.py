@@ -1,4 +1,4 @@
-"""What a grid has to train and to evaluate, and what that takes: images and steps, hours only at a measured rate."""
+"""What a grid must train and evaluate, and what that costs: images and steps, and hours if a rate was measured."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastuft.reproduce.recipes import RECIPES, Scale
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts of a grid, each once.
+    """The parts of a grid, once each.
 
     Args:
         cells: published figures.
-        measurements: evaluations that cells and figures need.
-        backbones: weights that have to exist, pretrained ones first.
+        measurements: evaluations that cells and Figure 1 need.
+        backbones: backbones that must exist, pretrained ones first.
     """
 
     cells: tuple[Key, ...]
@@ -32,12 +32,12 @@ class Plan:
 
     @property
     def datasets(self) -> list[str]:
-        """Names of the data sets that are evaluated, sorted."""
+        """The sorted names of the data sets to evaluate."""
         return sorted({measurement.dataset for measurement in self.measurements})
 
 
 def make_plan(config: ReproduceConfig) -> Plan:
-    """The parts that the chosen tables, figures and data sets need.
+    """The parts needed by the chosen tables, figures and data sets.
 
     Raises:
         ValueError: the choices have no cell in common.
@@ -53,15 +53,15 @@ def make_plan(config: ReproduceConfig) -> Plan:
 
 
 def check_plan(plan: Plan, config: ReproduceConfig, scale: Scale, folders: GridFolders) -> None:
-    """Refuse what cannot work before anything runs.
+    """Refuse a plan that cannot work, before anything runs.
 
     Raises:
-        ValueError: data or weights that are missing, where they go and how to get them.
+        ValueError: data or weights are missing; the message says where to put them and how to get them.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "reproduce starts the processes of its trainings itself; start it once per machine with --processes N, "
-            "without torchrun, or as tasks of a job array with --task and --tasks"
+            "reproduce starts the processes of its trainings itself; start it without torchrun, once per machine with "
+            "--processes N, or as tasks of a job array with --task and --tasks"
         )
     for backbone in plan.backbones:
         _check_weights(backbone, scale, folders)
@@ -73,9 +73,8 @@ def _check_weights(backbone: Backbone, scale: Scale, folders: GridFolders) -> No
     if given is None:
         if backbone.method == "sup_S" and scale.supervised is None:
             raise ValueError(
-                "weights.supervised_bit_resnet50 and weights.supervised_bit_resnet101 are needed for Tables 3 and 4: "
-                "download BiT-S-R50x1.npz and BiT-S-R101x1.npz of the Big Transfer release and name them, or leave "
-                "these tables out of tables"
+                "Tables 3 and 4 need weights.supervised_bit_resnet50 and weights.supervised_bit_resnet101: download "
+                "BiT-S-R50x1.npz and BiT-S-R101x1.npz from the Big Transfer release and name them, or omit these tables"
             )
     elif not Path(given).exists():
         raise ValueError(
@@ -87,7 +86,7 @@ def _check_data(names: list[str], config: ReproduceConfig, scale: Scale) -> None
     if config.data is None:
         if scale.write_data is None:
             raise ValueError(
-                f"data is missing; name the folder that holds {', '.join(f'{LAYOUTS[name].folder}/' for name in names)} "
+                f"data is missing; name the folder with {', '.join(f'{LAYOUTS[name].folder}/' for name in names)} "
                 f"as published, and {scale.source}/"
             )
         return
@@ -96,15 +95,15 @@ def _check_data(names: list[str], config: ReproduceConfig, scale: Scale) -> None
     source = Path(config.source or Path(config.data) / scale.source)
     if not source.is_dir():
         raise ValueError(
-            f"source={str(source)!r} is not a folder; name the source set's class folders or its .tar shards"
+            f"source={str(source)!r} is not a folder; name the folder with the source's class folders or .tar shards"
         )
 
 
 def training_length(backbone: Backbone, scale: Scale) -> tuple[int, int, int]:
-    """(images per epoch, epochs, batch) of a training."""
+    """(images per epoch, epochs, batch size) of a training."""
     if backbone.method == "sup_S":
         training = scale.supervised
-        assert training is not None  # otherwise a checkpoint is asked for, and nothing is trained
+        assert training is not None  # otherwise a checkpoint is required, and nothing is trained
         return scale.source_size, training.epochs, training.batch_size
     recipe = RECIPES[backbone.method](scale)
     images = scale.source_size if recipe.on_source else scale.sizes[backbone.dataset].train
@@ -114,7 +113,7 @@ def training_length(backbone: Backbone, scale: Scale) -> tuple[int, int, int]:
 
 
 def evaluation_length(measurement: Measurement, scale: Scale, trials: int) -> tuple[int, int, int]:
-    """(training images of the data set, steps, images) of few-shot finetuning and FixMatch over all K and trials."""
+    """(training images of the data set, steps, images), the last two for few-shot and FixMatch over all K and trials."""
     few, semi, size = scale.evaluation.fewshot, scale.evaluation.semi, scale.sizes[measurement.dataset]
     steps = images = 0
     for shots in measurement.shots:
@@ -134,11 +133,11 @@ def plan_table(plan: Plan, scale: Scale, folders: GridFolders, *, trials: int, r
     Args:
         plan: the parts.
         scale: sizes.
-        folders: what is done.
-        trials: draws and starts per figure.
-        rate: training images per second, as measured; the trainings' hours are shown then, and none otherwise.
+        folders: the output folder.
+        trials: draws or starts per figure.
+        rate: measured training images per second, to show the hours of trainings; None shows no hours.
     """
-    headers = ["work", "images", "epochs", "steps", "images in all", *(["hours"] if rate else []), "state"]
+    headers = ["work", "images", "epochs", "steps", "total images", *(["hours"] if rate else []), "status"]
     rows: list[list[str]] = []
     all_steps = all_images = 0
     all_hours = 0.0
@@ -150,7 +149,7 @@ def plan_table(plan: Plan, scale: Scale, folders: GridFolders, *, trials: int, r
         rows.append([work, f"{images:,}", epochs, f"{steps:,}", f"{total:,}", *shown, "done" if done else "to do"])
 
     for backbone in plan.backbones:
-        # Neither one that is named nor one that has to be named is trained here.
+        # A given checkpoint is not trained here, nor is one that must be given.
         if folders.given(backbone) or (backbone.method == "sup_S" and scale.supervised is None):
             continue
         images, epochs, batch = training_length(backbone, scale)

@@ -1,7 +1,7 @@
-"""The paper's trainings as recipes, and the two scales they run at: the paper's own and a tiny one for a CPU.
+"""The paper's trainings as recipes, and the two scales at which they run: the paper's, and a tiny one for a CPU.
 
-A :class:`Scale` holds every size of a grid. The recipes and everything that runs them are the same at both; no code asks
-which scale it runs at. Figures in the docstrings are those of Li et al. 2021, per cent.
+A :class:`Scale` has every size of a grid. The recipes and the code that runs them are the same for both scales. Figures in the
+docstrings are those of Li et al. 2021, in per cent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastuft.reproduce.tiny import write_tiny_datasets
 
 @dataclass(frozen=True)
 class Training:
-    """Length, rate and batch of one kind of training."""
+    """Epochs, learning rate and batch size of one kind of training."""
 
     epochs: int
     lr: float
@@ -47,23 +47,23 @@ class Scale:
     """Every size of a grid.
 
     Args:
-        archs: network by (pretraining, network) of the paper's tables.
+        archs: the network for each (pretraining, network) in the paper's tables.
         sizes: images and classes by data set.
         source: source folder below the data root.
-        source_size: images in it.
+        source_size: number of images in it.
         pretraining: MoCoV2 pretraining on the source.
-        scratch: MoCoV2 on the target alone, from random weights.
+        scratch: MoCoV2 on the target, from random weights.
         finetuning: unsupervised finetuning.
-        supervised: supervised pretraining on the source's classes where no checkpoint is given; None asks for one.
+        supervised: supervised pretraining on the source's classes if no checkpoint is given; None requires a checkpoint.
         method: temperature, queue and moving average.
         augment: views of the training streams.
-        evaluation: settings of every evaluation; its folders are filled in.
-        stem: of the networks.
+        evaluation: settings of every evaluation, whose folders are filled in.
+        stem: stem of the networks.
         bn: batch statistics of the encoders.
         caltech_per_class: training images per class of Caltech101.
         replay_fraction: share of the source that joins training.
         runtime: how the machine is used.
-        write_data: makes the data sets where no data root is given; None asks for one.
+        write_data: makes the data sets if no data root is given; None requires a data root.
     """
 
     archs: Mapping[tuple[str, str], str]
@@ -90,11 +90,11 @@ class Recipe:
     """How one method of the tables is trained.
 
     Args:
-        training: length, rate and batch.
-        on_source: trains on the source set instead of the target.
-        pretrained: starts from the pretrained backbone and prefills the queue; otherwise both start at random.
-        replay: the fixed share of the source joins.
-        mix: how the mixed query is made.
+        training: epochs, learning rate and batch size.
+        on_source: whether it trains on the source instead of the target.
+        pretrained: whether it starts from the pretrained backbone and prefills the queue; otherwise both start at random.
+        replay: whether the fixed share of the source joins.
+        mix: how to make the mixed query.
     """
 
     training: Training
@@ -105,17 +105,17 @@ class Recipe:
 
 
 def mocov2_pretraining(scale: Scale) -> Recipe:
-    """MoCoV2 on the source: lr 0.24, batch 2048, 800 epochs, cosine.
+    """MoCoV2 on the source: learning rate 0.24, batch size 2048, 800 epochs, cosine.
 
     ``torchrun --nproc-per-node 8 -m fastuft.cli pretrain --target imagenet/train --out runs/mocov2``
 
-    Table 2, as it comes: Caltech101 few-shot 45.49 (K = 1), 84.45 (K = 8), retrieval 83.14, clustering 56.16.
+    Table 2, without finetuning: Caltech101 few-shot 45.49 (K = 1), 84.45 (K = 8), retrieval 83.14, clustering 56.16.
     """
     return Recipe(scale.pretraining, on_source=True, pretrained=False)
 
 
 def from_scratch(scale: Scale) -> Recipe:
-    """Unsup-T: MoCoV2 on the target alone from random weights.
+    """Unsup-T: MoCoV2 on the target, from random weights.
 
     ``fastuft pretrain --target pets/train --data.batch_size 256 --optim.lr 0.03 --out runs/scratch``
 
@@ -125,7 +125,7 @@ def from_scratch(scale: Scale) -> Recipe:
 
 
 def naive(scale: Scale) -> Recipe:
-    """Contrastive learning goes on with the target alone: lr 0.015, batch 256, 200 epochs, cosine.
+    """Contrastive learning continues on the target alone: learning rate 0.015, batch size 256, 200 epochs, cosine.
 
     ``fastuft finetune --init mocov2.pth --target pets/train --method.mix none --out runs/naive``
 
@@ -167,10 +167,10 @@ def train_config(backbone: Backbone, scale: Scale, *, target: str, source: str, 
     """The training that makes a backbone.
 
     Args:
-        backbone: which.
+        backbone: the backbone to make.
         scale: sizes.
         target: training images of its data set.
-        source: the source set.
+        source: the source folder.
         init: the pretrained backbone.
         out: run folder.
     """
@@ -191,7 +191,7 @@ def train_config(backbone: Backbone, scale: Scale, *, target: str, source: str, 
     )
 
 
-FILLED_IN = "filled in"  # the paths of an evaluation, once it is known of what
+FILLED_IN = "filled in"  # stands for the paths of an evaluation until they are known
 
 PAPER = Scale(
     archs={
@@ -203,7 +203,7 @@ PAPER = Scale(
     source="imagenet/train",
     source_size=1_281_167,
     pretraining=Training(epochs=800, lr=0.24, batch_size=2048),
-    # The paper is silent; MoCoV2's rate at batch 256 and its 800 epochs.
+    # The paper is silent; these are MoCoV2's learning rate for batch size 256 and its 800 epochs.
     scratch=Training(epochs=800, lr=0.03, batch_size=256),
     finetuning=Training(epochs=200, lr=0.015, batch_size=256),
     supervised=None,
@@ -212,7 +212,7 @@ PAPER = Scale(
     evaluation=EvalConfig(checkpoint=FILLED_IN, train=FILLED_IN, size=224, gallery=0),
 )
 
-# The demo's network, views and rates; shorter, because the grid has 24 trainings and 34 evaluations.
+# The demo's network, views and learning rates, but shorter, because the grid has 24 trainings and 34 evaluations.
 TINY = Scale(
     archs={
         ("unsupervised", "resnet50"): "resnet_tiny",
@@ -233,7 +233,7 @@ TINY = Scale(
         train=FILLED_IN,
         size=SMALL_IMAGES.size,
         resize=SMALL_IMAGES.size,
-        # Rates chosen for this network on held-out training digits, few-shot finetuning's; FixMatch takes them as well.
+        # Learning rates chosen for few-shot finetuning of this network on held-out training digits; FixMatch uses them too.
         fewshot=FewShotConfig(epochs=15, lr=1.0, backbone_lr=1e-2, crop_scale=(1.0, 1.0), flip_p=0.0),
         semi=SemiConfig(epochs=15, batch_size=16),
         clustering=ClusteringConfig(restarts=3),

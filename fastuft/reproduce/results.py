@@ -1,4 +1,4 @@
-"""Every trial's figure, the tables beside the paper's, and Figure 1, from the evaluations that are there."""
+"""The figures of all trials, the tables beside the paper's, and Figure 1, from the existing evaluations."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastuft.reproduce.recipes import Scale
 
 
 def write_results(plan: Plan, config: ReproduceConfig, scale: Scale, folders: GridFolders) -> None:
-    """Write results.jsonl, the comparison and, where it is asked for, Figure 1.
+    """Write results.jsonl, the comparison and, if chosen, Figure 1.
 
     Args:
         plan: the cells.
-        config: which tables, seeds and figures.
-        scale: whether the figures compare with the paper's.
-        folders: where evaluations lie and tables go.
+        config: tables, seeds and figures.
+        scale: whether figures are comparable with the paper's.
+        folders: the output folder.
     """
     folders.out.mkdir(parents=True, exist_ok=True)
     rows = _rows(plan, config, folders)
@@ -31,8 +31,8 @@ def write_results(plan: Plan, config: ReproduceConfig, scale: Scale, folders: Gr
     notes = [f"Scale: {config.scale}; {config.trials} trials per figure."]
     if scale.write_data is not None:
         notes.append(
-            "These are small networks on embedded images: the figures show that the grid runs, and are not "
-            "comparable with the paper's, which are printed beside them."
+            "These are small networks on bundled images: the figures show that the grid runs, and are not comparable with "
+            "the paper's, which are printed beside them."
         )
     if rows:
         everything = set(config.datasets) == set(DATASETS)

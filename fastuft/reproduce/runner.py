@@ -1,6 +1,6 @@
-"""From the grid to figures: plan, train what is missing, evaluate, and set the results beside the paper's.
+"""From the grid to figures: plan, train missing backbones, evaluate, and set the results beside the paper's.
 
-Whatever is finished is kept, so the same command goes on after a stop, and the tasks of a job array work side by side.
+Finished parts are kept, so the same command continues after an interruption, and tasks of a job array work side by side.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def reproduce(config: ReproduceConfig, scale: Scale | None = None) -> int:
     """Print the plan, or run this task's share of it and write the tables.
 
     Args:
-        config: what to reproduce, and where.
-        scale: sizes; by default those that ``config.scale`` names.
+        config: what to reproduce, and the output folder.
+        scale: sizes; by default those named by ``config.scale``.
 
     Returns:
-        The number of parts that failed, whose reasons are printed.
+        The number of failed parts, whose reasons are printed.
 
     Raises:
-        ValueError: what cannot work, before anything runs.
+        ValueError: it cannot work; raised before anything runs.
     """
     scale = scale or SCALES[config.scale]
     folders = GridFolders(Path(config.out), config.weights)
@@ -50,7 +50,7 @@ def reproduce(config: ReproduceConfig, scale: Scale | None = None) -> int:
 
 
 def run_plan(plan: Plan, config: ReproduceConfig, scale: Scale, folders: GridFolders) -> int:
-    """Do this task's share of the stage; returns the number of parts that failed, whose reasons are printed."""
+    """Do this task's share of the stage; returns the number of failed parts, whose reasons are printed."""
     check_plan(plan, config, scale, folders)
     work = Executor(plan, config, scale, folders)
     if config.stage != "tables":

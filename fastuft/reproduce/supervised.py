@@ -1,4 +1,4 @@
-"""Supervised training of a backbone on labeled folders: the pretraining of Tables 3 and 4 where no checkpoint is given."""
+"""Supervised training of a backbone on class folders: the pretraining of Tables 3 and 4 if no checkpoint is given."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def train_supervised(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Train a backbone and a linear classifier by cross-entropy; the backbone is written into ``out``.
+    """Train a backbone and a linear classifier with cross-entropy, and write the backbone into ``out``.
 
-    SGD with momentum 0.9, weight decay 1e-4 and a cosine schedule to zero over all steps.
+    It uses SGD with momentum 0.9, weight decay 1e-4 and a cosine schedule to zero over all steps.
 
     Args:
-        folder: class sub-folders of images.
-        out: run folder; backbone.safetensors is written at the end, atomically.
-        arch: network.
+        folder: class folders of images.
+        out: run folder; backbone.safetensors is written at the end.
+        arch: the network.
         stem: its stem.
         augment: views.
         epochs: passes over the images.
         lr: learning rate.
         batch_size: images per step.
-        seed: of weights, order and views.
-        device: where to train.
+        seed: seed of weights, order and views.
+        device: the device to train on.
 
     Returns:
         The mean loss of the last epoch.

@@ -1,7 +1,7 @@
-"""The demo's digits in the published layouts of the paper's data sets, so that the whole grid runs on a CPU.
+"""The demo's digits in the published layouts of the paper's data sets, for running the whole grid on a CPU.
 
-The 1,797 digits of scikit-learn are dealt into four disjoint parts, one a data set, and written exactly as Caltech101,
-Oxford-IIIT Pet, CIFAR-100 and Food-101 are published. The source set is the demo's glyphs, in class folders.
+The 1,797 digits of scikit-learn are divided into four disjoint parts, one per data set, and written exactly as Caltech101,
+Oxford-IIIT Pet, CIFAR-100 and Food-101 are published. The source is the demo's glyphs, in class folders.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def _write_cifar100(folder: Path, num_train: int) -> None:
 
 
 def write_tiny_datasets(root: str | Path, *, num_train: int, num_glyphs: int) -> str:
-    """Write the four data sets and the source set below ``root``, each once and whole; return the source folder.
+    """Write the four data sets and the source below ``root``, each once and whole; returns the source folder.
 
     Args:
-        root: the data root, as ``prepare_dataset`` takes it.
-        num_train: training images of each data set (of about 449; Caltech101's split is drawn when it is read).
-        num_glyphs: images of the source set.
+        root: the data root, as in ``prepare_dataset``.
+        num_train: training images of each data set (out of about 449; Caltech101's split is drawn when it is read).
+        num_glyphs: images of the source.
     """
     root = Path(root)
     source = write_demo_images(root / "demo", num_glyphs=num_glyphs).source
@@ -98,7 +98,7 @@ def write_tiny_datasets(root: str | Path, *, num_train: int, num_glyphs: int) ->
         if folder.exists():
             continue
         partial = root / f"{layout.folder}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left over from a killed process
         writers[name](partial)
         partial.rename(folder)
     return source

@@ -1,4 +1,4 @@
-"""One training of a grid: in this process, or in several of this machine; what is finished is kept."""
+"""One training of a grid, in this process or in several on this machine; finished trainings are kept."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from fastuft.reproduce.supervised import train_supervised
 from fastuft.runfolder import RunFolder
 from fastuft.trainer import EXIT_PREEMPTED, train
 
-# A run's settings that change none of its figures.
+# Settings of a run that change none of its figures.
 _NEUTRAL = ("resume", "runtime", "out", "watch", "max_steps")
 
 
 def pretrain(backbone: Backbone, source: str, config: ReproduceConfig, scale: Scale, folders: GridFolders) -> None:
-    """Train a pretrained backbone on the source, without labels or with them, unless it is finished."""
+    """Train a pretrained backbone on the source, with or without labels, unless it is finished."""
     if backbone.method != "sup_S":
         finetune(backbone, source, source, backbone.name, config, scale, folders)
         return
@@ -46,7 +46,7 @@ def pretrain(backbone: Backbone, source: str, config: ReproduceConfig, scale: Sc
         epochs=training.epochs,
         lr=training.lr,
         batch_size=training.batch_size,
-        # Tables 3 and 4 may share a network at the tiny scale; their weights differ all the same.
+        # Tables 3 and 4 may share a network at the tiny scale; their weights still differ.
         seed=len(backbone.network),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
@@ -61,19 +61,19 @@ def finetune(
     scale: Scale,
     folders: GridFolders,
 ) -> None:
-    """Train one backbone, or go on with it, unless it is finished.
+    """Train one backbone, or resume its training, unless it is finished.
 
     Args:
-        backbone: which.
+        backbone: the backbone to train.
         target: training images of its data set.
-        source: the source set.
-        mark: what the printed line begins with.
-        config: how the grid is run.
+        source: the source folder.
+        mark: beginning of the printed line.
+        config: how to run the grid.
         scale: sizes.
-        folders: where the run lies.
+        folders: the output folder.
 
     Raises:
-        ValueError: the run folder holds a run of other settings, or processes ended early.
+        ValueError: the run folder has a run with other settings, or processes ended early.
         SystemExit: the training was asked to stop.
     """
     run = train_config(
@@ -99,19 +99,19 @@ def finetune(
 
 
 def _check_same(run: TrainConfig) -> None:
-    """Refuse to mix runs of different settings in one output folder."""
+    """Refuse to mix runs with different settings in one output folder."""
     before, now = RunFolder(Path(run.out)).read_given(), plain(run)
     if not before:
         return
     changed = [name for name in now if name not in _NEUTRAL and before.get(name) != now[name]]
     if changed:
         raise ValueError(
-            f"{run.out} holds a run with another {', '.join(changed)}; choose another out, or remove that folder"
+            f"{run.out} has a run with another {', '.join(changed)}; choose another out, or remove that folder"
         )
 
 
 def _train_in_processes(run: TrainConfig, processes: int, summary: Path) -> str | None:
-    """Train in several processes of this machine; the signal that stopped them, or None."""
+    """Train in several processes on this machine; returns the signal that stopped them, or None."""
     folder = Path(run.out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.with_suffix(".yaml")
@@ -120,17 +120,17 @@ def _train_in_processes(run: TrainConfig, processes: int, summary: Path) -> str 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", "-m", "fastuft.cli", "pretrain", "--config", str(file)]
     failed = _run_stoppable(command) != 0
-    fresh = summary.exists() and summary.stat().st_mtime_ns != before  # an older one tells of an earlier stop
+    fresh = summary.exists() and summary.stat().st_mtime_ns != before  # an older one is from an earlier stop
     result = read_json(summary) if fresh else {}
     if result.get("interrupted"):
         return str(result["interrupted"])
     if failed or not result.get("finished"):
-        raise ValueError(f"training ended early in {processes} processes; the same command goes on")
+        raise ValueError(f"training ended early in {processes} processes; the same command continues it")
     return None
 
 
 def _run_stoppable(command: list[str]) -> int:
-    """Run a command; what asks this process to stop meanwhile (SIGTERM, SIGUSR1) is passed on to it as SIGTERM."""
+    """Run a command; signals that ask this process to stop meanwhile (SIGTERM, SIGUSR1) are passed to it as SIGTERM."""
     process: subprocess.Popen[bytes] | None = None
     asked = False
 
@@ -140,12 +140,12 @@ def _run_stoppable(command: list[str]) -> int:
         if process is not None:
             process.terminate()
 
-    main_thread = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    main_thread = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
     names = [name for name in ("SIGTERM", "SIGUSR1") if main_thread and hasattr(signal, name)]
     before = {getattr(signal, name): signal.signal(getattr(signal, name), pass_on) for name in names}
     try:
         process = subprocess.Popen(command)
-        if asked:  # between the handlers and the start
+        if asked:  # after the handlers were set and before the start
             process.terminate()
         return process.wait()
     finally:

@@ -1,4 +1,4 @@
-"""A run folder: the names of its files, and how each is written, read and checked. Reading needs no torch."""
+"""A run folder: the names of its files, and how each is written, read and checked. Reading does not need torch."""
 
 from fastuft.runfolder.checkpoints import CheckpointError, Checkpoints, load_checkpoint
 from fastuft.runfolder.folder import RunFolder

@@ -1,4 +1,4 @@
-"""Checkpoints: whole, checked, and never the last good one at risk. A checkpoint is the file; a state is its content."""
+"""Checkpoints: written whole, checked, and without risk to the last good one. A checkpoint is a file; a state, its content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, or could not be written; the message says why and what is left."""
+    """A checkpoint that cannot be used or could not be written; the message says why, and what is left."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Newest(Generic[T]):
     """The newest whole checkpoint of a folder.
 
     Args:
-        path: where it is; None where no checkpoint is whole.
-        content: what was read of it.
-        reasons: why newer ones were passed over, one message each.
+        path: its path, or None if no checkpoint is whole.
+        content: what was read from it.
+        reasons: why newer ones were skipped, one message each.
     """
 
     path: Path | None
@@ -43,13 +43,13 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: where they are; it need not exist.
+        folder: their folder, which need not exist.
     """
 
     folder: Path
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is kept."""
+        """The path of a step's checkpoint."""
         return self.folder / f"step_{step:08d}.pt"
 
     def all(self) -> list[tuple[int, Path]]:
@@ -62,12 +62,12 @@ class Checkpoints:
 
         Args:
             step: steps done.
-            state: tensors, numbers, strings, lists and dicts alone.
-            keep_last: newest whole ones to keep, this one included.
-            keep_every: also keep those whose step is a multiple of it; 0 keeps none.
+            state: only tensors, numbers, strings, lists and dicts.
+            keep_last: how many of the newest whole checkpoints to keep, including this one.
+            keep_every: also keep checkpoints whose step is a multiple of it; 0 keeps no others.
 
         Raises:
-            CheckpointError: the disk refused (full, gone); earlier checkpoints are as they were.
+            CheckpointError: it could not be written (disk full, folder removed); earlier checkpoints are unchanged.
         """
         import torch
 
@@ -76,36 +76,36 @@ class Checkpoints:
         content = buffer.getbuffer()
         path = self.path(step)
         try:
-            self.folder.mkdir(exist_ok=True)  # the run folder itself must be there still
+            self.folder.mkdir(exist_ok=True)  # the run folder itself must still exist
             remove_leftovers(self.folder)
-            # The digest first: a kill between the two leaves a digest without a file, which nothing looks at.
+            # The digest first: a kill between the two leaves a digest without a file, which nothing reads.
             write_whole(_digest_path(path), hashlib.sha256(content).hexdigest().encode())
             write_whole(path, content)
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {path} could not be written ({error.strerror}); the last good one is "
-                f"{self.last_good()}. Free the disk and go on with resume=auto."
+                f"{self.last_good()}. Free some disk space and continue with resume=auto."
             ) from error
         self._drop_old(step, keep_last, keep_every)
         return path
 
     def _drop_old(self, written: int, keep_last: int, keep_every: int) -> None:
-        """Drop what is older than ``keep_last`` whole checkpoints; the one just written counts first."""
+        """Drop checkpoints older than the ``keep_last`` newest whole ones, of which the one just written is the first."""
         kept = 1
         for step, path in self.all():
             if step == written:
                 continue
             if kept < keep_last:
-                kept += _is_whole(path)  # a damaged one takes nobody's place
+                kept += _is_whole(path)  # a damaged one does not count
             elif step < written and not (keep_every and step % keep_every == 0):
                 path.unlink(missing_ok=True)
                 _digest_path(path).unlink(missing_ok=True)
 
     def newest(self, read: Callable[[Path], T]) -> Newest[T]:
-        """The newest checkpoint that is whole.
+        """The newest whole checkpoint.
 
         Args:
-            read: :func:`load_checkpoint` for its state, :func:`check_digest` for nothing but its wholeness.
+            read: :func:`load_checkpoint` to get its state, :func:`check_digest` only to check that it is whole.
         """
         reasons: list[str] = []
         for _, path in self.all():
@@ -121,10 +121,10 @@ class Checkpoints:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that a checkpoint holds, on the CPU, checked against its digest; nothing in it is executed.
+    """The state in a checkpoint, on the CPU, checked against its digest; nothing in it is executed.
 
     Raises:
-        CheckpointError: missing, truncated, altered, or not of this program.
+        CheckpointError: missing, truncated, altered, or not written by this program.
     """
     import torch
 
@@ -133,15 +133,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     content = _read(path)
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a foreign file
+    except Exception as error:  # torch raises many types for other files
         raise CheckpointError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of this program; use it as init instead")
+        raise CheckpointError(f"{path} was not written by this program; use it as init instead")
     return state
 
 
 def check_digest(path: Path) -> None:
-    """Check that a checkpoint is what was written, without torch.
+    """Check that a checkpoint is as it was written, without torch.
 
     Raises:
         CheckpointError: missing, truncated or altered.

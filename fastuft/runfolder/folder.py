@@ -1,4 +1,4 @@
-"""The folder of one run: its files by name, and which of them holds the weights."""
+"""The folder of one run: the names of its files, and which of them holds the weights."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fastuft.runfolder.sealed import damage
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What one run leaves behind, and where.
+    """What one run writes, and where.
 
     Args:
-        path: the folder; it need not exist.
+        path: the folder, which need not exist.
     """
 
     path: Path
 
     @property
     def config_file(self) -> Path:
-        """The configuration, YAML; what was left to the program is replaced by what it chose."""
+        """The configuration, YAML; what was left to the program is replaced with what it chose."""
         return self.path / "config.yaml"
 
     @property
@@ -49,12 +49,12 @@ class RunFolder:
 
     @property
     def summary_file(self) -> Path:
-        """What came of the run."""
+        """The outcome of the run."""
         return self.path / "summary.json"
 
     @property
     def stopped_file(self) -> Path:
-        """There while a run that was asked to stop waits to go on."""
+        """Exists while a run that was asked to stop waits to be resumed."""
         return self.path / "stopped.json"
 
     @property
@@ -64,20 +64,20 @@ class RunFolder:
 
     @property
     def last_file(self) -> Path:
-        """The backbone of the last step, where the exported one is that of another."""
+        """The backbone of the last step, if the exported one is from another step."""
         return self.path / "last.safetensors"
 
     @property
     def start_file(self) -> Path:
-        """The backbone that the run started from, where a verdict may fall back to it."""
+        """The backbone that the run started from, if a verdict may fall back to it."""
         return self.path / "start.safetensors"
 
     def judged_file(self, step: int) -> Path:
-        """The backbone of the step that is the best so far, where a verdict selects it."""
+        """The backbone of the best step so far, if a verdict selects it."""
         return self.path / f"judged_{step:08d}.safetensors"
 
     def judged_files(self) -> list[Path]:
-        """Those that are there; one, but for the moment in which a better one is kept."""
+        """The existing ones: one, except for the moment in which a better one is written."""
         return sorted(self.path.glob("judged_*.safetensors"))
 
     @property
@@ -92,30 +92,30 @@ class RunFolder:
 
     @property
     def arrays_file(self) -> Path:
-        """What the report draws of an evaluation."""
+        """The arrays of an evaluation that the report plots."""
         return self.path / "eval_arrays.npz"
 
     @property
     def report_files(self) -> tuple[Path, ...]:
-        """What a report reads; each may be missing."""
+        """The files that a report reads; each may be missing."""
         return (self.metrics_file, self.summary_file, self.config_file, self.evaluation_file, self.arrays_file)
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """What the run can go on from."""
+        """The checkpoints from which the run can resume."""
         return Checkpoints(self.path / "checkpoints")
 
     @property
     def has_weights(self) -> bool:
-        """Whether training has left anything that another run must not write over."""
+        """Whether training has written anything that another run must not overwrite."""
         exported = (self.backbone_file, self.last_file, *self.judged_files())
         return any(file.exists() for file in exported) or bool(self.checkpoints.all())
 
     def write_config(self, config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-        """Write the configuration, nested mappings of plain values: as it is used, and as it was given.
+        """Write the configuration as it is used and as it was given, both as nested mappings of plain values.
 
         Raises:
-            OSError: the disk refused.
+            OSError: the file could not be written.
         """
         import yaml
 
@@ -123,7 +123,7 @@ class RunFolder:
             write_whole(file, yaml.safe_dump(dict(values), sort_keys=False).encode())
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration as it is used, as nested mappings; empty where there is none.
+        """The configuration as it is used, as nested mappings; empty if there is none.
 
         Raises:
             ValueError: damaged.
@@ -131,7 +131,7 @@ class RunFolder:
         return _read_yaml(self.config_file)
 
     def read_given(self) -> dict[str, Any]:
-        """The configuration as it was given, as nested mappings; empty where there is none.
+        """The configuration as it was given, as nested mappings; empty if there is none.
 
         Raises:
             ValueError: damaged.
@@ -139,15 +139,15 @@ class RunFolder:
         return _read_yaml(self.given_file)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write what came of the run.
+        """Write the outcome of the run.
 
         Raises:
-            OSError: the disk refused.
+            OSError: the file could not be written.
         """
         write_json(self.summary_file, summary)
 
     def read_summary(self) -> dict[str, Any]:
-        """What came of the run; empty where it has not ended.
+        """The outcome of the run; empty if it has not ended.
 
         Raises:
             ValueError: damaged.
@@ -155,22 +155,22 @@ class RunFolder:
         return read_json(self.summary_file) if self.summary_file.exists() else {}
 
     def write_stopped(self, signal: str, progress: Progress) -> None:
-        """Note that the run was asked to stop, by whom and where, for the scheduler that started it.
+        """Record that the run was asked to stop, by which signal and at which step, for the scheduler that started it.
 
         Raises:
-            OSError: the disk refused.
+            OSError: the file could not be written.
         """
         write_json(self.stopped_file, {"signal": signal, "step": progress.global_step, "epoch": progress.epoch})
 
     def lock(self) -> RunLock:
-        """Hold the folder for this process; no other run may work in it meanwhile."""
+        """A lock that holds the folder for this process; no other run may work in it meanwhile."""
         return RunLock(self.path, self.path / "run.lock")
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write these rows in place of those that are there.
+        """Replace all rows with these.
 
         Raises:
-            OSError: the disk refused.
+            OSError: the file could not be written.
         """
         write_whole(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -184,27 +184,27 @@ class RunFolder:
         return [row for row in rows if isinstance(row.get("step"), int)]
 
     def weights_file(self, *, backbone_first: bool = False) -> Path:
-        """The file to take the run's weights from; damaged ones are passed over with a warning.
+        """The file to take the run's weights from; damaged ones are skipped with a warning.
 
-        Where a verdict selected the exported backbone, it comes before the newest checkpoint.
+        If a verdict selected the exported backbone, it comes before the newest checkpoint.
 
         Args:
-            backbone_first: prefer the exported backbone to the newest checkpoint, which holds the head too.
+            backbone_first: prefer the exported backbone to the newest checkpoint, which also has the head.
 
         Raises:
-            CheckpointError: nothing in the folder holds weights, or nothing that does is whole.
+            CheckpointError: the folder has no file with weights, or none that is whole.
         """
-        places = (self._whole_checkpoint, self._whole_backbone)
+        sources = (self._whole_checkpoint, self._whole_backbone)
         reasons: list[str] = []
-        for place in reversed(places) if backbone_first or self.last_file.exists() else places:
-            file, damaged = place()
+        for find in reversed(sources) if backbone_first or self.last_file.exists() else sources:
+            file, damaged = find()
             reasons += damaged
             if file is not None:
                 for reason in reasons:
                     warnings.warn(f"{reason}; {file} is used instead", stacklevel=2)
                 return file
         if reasons:
-            raise CheckpointError(f"no checkpoint in {str(self.path)!r} is whole: {reasons[0]}; copy the run again")
+            raise CheckpointError(f"{str(self.path)!r} has no undamaged weights: {reasons[0]}; copy the run again")
         raise CheckpointError(
             f"{str(self.path)!r} is a folder without checkpoints; name a run folder or a checkpoint file"
         )

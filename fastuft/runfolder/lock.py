@@ -1,4 +1,4 @@
-"""One run per folder: a lock of the operating system that is released when its process ends, however it ends."""
+"""One run per folder: a lock of the operating system, which is released when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from types import TracebackType
 
 try:
     import fcntl
-except ImportError:  # no POSIX system: the folder cannot be locked, which is said
+except ImportError:  # not a POSIX system: the folder cannot be locked, and a warning says so
     fcntl = None  # type: ignore[assignment]
 
-_PATIENCE = 2.0  # seconds for a process that is just ending, as before an elastic restart
+_PATIENCE = 2.0  # seconds to wait for a process that is just ending, as before an elastic restart
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-_own: set[Path] = set()  # locks of this process, which its own later locks would not meet
+_own: set[Path] = set()  # locks of this process: the system would grant it the same lock again
 
 
 class FolderInUseError(ValueError):
-    """Another run works in the folder; the message names its host, process and start."""
+    """Another run works in the folder; the message names its host, process and start time."""
 
 
 class FolderLostError(ValueError):
@@ -31,14 +31,14 @@ class FolderLostError(ValueError):
 
 
 class RunLock:
-    """Holds a folder for this process, from ``with`` to its end.
+    """Holds a folder for this process during a ``with`` block.
 
-    A POSIX record lock on a file in the folder: children do not inherit it, NFS passes it on, and the system releases it
-    when the process dies. Where the file system has no locks one warning is given, and nothing is held.
+    It is a POSIX record lock on a file in the folder: children do not inherit it, NFS supports it, and the system
+    releases it when the process dies. If the file system has no locks, one warning says so and nothing is held.
 
     Args:
-        folder: the folder; it is made, and removed again at the end if nothing is in it.
-        file: the lock's file in it, which holds host, process and start of its holder as JSON.
+        folder: the folder; it is created if needed, and removed again at the end if it is empty.
+        file: the lock file in it, with the host, process and start time of the holder as JSON.
     """
 
     def __init__(self, folder: Path, file: Path) -> None:
@@ -72,11 +72,11 @@ class RunLock:
         _own.discard(self._file)
         if self._handle is None:
             return
-        with suppress(OSError):  # removed meanwhile
+        with suppress(OSError):  # already removed
             self._file.unlink()
         os.close(self._handle)  # releases the lock
         self._handle = None
-        with suppress(OSError):  # holds files: the usual case
+        with suppress(OSError):  # not empty: the usual case
             self._folder.rmdir()
 
     def check(self) -> None:
@@ -91,18 +91,18 @@ class RunLock:
             found = None
         if found is None or (found.st_dev, found.st_ino) != self._identity:
             raise FolderLostError(
-                f"out={str(self._folder)!r} was removed or replaced while the run worked in it, and what was saved there "
-                "is gone with it; start the run again"
+                f"out={str(self._folder)!r} was removed or replaced while the run worked in it, so what was saved there "
+                "is lost; start the run again"
             )
 
     def _try(self) -> bool:
-        """Lock the file once; False where another process holds it."""
+        """Try once to lock the file; False if another process holds it."""
         handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             if fcntl is None:
                 raise OSError(errno.ENOSYS, "no file locks on this system")
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self._is(handle):  # its last holder removed it between our two calls
+            if not self._is(handle):  # its last holder removed the file between our two calls
                 os.close(handle)
                 return False
             os.ftruncate(handle, 0)
@@ -114,8 +114,8 @@ class RunLock:
             if error.errno not in _UNSUPPORTED:
                 raise
             warnings.warn(
-                f"out={str(self._folder)!r} is on a file system without locks ({error.strerror}): nothing keeps a second "
-                "run from working in it",
+                f"out={str(self._folder)!r} is on a file system without locks ({error.strerror}), so a second run could "
+                "work in it unnoticed",
                 stacklevel=3,
             )
             return True

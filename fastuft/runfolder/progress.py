@@ -1,4 +1,4 @@
-"""How far a run has come."""
+"""The progress of a run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; a checkpoint holds these numbers under the same names.
+    """The progress of a run; a checkpoint has these numbers under the same names.
 
     Args:
-        epoch: epochs done.
-        step: steps done of the epoch that is under way.
-        global_step: steps done in all.
-        images: images trained on by all ranks, repetitions counted.
-        seconds: time spent, the parts before each resume included.
+        epoch: completed epochs.
+        step: completed steps of the current epoch.
+        global_step: completed steps in total.
+        images: images that all ranks trained on, counting repetitions.
+        seconds: time spent, including the time before each resume.
     """
 
     epoch: int = 0
@@ -28,23 +28,23 @@ class Progress:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Progress:
-        """The progress that a checkpoint's state holds."""
+        """The progress in a checkpoint's state."""
         return cls(**{field.name: state[field.name] for field in dataclasses.fields(cls)})
 
     def after_step(self, images: int) -> Progress:
-        """One step of the epoch further, which took ``images`` images."""
+        """The progress after one more step, on ``images`` images."""
         return dataclasses.replace(
             self, step=self.step + 1, global_step=self.global_step + 1, images=self.images + images
         )
 
     def after_epoch(self) -> Progress:
-        """At the start of the next epoch."""
+        """The progress at the start of the next epoch."""
         return dataclasses.replace(self, epoch=self.epoch + 1, step=0)
 
     def at(self, seconds: float) -> Progress:
-        """The same after ``seconds`` in all."""
+        """The same progress after ``seconds`` in total."""
         return dataclasses.replace(self, seconds=seconds)
 
     def as_dict(self) -> dict[str, int | float]:
-        """The numbers by name, as a checkpoint holds them."""
+        """The numbers by name, as in a checkpoint."""
         return dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""JSON files and files of one JSON object per line."""
+"""JSON files, and files with one JSON object per line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write one object, whole or not at all.
 
     Raises:
-        OSError: the disk refused; an older file is as it was.
+        OSError: the file could not be written; an older file is unchanged.
     """
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
@@ -35,22 +35,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read one object.
 
     Raises:
-        ValueError: not JSON, or something else than an object.
+        ValueError: not JSON, or not an object.
         OSError: missing or unreadable.
     """
     try:
         value = json.loads(read_file(path).decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
-        raise ValueError(f"{path} is not JSON ({error}); run the step that writes it again") from error
+        raise ValueError(f"{path} is not JSON ({error}); repeat the step that writes it") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object; run the step that writes it again")
+        raise ValueError(f"{path} is not a JSON object; repeat the step that writes it")
     return value
 
 
 def json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """(rows, complaints): the objects of a JSON-lines file, and what is wrong with its other lines.
 
-    A last line that a crash cut short is left out without complaint.
+    A last line that a crash truncated is left out silently.
 
     Raises:
         OSError: missing or unreadable.
@@ -76,7 +76,7 @@ def json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a last line that a crash cut short is left out.
+    """The rows of a JSON-lines file; a last line that a crash truncated is left out.
 
     Raises:
         ValueError: any other line that is not an object.

@@ -149,5 +149,5 @@ def test_a_loaded_backbone_embeds_and_its_file_needs_a_checkpoint(job, tmp_path)
     assert backbone.training and not features.requires_grad
     again, _ = fastuft.embed([job.root / "photos"], job.root / "start.safetensors", **options)
     torch.testing.assert_close(features, again)
-    with pytest.raises(ValueError, match="give its path instead"):
+    with pytest.raises(ValueError, match="pass its path instead"):
         fastuft.embed(job.root / "photos", backbone, out=tmp_path / "a.npz")

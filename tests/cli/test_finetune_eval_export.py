@@ -130,12 +130,14 @@ def test_evaluation_with_and_without_labels(job):
         "--out",
         job.root / "unlabeled",
     )
-    assert "no accuracy is known" in output and "forgetting of the source is not known" in output
+    assert "few-shot accuracy are not known" in output and "forgetting of the source is not known" in output
     assert "neighbors kept %" in output and "uniformity" in output and "target CKA" in output
     figures = json.loads((job.root / "unlabeled" / "eval.json").read_text())
     assert "retrieval" not in figures and {"before", "target_drift", "neighbor_overlap"} <= set(figures["label_free"])
     page = (job.root / "unlabeled" / "report.html").read_text()
-    assert "no accuracy is known" in page and ">before<" in page and ">after<" in page  # neighbors side by side
+    assert (
+        "few-shot accuracy are not known" in page and ">before<" in page and ">after<" in page
+    )  # neighbors side by side
 
 
 def test_export_and_evaluation_of_the_exported_file(job):

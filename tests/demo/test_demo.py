@@ -69,7 +69,7 @@ def test_figures_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
     for _ in range(2):  # the same settings go on
         with pytest.raises(RuntimeError, match="the work began"):
             run.run_demo(str(tmp_path), trials=2)
-    with pytest.raises(ValueError, match=r"holds a demo with shots \[1, 2, 4, 8\], trials 2; .* choose another out"):
+    with pytest.raises(ValueError, match=r"has a demo with shots \[1, 2, 4, 8\], trials 2; .* choose another out"):
         run.run_demo(str(tmp_path), trials=3, shots=[1])
 
 

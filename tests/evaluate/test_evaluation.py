@@ -193,7 +193,7 @@ def test_without_labels_the_report_says_what_is_not_known(folders):
     result = evaluate_backbone(ColorNet(), config(folders, train=folders["flat"], test=None), before=ColorNet(1))
     metrics = result.metrics
     assert not metrics["labeled"] and not {"retrieval", "clustering", "fewshot", "forgetting"} & set(metrics)
-    assert "no accuracy is known" in metrics["statements"][0]
+    assert "few-shot accuracy are not known" in metrics["statements"][0]
     assert 0 <= metrics["label_free"]["neighbor_overlap"] <= 1
     assert math.isfinite(metrics["label_free"]["uniformity"])
     arrays = result.arrays
@@ -214,14 +214,14 @@ def test_unlabeled_test_and_source(folders):
         ColorNet(), config(folders, test=folders["flat"], source=folders["flat"]), before=ColorNet(1)
     ).metrics
     assert not metrics["labeled"] and "forgetting" not in metrics and "source_drift" in metrics
-    assert any("source has no class sub-folders" in s for s in metrics["statements"])
+    assert any("source has no class folders" in s for s in metrics["statements"])
 
 
 def test_few_shot_runs_that_do_not_settle_are_said(folders):
     metrics = evaluate_backbone(
         ColorNet(), config(folders, fewshot=dataclasses.replace(QUICK, lr=1e-6), trials=1)
     ).metrics
-    assert any("did not settle (training loss up to 1.1" in s for s in metrics["statements"])
+    assert any("did not converge (training loss up to 1.1" in s for s in metrics["statements"])
 
 
 def test_single_trial_has_no_spread_and_shots_may_be_left_out(folders):
@@ -242,7 +242,7 @@ def test_features_with_nan_are_refused(folders):
     backbone = ColorNet()
     with torch.no_grad():
         backbone.conv.weight[0] = float("nan")
-    with pytest.raises(ValueError, match="holds NaN or infinity in"):
+    with pytest.raises(ValueError, match="has NaN or infinity in"):
         evaluate_backbone(backbone, config(folders))
 
 

@@ -82,7 +82,7 @@ def test_a_damaged_entry_of_the_cache_is_made_again(tmp_path, damage):
     content = entry.read_bytes()
     flipped = content[:-1] + bytes([content[-1] ^ 1])
     entry.write_bytes({"truncated": content[:-9], "altered": flipped, "empty": b"", "foreign": b"x" * 99}[damage])
-    with pytest.warns(UserWarning, match="are damaged; they are made again"):
+    with pytest.warns(UserWarning, match="are damaged; they are computed again"):
         assert torch.equal(cached_features(backbone(), stream(), paths, cache, settings="32"), first)
     assert entry.read_bytes() == content
     assert torch.equal(cached_features(backbone(), iter(()), paths, cache, settings="32"), first)
@@ -90,7 +90,7 @@ def test_a_damaged_entry_of_the_cache_is_made_again(tmp_path, damage):
 
 def test_a_cache_that_cannot_be_written_loses_no_features(tmp_path):
     (tmp_path / "a").write_text("a")
-    with pytest.warns(UserWarning, match=r"could not be kept in .*a/.*: File exists"):
+    with pytest.warns(UserWarning, match=r"could not be cached in .*a/.*: File exists"):
         found = cached_features(backbone(), stream(), [str(tmp_path / "a")] * 7, tmp_path / "a", settings="32")
     assert found.shape == (7, 5)
 

@@ -25,27 +25,25 @@ def test_labels_of_test_images_count_in_the_classes_of_train(tmp_path):
     folders = folders_of(tmp_path, ["blue", "green", "red"], ["blue", "red"])
     assert folders.judged and folders.test.labels.tolist() == [0, 0, 2, 2]
     assert folders.test.classes == folders.train.classes
-    assert "none of 1 classes of the training images ('green')" in folders.doubts[0]
+    assert "1 classes of the training images have no test images ('green')" in folders.doubts[0]
 
 
 @pytest.mark.parametrize("left", [["only"], ["only", "spoilt"]])
-def test_images_of_one_class_are_taken_without_labels_and_that_is_said(tmp_path, left):
+def test_the_labels_of_a_single_class_are_ignored_with_a_statement(tmp_path, left):
     train, source = (write_images(tmp_path / name, left, 3, 0) for name in ("train", "source"))
     for path in tmp_path.rglob("spoilt/*"):
         path.write_bytes(b"")
     config = EvalConfig(checkpoint="c", train=train, test=train, source=source, on_bad_file="skip")
     folders = read_folders(config)
     assert not folders.train.labeled and not folders.source.labeled and not folders.judged
-    said = (
-        "has one class sub-folder only ('only'), and accuracies need at least two: its images are taken without labels"
-    )
+    said = "has only one class folder ('only'), but accuracies need at least two, so its labels are ignored"
     assert [f"{name} {said}." for name in ("train", "source")] == folders.doubts[:2]
 
 
 def test_accuracies_that_were_asked_for_need_two_classes(tmp_path):
     folder = write_images(tmp_path, ["only"], 3, 0)
     with pytest.raises(
-        ValueError, match=r"watch\.train='.*' has one class sub-folder only \('only'\), and accuracies need"
+        ValueError, match=r"watch\.train='.*' has only one class folder \('only'\), but accuracies need"
     ):
         read_classes("watch.train", folder)
     assert read_classes("watch.test", folder, fewest=1).classes == ["only"]
@@ -66,7 +64,7 @@ def test_images_of_other_suffixes_are_read_where_they_are_named(tmp_path):
 
 
 def test_a_single_image_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has one image; an evaluation needs at least two"):
+    with pytest.raises(ValueError, match="has only one image; an evaluation needs at least two"):
         read_folders(EvalConfig(checkpoint="c", train=write_images(tmp_path, ["one"], 1, 0) + "/one"))
 
 

@@ -78,7 +78,7 @@ def test_more_shots_than_images_leave_the_possible_ones(folders):
     metrics = evaluate(folders, fewshot=FewShotConfig(shots=[1, 4, 9], epochs=1)).metrics
     assert set(metrics["fewshot"]) == {"1", "4"}
     assert metrics["not_known"] == {
-        "9-shot accuracy": "it needs 9 training images of every class, and class 'blue' has 4"
+        "9-shot accuracy": "it needs 9 training images of every class, but class 'blue' has only 4"
     }
 
 
@@ -88,7 +88,7 @@ def test_one_image_per_class(folders, tmp_path):
     assert "single image" in metrics["not_known"]["Clustering accuracy"]
     assert (
         metrics["not_known"]["Retrieval accuracy"]
-        == "the 5 nearest neighbors are looked at, and there are 3 images to choose from"
+        == "it needs the 5 nearest neighbors, but there are only 3 images to choose from"
     )
     assert math.isfinite(metrics["fewshot"]["1"]["top1"]["mean"])
 

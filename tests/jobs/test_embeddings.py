@@ -163,7 +163,7 @@ def test_files_that_hold_no_embeddings_are_refused(tmp_path, content):
         file.write_bytes(content)
     else:
         np.savez(file, **content)
-    with pytest.raises(ValueError, match="does not hold embeddings"):
+    with pytest.raises(ValueError, match="does not have embeddings"):
         read_embeddings(str(file))
 
 
@@ -190,7 +190,7 @@ def test_a_pipe_holds_no_embeddings(tmp_path):
 
 def test_sizes_that_no_machine_can_hold_are_refused_before_memory_is_asked_for(config):
     with pytest.raises(
-        ValueError, match=r"size=1000000 and resize=1142857 with 3 images per batch take .*TB, and there are"
+        ValueError, match=r"size=1000000 and resize=1142857 with 3 images per batch need .*TB, but there are"
     ):
         embed_images(dataclasses.replace(config, size=1_000_000))
     with pytest.raises(ValueError, match=r"threads=1000000000 is out of range; allowed: \[0, 1024\]"):
@@ -226,7 +226,7 @@ def test_search_with_other_weights_is_refused(collection, photos, tmp_path, caps
     export_backbone(build_backbone("resnet_tiny", "small"), tmp_path / "other.safetensors")
     words = ["search", str(photos / "7.png"), "--in", collection, "--checkpoint", str(tmp_path / "other.safetensors")]
     assert main(words) == 2
-    assert "holds other weights" in capsys.readouterr().err
+    assert "does not have the weights" in capsys.readouterr().err
 
 
 def test_search_in_a_file_without_settings_is_refused(photos, tmp_path, capsys):

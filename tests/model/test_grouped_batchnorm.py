@@ -93,7 +93,7 @@ def test_operators_are_what_torch_expects(affine, relu):
 def test_gradients_of_gradients_are_refused():
     x, weight, bias, _, upstream = make()
     out = grouped_batch_norm(BatchNorm(x, weight, bias, None, 3, EPS, True))[0]
-    with pytest.raises(RuntimeError, match="differentiable once; leave create_graph out"):
+    with pytest.raises(RuntimeError, match="differentiable only once; omit create_graph"):
         torch.autograd.grad(out, x, upstream, create_graph=True)
 
 

@@ -74,8 +74,8 @@ def test_what_a_layout_writes_is_found_again(name, prefix):
     assert name.startswith("DINOV2") or set(written) != {prefix + key for key in state}
 
 
-def test_a_tensor_that_a_layout_has_no_place_for_is_named():
-    with pytest.raises(ValueError, match=r"layout transformers ViT has no place for blocks\.0\.ls1\.gamma"):
+def test_a_tensor_that_a_layout_lacks_is_named():
+    with pytest.raises(ValueError, match=r"layout transformers ViT has no tensor for blocks\.0\.ls1\.gamma"):
         transformer_layouts.HF_VIT.export({"blocks.0.ls1.gamma": torch.ones(4)})
 
 

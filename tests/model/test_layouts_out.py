@@ -28,7 +28,7 @@ def test_exported_backbone_says_what_it_is(tmp_path):
 def test_backbone_without_metadata_needs_its_network_named(tmp_path):
     backbone = build_backbone("resnet18")
     torch.save(backbone.state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="does not say its network"):
+    with pytest.raises(ValueError, match="does not name its network"):
         load_backbone(tmp_path / "x.pth")
     assert equal(load_backbone(tmp_path / "x.pth", arch="resnet18"), backbone)
 
@@ -61,7 +61,7 @@ def test_export_of_resnet_v2_round_trips_through_timms_names(tmp_path):
     [
         ({"layout": "keras"}, "layout='keras' is not allowed"),
         ({"layout": "torchvision", "out": "x.onnx"}, "unknown suffix"),
-        ({"out": "x.pth"}, "unknown suffix for layout fastuft; use .safetensors"),
+        ({"out": "x.pth"}, "wrong suffix for layout fastuft; use .safetensors"),
     ],
 )
 def test_impossible_exports_are_refused(tmp_path, arguments, message):

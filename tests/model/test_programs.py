@@ -55,7 +55,7 @@ def test_a_torch_export_takes_any_batch_and_says_its_preprocessing(run, tmp_path
 
 def test_a_program_with_other_features_is_not_left(run, tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "_TOLERANCE", -1.0)
-    with pytest.raises(RuntimeError, match="gives other features than the backbone"):
+    with pytest.raises(RuntimeError, match="the features differ from the backbone's"):
         export(run.path, tmp_path / "x.pt2", layout="torch_export")
     assert not (tmp_path / "x.pt2").exists() and not (tmp_path / "x.json").exists()
 
@@ -75,7 +75,7 @@ def test_the_card_of_a_run_says_data_recipe_verdict_and_figures(run, tmp_path):
         "| target images, unlabeled | 3680 |",
         "| replayed source images | 128117 |",
         "| started from | /weights/moco.pth |",
-        "Told without labels: **better**",
+        "Without labels: **better**",
         "- rank rose by 12 %",
         "| retrieval accuracy | 63.7 % |",
         "| clustering accuracy | 47.3 % ± 1.0 |",
@@ -92,9 +92,9 @@ def test_a_run_of_which_little_is_recorded_gets_a_card_that_says_so(run):
     run.summary_file.write_text("{")
     run.config_file.unlink()
     (run.path / "eval" / "eval.json").unlink()
-    with pytest.warns(UserWarning, match=r"leaves out what cannot be read.*summary\.json"):
+    with pytest.warns(UserWarning, match=r"leaves out a file that cannot be read.*summary\.json"):
         card = model_card(build_backbone("resnet18"), run, "torchvision", "x.pth")
-    assert card.count("Not recorded.") == 2 and "No labeled evaluation" in card and "## Verdict" not in card
+    assert card.count("Not recorded.") == 2 and "has no labeled evaluation" in card and "## Verdict" not in card
     assert "network = torchvision.models.resnet18()" in card
 
 
@@ -116,9 +116,9 @@ def test_a_folder_of_transformers_is_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layout": "transformers", "out": "b.safetensors"}, "is a file; layout transformers writes a folder"),
+        ({"layout": "transformers", "out": "b.safetensors"}, "is a file, but layout transformers writes a folder"),
         ({"layout": "transformers", "out": "hf"}, "has no ResNet with stem 'small'"),
-        ({"layout": "onnx", "out": "x.pth"}, r"unknown suffix for layout onnx; use \.onnx"),
+        ({"layout": "onnx", "out": "x.pth"}, r"wrong suffix for layout onnx; use \.onnx"),
         ({"layout": "torch_export", "out": "x.pt2", "num_classes": 3}, "num_classes=3 is not available"),
     ],
 )

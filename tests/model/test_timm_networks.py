@@ -90,7 +90,7 @@ def test_what_timm_does_not_say_is_imagenets():
 
 
 def test_networks_that_do_not_pool_are_said():
-    with pytest.raises(ValueError, match=r"gives features of shape \(2, 4, 4, 4\), expected \(2, 6\)"):
+    with pytest.raises(ValueError, match=r"returns features of shape \(2, 4, 4, 4\), expected \(2, 6\)"):
         build_backbone("timm:unpooled")(torch.randn(2, 3, 8, 8))
 
 

@@ -64,7 +64,11 @@ def write_page(page, runs):
         ("eval.json", b'{"fewshot": {"x": {"mean_class": 0.5}}}', "'x' is not a number of images"),
         ("eval.json", b'{"fewshot": [1]}', "fewshot is not a figure"),
         ("eval.json", b'{"label_free": {"target_drift": [1]}}', "label_free.target_drift is not a figure"),
-        ("eval.json", b'{"statements": {"a": 1}, "classes": [1], "timings": [1]}', "statements is not a list of texts"),
+        (
+            "eval.json",
+            b'{"statements": {"a": 1}, "classes": [1], "timings": [1]}',
+            "statements is not a list of strings",
+        ),
         ("eval_arrays.npz", b"PK\x03\x04", "eval_arrays.npz: cannot be read"),
         ("eval_arrays.npz", b"", "eval_arrays.npz: cannot be read"),
     ],

@@ -329,7 +329,7 @@ def test_last_metrics_line_may_be_cut_short(tmp_path):
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds none of metrics\.jsonl"):
+    with pytest.raises(ValueError, match=r"has none of metrics\.jsonl"):
         load_run("arm", tmp_path)
     with pytest.raises(ValueError, match="runs is empty"):
         write_report(tmp_path / "report.html", [])

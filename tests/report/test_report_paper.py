@@ -93,9 +93,9 @@ def test_written_pages_link_to_the_runs(tmp_path, monkeypatch):
     ("rows", "message"),
     [
         ([{"table": "2"}], "row 1 lacks pretraining"),
-        ([row(170.0)], r"value=170\.0; allowed: a number from 0 to 100, per cent"),
+        ([row(170.0)], r"value=170\.0; allowed: a number from 0 to 100, in per cent"),
         ([row(None)], "value=None"),
-        ([row(1.0), row(2.0)], r"row 2 repeats 2 unsupervised .* of .*row 1"),
+        ([row(1.0), row(2.0)], r"row 2 repeats 2 unsupervised .* from .*row 1"),
     ],
 )
 def test_bad_results_are_refused(tmp_path, rows, message):
@@ -104,7 +104,7 @@ def test_bad_results_are_refused(tmp_path, rows, message):
 
 
 def test_no_results_yet(tmp_path):
-    with pytest.raises(ValueError, match="holds no results yet"):
+    with pytest.raises(ValueError, match="has no results yet"):
         write_comparison(tmp_path, write(tmp_path / "results.jsonl", []))
 
 

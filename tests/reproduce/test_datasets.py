@@ -52,7 +52,7 @@ def test_cifar_pixels_and_labels_are_exact(root, tmp_path):
 
 
 def test_wrong_sizes_are_refused(root, tmp_path):
-    words = r"200 training and 249 test images of 10 classes; expected are 3680 training and 3669 test images of 37"
+    words = r"200 training and 249 test images of 10 classes; expected 3680 training and 3669 test images of 37"
     with pytest.raises(ValueError, match=words):
         prepare_dataset("pet", root, tmp_path)
     for sizes in (Sizes(200, 250, 10), Sizes(201, None, 10), Sizes(200, None, 11)):
@@ -165,7 +165,7 @@ def test_python2_style_cifar_pickle_is_read(tmp_path):
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}, "no fine_labels from 0 to 9.*CIFAR-10 is another"),
         ({"data": np.zeros((2, 3072), np.uint8), "fine_labels": [0, 10]}, "no fine_labels from 0 to 9"),
         ({"data": np.zeros((2, 3000), np.uint8), "fine_labels": [0, 1]}, r"uint8 \(2, 3000\) as data"),
-        ({"data": np.zeros((3, 3072), np.uint8), "fine_labels": [0, 1]}, "expected are 2 rows of 3072 bytes"),
+        ({"data": np.zeros((3, 3072), np.uint8), "fine_labels": [0, 1]}, "expected 2 rows of 3072 bytes"),
         ({"data": [[0] * 3072], "fine_labels": [0]}, "has list as data"),
     ],
 )
@@ -263,8 +263,8 @@ def test_shard_and_member_names_of_any_kind_stay_inside_the_sample(tmp_path):
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ([], r"holds no \.tar shards"),
-        ([[("a.txt", b"")]], "hold no images; expected are files ending in .jpg"),
+        ([], r"has no \.tar shards"),
+        ([[("a.txt", b"")]], "have no images; expected files ending in .jpg"),
         ([[("1.jpg", b""), ("2.jpg", b""), ("1.cls", b"3")]], r"2\.jpg has '' as class"),
         ([[("1.jpg", b""), ("1.cls", b"../up")]], r"1\.jpg has '\.\./up' as class"),
     ],
@@ -295,7 +295,7 @@ def test_a_sample_goes_on_after_a_stop_and_is_not_mixed_with_another(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         extract_tar_sample(shards, tmp_path / "a", fraction=0.5, seed=0)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="holds another sample"):
+    with pytest.raises(ValueError, match="has another sample"):
         extract_tar_sample(shards, tmp_path / "a", fraction=1.0, seed=0)
     place = Path(extract_tar_sample(shards, tmp_path / "a", fraction=0.5, seed=0))
     assert len(list(place.glob("*/*.jpg"))) == 12

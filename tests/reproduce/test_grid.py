@@ -185,7 +185,7 @@ def test_dry_run_needs_no_data_and_shows_hours_only_from_a_rate(capsys, tmp_path
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "data is missing; name the folder that holds oxford-iiit-pet/"),
+        ({}, "data is missing; name the folder with oxford-iiit-pet/"),
         ({"data": "nowhere"}, "oxford-iiit-pet.*does not exist.*Download"),
         (
             {"weights": WeightsConfig(unsupervised_resnet50="gone.pth")},
@@ -204,7 +204,7 @@ def test_what_is_missing_is_named_before_anything_runs(tmp_path, changes, words)
 
 def test_processes_of_torchrun_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"--processes N, without torchrun"):
+    with pytest.raises(ValueError, match=r"without torchrun, once per machine"):
         reproduce(ReproduceConfig(out=str(tmp_path / "grid"), scale="tiny"))
     assert not (tmp_path / "grid").exists()
 

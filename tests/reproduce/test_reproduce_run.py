@@ -98,7 +98,7 @@ def test_another_recipe_in_the_same_folder_is_refused(finished, micro, capsys):
     other = dataclasses.replace(MICRO, finetuning=dataclasses.replace(SHORT, lr=0.01))
     config = ReproduceConfig(out=str(finished), tables=["6"], datasets=["pet"], trials=2, scale="tiny", figure=[])
     assert reproduce(config, other) > 0
-    assert "holds a run with another optim" in capsys.readouterr().err
+    assert "has a run with another optim" in capsys.readouterr().err
 
 
 def test_tables_of_evaluations_that_lack_a_cell(finished, micro, tmp_path):
@@ -199,7 +199,7 @@ def test_a_part_whose_process_ends_meanwhile_is_taken_over(micro, tmp_path, monk
         monkeypatch.setattr(training, "train", train_while_the_other_ends)
         assert reproduce(config) == 0
     assert order[1:] == [second, first]
-    assert "in the hands" not in capsys.readouterr().out
+    assert "another process is working" not in capsys.readouterr().out
     assert {row["method"] for row in rows_of(tmp_path)} == {"unsup_S", "naive", "unsup_T"}
 
 
@@ -259,7 +259,7 @@ def test_processes_of_one_training_stop_together_with_the_command(tmp_path):
     process.terminate()
     out, err = process.communicate(timeout=120)
     assert process.returncode == EXIT_PREEMPTED, (out, err)
-    assert "stopped by SIGTERM; the same command goes on" in err
+    assert "stopped by SIGTERM; the same command continues" in err
     assert list((run / "checkpoints").iterdir())
     # The backbone of the last step is there, but the training is not done.
     assert (run / "backbone.safetensors").exists()
@@ -285,7 +285,7 @@ def test_a_training_that_is_asked_to_stop_ends_the_command(micro, tmp_path, caps
     with pytest.raises(SystemExit) as ended:
         reproduce(config)
     assert ended.value.code == EXIT_PREEMPTED
-    assert "stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
+    assert "stopped by SIGTERM; the same command continues" in capsys.readouterr().err
 
 
 def test_a_part_that_fails_leaves_the_others(micro, tmp_path, capsys, monkeypatch):

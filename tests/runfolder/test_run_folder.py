@@ -72,9 +72,7 @@ def test_a_damaged_backbone_falls_back_to_the_newest_whole_checkpoint(run, damag
 def test_a_folder_of_which_nothing_is_whole_is_refused(run, tmp_path):
     for path in (run.backbone_file, *(path for _, path in run.checkpoints.all())):
         cut(path)
-    with pytest.raises(
-        CheckpointError, match=r"no checkpoint in .* is whole: .*step_00000002\.pt .*copy the run again"
-    ):
+    with pytest.raises(CheckpointError, match=r"has no undamaged weights: .*step_00000002\.pt .*copy the run again"):
         run.weights_file()
     with pytest.raises(CheckpointError, match="is a folder without checkpoints; name a run folder"):
         RunFolder(tmp_path / "other").weights_file()

@@ -86,13 +86,13 @@ def test_a_clock_that_jumps_changes_nothing_that_is_learned(tiny, tmp_path, monk
     [
         (
             {"method": {"queue_size": 10**12}},
-            r"method\.queue_size=1000000000000 keys of model\.head_dim=16 numbers take 64 TB, and there are .*B; choose a",
+            r"method\.queue_size=1000000000000 keys of model\.head_dim=16 numbers need 64 TB, but there are .*B; choose a",
         ),
         (
             {"augment": {"size": 100_000}},
-            r"augment\.size=100000 with 16 images per process .* take 8 TB, and there are",
+            r"augment\.size=100000 with 16 images per process .* need 8 TB, but there are",
         ),
-        ({"data": {"prefetch": 10**12}}, r"data\.prefetch=1000000000000 take 393 PB, and there are"),
+        ({"data": {"prefetch": 10**12}}, r"data\.prefetch=1000000000000 need 393 PB, but there are"),
     ],
 )
 def test_what_no_machine_can_hold_is_refused_before_memory_is_asked_for(tiny, changes, message):

@@ -438,9 +438,9 @@ def test_watching_features_that_are_all_the_same_leaves_the_figures_out(tiny, fo
 @pytest.mark.parametrize(
     ("watch", "reason"),
     [
-        ({"train": "class0", "test": ""}, r"watch\.train='.*' has one class sub-folder only \('one'\)"),
-        ({"source": "class0"}, r"watch\.source='.*' has one class sub-folder only"),
-        ({"train": "", "test": "class0"}, r"test has class sub-folders that train lacks: 'one'"),
+        ({"train": "class0", "test": ""}, r"watch\.train='.*' has only one class folder \('one'\)"),
+        ({"source": "class0"}, r"watch\.source='.*' has only one class folder"),
+        ({"train": "", "test": "class0"}, r"test has class folders that train lacks: 'one'"),
         ({"train": "", "test": "class0/one"}, "has no class sub-folders"),
     ],
 )

@@ -1,7 +1,7 @@
-"""The sections of an evaluation. Each gives its part of ``eval.json``, its arrays and its statements.
+"""The sections of an evaluation. Each returns its part of ``eval.json``, its arrays and its statements.
 
-A new metric is a new function here, or a line in one: it reads folders and features from the context and returns a
-:class:`Part`. What it cannot compute it states, and the others stay whole.
+A new metric is a new function here, or a line in one. It reads folders and features from the context and returns a
+:class:`Part`. What it cannot compute becomes a statement and does not affect the others.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Section:
     """One section.
 
     Args:
-        name: of its share of the time.
-        title: what it gives, as a sentence begins with it.
-        run: computes it.
+        name: its name in the timings.
+        title: its result, as the beginning of a sentence.
+        run: computes the section.
     """
 
     name: str
@@ -45,7 +45,7 @@ SECTIONS = (
 
 
 def run_sections(context: Context, sections: tuple[Section, ...] = SECTIONS) -> Part:
-    """The parts of all sections as one; a section that fails is stated."""
+    """The parts of all sections as one; a section that fails becomes a statement."""
     whole = Part()
     for section in sections:
         with context.timed(section.name):

@@ -22,9 +22,9 @@ from fastuft.randomness import keyed_seed
 NEIGHBORS = 5
 
 NO_LABELS = (
-    "No labels were given (train has no class sub-folders), so no accuracy is known: not retrieval, not clustering, "
-    "not few-shot. The measures below say how the representation changed, not whether it became better. Looking at the "
-    "neighbors before and after is the best check; a few labeled images per class would allow a real one."
+    "No labels were given (train has no class folders), so retrieval, clustering and few-shot accuracy are not known. "
+    "The measures below say how the representation changed, not whether it became better. The best check is to look at "
+    "the neighbors before and after; a few labeled images per class would allow a real one."
 )
 NO_TEST = (
     "No labeled test set was given, so retrieval and few-shot accuracy on unseen images are not known. Clustering "
@@ -52,7 +52,7 @@ def clustering_of(context: Context, arm: str, name: str) -> dict[str, Any]:
 
 
 def _keys(arm: str, *keys: str) -> tuple[str, ...]:
-    """Where a metric of an arm stands in eval.json: of the backbone itself at the top."""
+    """The keys of an arm's metric in eval.json: those of the evaluated backbone are at the top level."""
     return keys if arm == AFTER else (arm, *keys)
 
 
@@ -69,7 +69,7 @@ def clustering(context: Context) -> Part:
 
 
 def retrieval(context: Context) -> Part:
-    """Share of each test image's nearest training images with its label."""
+    """Share of each test image's nearest training images that have its label."""
     part, folders = Part(), context.folders
     if not folders.judged:
         if folders.train.labeled:
@@ -115,14 +115,14 @@ def few_shot(context: Context) -> Part:
     worst, guess = max(max(losses) for losses in result.train_loss.values()), math.log(len(folders.train.classes))
     if worst > 0.9 * guess:
         part.statements.append(
-            f"Few-shot finetuning did not settle (training loss up to {worst:.2f}; a guess gives {guess:.2f}), so its "
-            f"accuracies say little about the features: try another fewshot.lr than {config.fewshot.lr:g}."
+            f"Few-shot finetuning did not converge (training loss up to {worst:.2f}; guessing gives {guess:.2f}), so its "
+            f"accuracies say little about the features: try a fewshot.lr other than {config.fewshot.lr:g}."
         )
     return part
 
 
 def semi_supervised(context: Context) -> Part:
-    """Accuracy after FixMatch on K labeled images per class and all others without their labels."""
+    """Accuracy after FixMatch on K labeled images per class and all other images without their labels."""
     part, config, folders = Part(), context.config, context.folders
     shots = _possible(part, context, config.semi.shots, "FixMatch accuracy with {} labeled images per class")
     if not shots:
@@ -151,14 +151,14 @@ def semi_supervised(context: Context) -> Part:
     unused = [k for k, shares in result.confident.items() if not max(shares)]
     if unused:
         part.statements.append(
-            f"FixMatch with {', '.join(map(str, unused))} labeled images per class found no confident guess among "
-            "the unlabeled images, so it was few-shot finetuning with more views."
+            f"FixMatch with {', '.join(map(str, unused))} labeled images per class made no confident prediction on the "
+            "unlabeled images, so it was no more than few-shot finetuning with more views."
         )
     return part
 
 
 def _possible(part: Part, context: Context, shots: Sequence[int], what: str) -> list[int]:
-    """The numbers of labeled images that every class has; the others are stated. None without labels to judge by."""
+    """The values of K for which every class has enough images; the others become statements. Empty without labels."""
     train = context.folders.train
     if not context.folders.judged:
         return []
@@ -168,14 +168,14 @@ def _possible(part: Part, context: Context, shots: Sequence[int], what: str) -> 
         if k > smallest:
             part.cannot(
                 what.format(k),
-                f"it needs {k} training images of every class, and class {train.classes[int(counts.argmin())]!r} has "
+                f"it needs {k} training images of every class, but class {train.classes[int(counts.argmin())]!r} has only "
                 f"{smallest}",
             )
     return [k for k in shots if k <= smallest]
 
 
 def _take(part: Part, context: Context, result: FewShotResult, key: str, what: str, *names: str) -> None:
-    """Spread over trials of the named values by K, the draws, and which K have no value."""
+    """Record the spread over trials of the named values by K, the draws, and the K without a value."""
     part.put({str(k): {name: spread(getattr(result, name)[k]) for name in names} for k in result.top1}, key)
     for k, reason in result.undefined.items():
         part.cannot(what.format(k), reason)

@@ -1,4 +1,4 @@
-"""Sections that need no labels: how the features lie, how they changed, and what became of the source."""
+"""Sections that need no labels: the geometry of the features, how they changed, and what was kept of the source."""
 
 from __future__ import annotations
 
@@ -20,20 +20,18 @@ from fastuft.evaluate.unlabeled import (
     view_agreement,
 )
 
-# Label-free measures look at no more images than this: their sampling error is then far below what matters.
+# Label-free measures use at most this many images: their sampling error is then far below any difference that matters.
 SAMPLE = 2048
 
-NO_BEFORE = (
-    "No earlier checkpoint was given, so nothing is known about what changed: no drift, no neighbors kept or lost."
-)
+NO_BEFORE = "No earlier checkpoint was given, so it is not known what changed: neither drift nor neighbors kept."
 NO_SOURCE = "No source images were given, so forgetting of the source is not known."
 NO_SOURCE_LABELS = (
-    "The source has no class sub-folders, so forgetting as an accuracy is not known; drift of its features is."
+    "The source has no class folders, so forgetting is not known as an accuracy, only as drift of the features."
 )
 
 
 def label_free(context: Context) -> Part:
-    """Alignment, uniformity, rank and agreement of two views of each image, and what changed since ``before``."""
+    """Alignment, uniformity, rank and view agreement, from two views of each image, and the changes since ``before``."""
     part, paths, seed = Part(), context.folders.train.paths, context.config.seed
     index = context.sample("unlabeled", len(paths), SAMPLE)
     few = [paths[i] for i in index[: SAMPLE // 4]]
@@ -63,7 +61,7 @@ def _drift(part: Part, name: str, before: torch.Tensor, after: torch.Tensor) -> 
 
 
 def source(context: Context) -> Part:
-    """Drift of the source's features, and forgetting: how well the source still clusters."""
+    """Drift of the source's features, and forgetting: how well source images still cluster."""
     part, images = Part(), context.folders.source
     if images is None:
         part.statements.append(NO_SOURCE)

@@ -1,4 +1,4 @@
-"""What all sections of one evaluation share: folders, backbones, their features, settings and the clock."""
+"""What all sections of one evaluation share: folders, backbones, features, settings and timings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int], None]  # of a part in words, how much is do
 
 
 class Context:
-    """Folders, backbones and their features; each folder goes through each backbone once.
+    """Folders, backbones and their features; each backbone processes each folder once.
 
     Args:
         config: the evaluation.
@@ -52,7 +52,7 @@ class Context:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Count the time spent inside for ``name``."""
+        """Add the time spent inside to the timing ``name``."""
         start = time.perf_counter()
         try:
             yield
@@ -77,10 +77,10 @@ class Context:
             stream.close()
 
     def extract(self) -> None:
-        """Every folder's features of every backbone: what the sections read with :meth:`features`.
+        """Compute the features of every folder with every backbone, which the sections read with :meth:`features`.
 
         Raises:
-            ValueError: a file that cannot be read, or features that are not finite.
+            ValueError: a file cannot be read, or features are not finite.
         """
         with self.timed("features"):
             for name, images in self.folders.named().items():
@@ -115,15 +115,15 @@ class Context:
             self.progress(part, done, count)
 
     def features(self, arm: str, name: str) -> Tensor:
-        """Features [N, F] of a folder (train, test or source), on the CPU."""
+        """The features [N, F] of a folder (train, test or source), on the CPU."""
         return self._features[arm, name]
 
     def sample(self, name: str, count: int, most: int) -> np.ndarray:
-        """Sorted positions of ``most`` random items out of ``count``; the same for every backbone."""
+        """Sorted indices of ``most`` random items out of ``count``, the same for every backbone."""
         return np.sort(keyed_generator(self.config.seed, "sample", name).permutation(count)[:most])
 
     def two_views(self, arm: str, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Features of two random crops of each image, on the CPU; the crops are the same for every backbone."""
+        """Features of two random crops of each image, on the CPU, with the same crops for every backbone."""
         config = self.config
         first, second = features_of_views(
             self.backbones[arm],

@@ -1,4 +1,4 @@
-"""What a section of an evaluation adds to it."""
+"""What one section adds to an evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-# What makes a metric unknown: no value for these inputs, a diverged training, memory or disk at an end. Anything else
+# Errors that make a metric unknown: no value for these inputs, diverged training, memory or disk exhausted. Any other error
 # is a defect of the program and keeps its traceback.
 FAILURES = (ValueError, ArithmeticError, RuntimeError, MemoryError, OSError)
 
@@ -21,10 +21,10 @@ class Part:
     """A section's share of an evaluation; sections write different keys.
 
     Args:
-        metrics: JSON-able values as fractions, for ``eval.json``.
-        statements: sentences on what is not known, or to be read with care.
+        metrics: JSON-able values, accuracies as fractions, for ``eval.json``.
+        statements: sentences about what is not known or needs care in reading.
         not_known: why a metric has no value, by its name in words.
-        arrays: what the report draws.
+        arrays: what the report shows.
         draws: files of each few-shot draw, by trial and class.
     """
 
@@ -35,11 +35,11 @@ class Part:
     draws: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     def known(self, what: str, measure: Callable[[], T]) -> T | None:
-        """The value of a metric, or None and a statement why there is none.
+        """The value of a metric, or None and a statement that says why there is none.
 
         Args:
-            what: the metric in words, as a sentence begins with it.
-            measure: gives the value, or raises one of ``FAILURES``.
+            what: the metric in words, as the beginning of a sentence.
+            measure: returns the value, or raises one of ``FAILURES``.
         """
         try:
             return measure()
@@ -54,7 +54,7 @@ class Part:
         self.statements.append(f"{what} is not known: {line.rstrip('.')}.")
 
     def put(self, value: Any, *keys: str) -> None:
-        """Set a metric at nested ``keys``; None leaves it out."""
+        """Set a metric at nested ``keys``; None is left out."""
         if value is None:
             return
         if not _finite(value):
@@ -66,12 +66,12 @@ class Part:
         level[keys[-1]] = value
 
     def add(self, other: Part) -> None:
-        """Take over what another part holds."""
+        """Add the content of another part."""
         _merge(self.metrics, other.metrics)
         self.statements.extend(other.statements)
         self.not_known.update(other.not_known)
         self.arrays.update(other.arrays)
-        for trial, files in other.draws.items():  # draws are nested: fewer images per class are the first of more
+        for trial, files in other.draws.items():  # draws are nested: smaller ones are the start of larger ones
             if len(next(iter(files.values()))) > len(next(iter(self.draws.get(trial, {"": []}).values()))):
                 self.draws[trial] = files
 

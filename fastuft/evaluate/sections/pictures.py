@@ -1,4 +1,4 @@
-"""Sections that the report draws: the t-SNE map, and query images with their neighbors."""
+"""Sections that the report shows as pictures: the t-SNE map, and query images with their neighbors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastuft.names import printable
 
 
 def _shown(context: Context) -> str:
-    """The folder that is shown: unseen images where there are any."""
+    """The folder to show: unseen images if there are any."""
     return "train" if context.folders.test is None else "test"
 
 
 def tsne_map(context: Context) -> Part:
-    """A t-SNE map of a random part of the images."""
+    """A t-SNE map of a random sample of the images."""
     part, config, name = Part(), context.config, _shown(context)
     images = context.folders.named()[name]
     if not config.map.points:
@@ -37,7 +37,7 @@ def tsne_map(context: Context) -> Part:
 
 
 def gallery(context: Context) -> Part:
-    """Query images with their nearest training images, of each backbone, and thumbnails of all."""
+    """Query images with their nearest training images by each backbone, and thumbnails of all of them."""
     part, name, train = Part(), _shown(context), context.folders.train
     queries = context.folders.named()[name]
     count = min(NEIGHBORS, len(train.paths) - (name == "train"))

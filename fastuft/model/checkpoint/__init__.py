@@ -1,4 +1,4 @@
-"""Checkpoints in and out: what a file is, what it holds, where in it a backbone is, and how others want it."""
+"""Loading and exporting checkpoints: recognizing a file, reading it, finding a backbone in it, and other layouts."""
 
 from fastuft.model.checkpoint.conversion import Channels, traits_from
 from fastuft.model.checkpoint.exporting import export, export_backbone, export_state_dict

@@ -1,4 +1,4 @@
-"""The model card of a run's exported backbone: what it was trained on and how, what is known of it, how to load it."""
+"""The model card of a run's exported backbone: its training data and recipe, what is known about it, how to load it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastuft.model.timm_network import TimmBackbone
 from fastuft.names import printable
 from fastuft.runfolder import RunFolder, read_json
 
-# Figures of eval.json by their place in it, as fractions.
+# Figures of eval.json by their keys, as fractions.
 _FIGURES = {
     "retrieval accuracy": ("retrieval",),
     "clustering accuracy": ("clustering",),
     "source clustering accuracy": ("forgetting", "after"),
     "source clustering accuracy before": ("forgetting", "before"),
 }
-# Networks of ours that other libraries have, by their names there.
+# Networks that other libraries have too, by their names there.
 _TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101")
 _TIMM = {arch: arch for arch in _TORCHVISION} | {
     "bit_resnet50": "resnetv2_50x1_bit",
@@ -31,11 +31,11 @@ _RECIPE = ("method", "optim", "data", "augment")
 
 
 def _or_nothing(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file of the run says; a damaged one is left out with a warning."""
+    """The content of a run's file; a damaged file is left out with a warning."""
     try:
         return read()
     except (OSError, ValueError) as error:
-        warnings.warn(f"the model card leaves out what cannot be read: {error}", stacklevel=3)
+        warnings.warn(f"the model card leaves out a file that cannot be read: {error}", stacklevel=3)
         return {}
 
 
@@ -62,7 +62,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, obje
 
 
 def _percent(value: Any) -> str | None:
-    """A fraction, or a mean with its spread over trials, in percent."""
+    """A fraction, or a mean with its spread over trials, in per cent."""
     if isinstance(value, Mapping):
         mean, spread = value.get("mean"), value.get("std")
         if isinstance(mean, (int, float)):
@@ -81,7 +81,7 @@ def _figures(evaluation: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _state_dict(backbone: Backbone, layout: str, name: str) -> str:
-    """Python that loads a state dict into the library's network; without a network of ours that the library lacks."""
+    """Python code that loads a state dict, into the library's network if the library has it."""
     read = f"load_file({name!r})" if name.endswith(".safetensors") else f"torch.load({name!r}, weights_only=True)"
     networks = {"torchvision": {arch: f"torchvision.models.{arch}()" for arch in _TORCHVISION}}
     networks["timm"] = {arch: f"timm.create_model({theirs!r}, num_classes=0)" for arch, theirs in _TIMM.items()}
@@ -97,7 +97,7 @@ def _state_dict(backbone: Backbone, layout: str, name: str) -> str:
 
 
 def _use(backbone: Backbone, layout: str, name: str) -> str:
-    """Python that loads the export."""
+    """Python code that loads the export."""
     if layout in ("torchvision", "timm"):
         return _state_dict(backbone, layout, name)
     return {
@@ -115,9 +115,9 @@ def _use(backbone: Backbone, layout: str, name: str) -> str:
 
 
 def _evaluation_of(run: RunFolder) -> Path | None:
-    """eval.json of the run, in its folder or in ``eval`` beneath."""
-    places = (run, RunFolder(run.path / "eval"))
-    return next((place.evaluation_file for place in places if place.evaluation_file.exists()), None)
+    """eval.json of the run, in its folder or in the sub-folder ``eval``."""
+    files = (folder.evaluation_file for folder in (run, RunFolder(run.path / "eval")))
+    return next((file for file in files if file.exists()), None)
 
 
 def _verdict(summary: Mapping[str, Any]) -> list[str]:
@@ -126,17 +126,17 @@ def _verdict(summary: Mapping[str, Any]) -> list[str]:
         return []
     reasons = verdict.get("reasons")
     listed = [f"- {_cell(reason)}" for reason in reasons] if isinstance(reasons, list) else []
-    return ["## Verdict", "", f"Told without labels: **{_cell(verdict['outcome'])}**.", "", *listed, ""]
+    return ["## Verdict", "", f"Without labels: **{_cell(verdict['outcome'])}**.", "", *listed, ""]
 
 
 def model_card(backbone: Backbone, run: RunFolder, layout: str, name: str) -> str:
-    """Markdown that goes with an exported backbone.
+    """Markdown to accompany an exported backbone.
 
     Args:
-        backbone: what was exported.
-        run: the run it is of.
-        layout: as :func:`export` takes it.
-        name: of the file or folder that was written.
+        backbone: the exported backbone.
+        run: its run.
+        layout: as in :func:`export`.
+        name: name of the exported file or folder.
     """
     summary, config = _or_nothing(run.read_summary), _or_nothing(run.read_config)
     evaluation_file = _evaluation_of(run)
@@ -149,7 +149,7 @@ def model_card(backbone: Backbone, run: RunFolder, layout: str, name: str) -> st
         "replayed source images": _at(counts, "num_source"),
         "images seen": summary.get("images"),
         "steps": f"{summary.get('steps')} of {summary.get('total_steps')}",
-        "files left out as bad": summary.get("bad_files"),
+        "bad files skipped": summary.get("bad_files"),
         "digest of the image list": _at(counts, "content_hash"),
     }
     recipe = {key: value for section in _RECIPE for key, value in _flat({section: config.get(section) or {}})}
@@ -159,7 +159,7 @@ def model_card(backbone: Backbone, run: RunFolder, layout: str, name: str) -> st
     lines = [
         f"# {backbone.arch}, adapted to unlabeled images",
         "",
-        f"A backbone without classifier: RGB images in, {backbone.num_features} features per image out. It was finetuned "
+        f"A backbone without a classifier: it maps an RGB image to {backbone.num_features} features. It was finetuned "
         f"from {_cell(shown_init)} by contrastive learning without labels (Li et al. 2021, arXiv 2110.09510).",
         "",
         "## Use",
@@ -170,8 +170,8 @@ def model_card(backbone: Backbone, run: RunFolder, layout: str, name: str) -> st
         _use(backbone, layout, name),
         "```",
         "",
-        f"Images: shorter side to {shorter_side(side)} pixels (bilinear), center crop of {side}, divided by 255, less the "
-        f"mean {list(backbone.mean)}, divided by {list(backbone.std)}.",
+        f"Preprocessing: resize the shorter side to {shorter_side(side)} pixels (bilinear), crop the center {side} pixels, "
+        f"divide by 255, subtract the mean {list(backbone.mean)}, and divide by {list(backbone.std)}.",
         "",
         "## Training data",
         "",
@@ -183,11 +183,7 @@ def model_card(backbone: Backbone, run: RunFolder, layout: str, name: str) -> st
         *_verdict(summary),
         "## Figures",
         "",
-        *(
-            _table(figures)
-            if figures
-            else ["No labeled evaluation is in the run folder; `fastuft eval` makes one.", ""]
-        ),
+        *(_table(figures) if figures else ["The run folder has no labeled evaluation; `fastuft eval` makes one.", ""]),
         *([f"- {_cell(line)}" for line in statements] + [""] if isinstance(statements, list) and statements else []),
         "## Recipe",
         "",

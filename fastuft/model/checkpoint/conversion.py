@@ -1,4 +1,4 @@
-"""What differs between networks of one shape beside their names: color channels, pixel scale, strides, epsilons."""
+"""Differences between networks of the same shape, other than names: color channels, pixel scale, strides, epsilons."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fastuft.model.checkpoint.reading import Content
 
 Channels = Literal["auto", "rgb", "bgr", "gray"]
 
-# detectron2's defaults, which its configuration beside the checkpoint may change: Caffe's pixels.
+# detectron2's defaults (Caffe's pixels), which the configuration beside a checkpoint may change.
 _DETECTRON2_MEAN = (103.53, 116.28, 123.675)
 _DETECTRON2_STD = (1.0, 1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """What a checkpoint's first convolution was trained on.
+    """The pixels that a checkpoint's first convolution was trained on.
 
     Args:
-        channels: order of the colors; gray is one channel.
+        channels: order of the colors; gray has one channel.
         scale: factor per channel, in the file's order, from this package's normalized pixels to the file's.
     """
 
@@ -34,19 +34,19 @@ class Pixels:
     scale: Triple = (1.0, 1.0, 1.0)
 
     def converted(self, weight: Tensor) -> Tensor:
-        """The first convolution [out, 3, h, w] that does with RGB images what ``weight`` does with its own.
+        """The first convolution [out, 3, h, w] that has the same result on RGB images as ``weight`` on its own pixels.
 
         Raises:
-            ValueError: a weight of other channels than said.
+            ValueError: the weight has another number of channels.
         """
         expected = 1 if self.channels == "gray" else 3
         if weight.ndim != 4 or weight.shape[1] != expected:
             raise ValueError(
-                f"init_channels={self.channels!r} needs a first convolution of {expected} "
-                f"channel{'s' if expected > 1 else ''}, and the file's has shape {tuple(weight.shape)}"
+                f"init_channels={self.channels!r} needs a first convolution with {expected} "
+                f"channel{'s' if expected > 1 else ''}, but the file's has shape {tuple(weight.shape)}"
             )
         if self.channels == "gray":
-            return weight.expand(-1, 3, -1, -1) / 3  # of a gray image all three channels are equal
+            return weight.expand(-1, 3, -1, -1) / 3  # the three channels of a gray image are equal
         scaled = weight * torch.tensor(self.scale).view(1, 3, 1, 1) if self.scale != (1.0, 1.0, 1.0) else weight
         return scaled.flip(1) if self.channels == "bgr" else scaled
 
@@ -58,10 +58,10 @@ def _at(tree: Any, *keys: str) -> Any:
 
 
 def detectron2_settings(file: Path) -> tuple[Traits, Pixels]:
-    """Strides and pixels of a checkpoint of detectron2, from the ``config.yaml`` that it writes beside it, or its defaults.
+    """Strides and pixels of a detectron2 checkpoint, from the ``config.yaml`` beside it or from detectron2's defaults.
 
     Raises:
-        ValueError: settings that cannot be converted.
+        ValueError: the settings cannot be converted.
     """
     import yaml
 
@@ -79,18 +79,18 @@ def detectron2_settings(file: Path) -> tuple[Traits, Pixels]:
         (IMAGENET_MEAN, IMAGENET_STD) if channels == "rgb" else (IMAGENET_MEAN[::-1], IMAGENET_STD[::-1])
     )
     if any(not math.isclose(255 * ours, theirs, abs_tol=0.01) for ours, theirs in zip(ours_mean, mean, strict=True)):
-        raise ValueError(f"{str(beside)!r}: MODEL.PIXEL_MEAN={mean} is not ImageNet's, which is all that is converted")
+        raise ValueError(f"{str(beside)!r}: MODEL.PIXEL_MEAN={mean} is not ImageNet's, and only that can be converted")
     first, second, third = (255 * ours / theirs for ours, theirs in zip(ours_std, std, strict=True))
     return Traits(stride_in_1x1=in_1x1 is not False), Pixels(channels, (first, second, third))
 
 
 def transformers_traits(settings: Mapping[str, Mapping[str, Any]]) -> Traits:
-    """What ``config.json`` and ``preprocessor_config.json`` say of a network."""
+    """The traits of a network, from ``config.json`` and ``preprocessor_config.json``."""
     config, preprocessor = settings.get("config", {}), settings.get("preprocessor", {})
     traits = Traits(stride_in_1x1=bool(config.get("downsample_in_bottleneck", False)))
     eps = config.get("layer_norm_eps")
     if isinstance(eps, float) and config.get("model_type") != "resnet":
-        # ConvNeXt's blocks have an epsilon of their own; the setting is that of the last norm.
+        # ConvNeXt's blocks have their own epsilon; the setting applies to the last norm.
         pattern = "*head.norm" if config.get("model_type") == "convnext" else "*"
         traits = dataclasses.replace(traits, norm_eps=((pattern, eps),))
     if "image_mean" in preprocessor and "image_std" in preprocessor:
@@ -101,10 +101,10 @@ def transformers_traits(settings: Mapping[str, Mapping[str, Any]]) -> Traits:
 
 
 def traits_from(saved: object) -> Traits:
-    """Traits as a checkpoint or an export of this package keeps them: plain values.
+    """Traits from the plain values in a checkpoint or an export of this package.
 
     Raises:
-        ValueError: damaged ones.
+        ValueError: the values are damaged.
     """
     if not saved:
         return Traits()
@@ -122,7 +122,7 @@ def traits_from(saved: object) -> Traits:
 
 
 def saved_traits(content: Content) -> Traits:
-    """The traits that a checkpoint carries for the network in it."""
+    """The traits that a checkpoint stores for its network."""
     if "config" in content.settings:
         return transformers_traits(content.settings)
     saved = content.settings.get("init_report", {}).get("traits") or {}

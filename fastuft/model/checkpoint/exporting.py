@@ -1,4 +1,4 @@
-"""Writing backbones for this package and for other libraries."""
+"""Writing backbones for this package and other libraries."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from fastuft.runfolder import UNSEALED, RunFolder, seal
 
 
 def export_backbone(backbone: Backbone, path: str | Path) -> None:
-    """Write a backbone as safetensors whose metadata says how to rebuild it and how to normalize its inputs.
+    """Write a backbone as safetensors, with metadata to rebuild it and to normalize its inputs.
 
-    The file holds its own digest (:func:`fastuft.runfolder.seal`), which is checked when it is read.
+    The file contains its own digest (:func:`fastuft.runfolder.seal`), which is checked when it is read.
 
     Args:
-        backbone: as ``build_backbone`` gives it.
-        path: file to write, atomically.
+        backbone: a backbone of this package.
+        path: file to write, whole or not at all.
 
     Raises:
-        OSError: the disk refused; an older file is as it was.
+        OSError: the file could not be written; an older file is unchanged.
     """
     from safetensors.torch import save
 
@@ -55,30 +55,30 @@ def export_backbone(backbone: Backbone, path: str | Path) -> None:
 
 
 def export_state_dict(backbone: Backbone, layout: str, *, num_classes: int = 0) -> dict[str, Tensor]:
-    """State dict under another library's names.
+    """The state dict under another library's names.
 
     Args:
         backbone: a backbone of this package.
-        layout: torchvision or timm. Without classes it loads strictly into ``timm.create_model(NAME, num_classes=0)``
+        layout: torchvision or timm. Without classes, it loads strictly into ``timm.create_model(NAME, num_classes=0)``
             and into a torchvision network whose ``fc`` is ``nn.Identity()``.
-        num_classes: adds a zero classifier of this size, so that the file loads strictly into the full network.
+        num_classes: adds a classifier of zeros with this many classes, so that the file loads strictly into the full network.
 
     Returns:
         tensors by their names there, in the shapes that the library expects.
 
     Raises:
-        ValueError: unknown layout, or a network that the library does not have.
+        ValueError: an unknown layout, or the library does not have the network.
     """
     if layout not in ("torchvision", "timm"):
         raise ValueError(f"layout={layout!r} is not allowed; choose one of 'torchvision', 'timm'")
     if backbone.traits.stride_in_1x1:
         raise ValueError(
-            f"layout={layout!r} has no ResNet whose stride is in 1x1 convolutions, as this checkpoint's is; export with "
+            f"layout={layout!r} has no ResNet with the stride in 1x1 convolutions, as in this checkpoint; export with "
             "layout fastuft"
         )
     if isinstance(backbone, TimmBackbone):
         if layout == "torchvision":
-            raise ValueError("layout='torchvision' cannot hold a timm network; export with layout timm")
+            raise ValueError("layout='torchvision' is not possible for timm networks; export with layout timm")
         if num_classes:
             raise ValueError(f"num_classes={num_classes} is not available for timm networks; leave it at 0")
         return OWN_NAMES.export(backbone.network.state_dict())
@@ -90,7 +90,7 @@ def export_state_dict(backbone: Backbone, layout: str, *, num_classes: int = 0) 
     state = names.export(backbone.state_dict())
     if num_classes:
         shape = (num_classes, backbone.num_features)
-        # timm's ResNet-v2 classifies by a 1x1 convolution
+        # timm's ResNet-v2 classifies with a 1x1 convolution
         state[f"{classifier}.weight"] = torch.zeros(*shape, 1, 1) if classifier == "head.fc" else torch.zeros(shape)
         state[f"{classifier}.bias"] = torch.zeros(num_classes)
     return state
@@ -113,15 +113,15 @@ _WRITERS: dict[str, Callable[[Backbone, Path], None]] = {
 
 
 def _check_target(out: Path, layout: str, num_classes: int) -> None:
-    """Raise ValueError unless the layout can be written there."""
+    """Raise ValueError unless the layout can be written to ``out``."""
     if layout not in SUFFIXES:
         raise ValueError(f"layout={layout!r} is not allowed; choose one of {', '.join(SUFFIXES)}")
     if layout == "transformers":
         if out.is_file():
-            raise ValueError(f"out={str(out)!r} is a file; layout transformers writes a folder, name one")
+            raise ValueError(f"out={str(out)!r} is a file, but layout transformers writes a folder; name a folder")
     elif out.suffix not in SUFFIXES[layout]:
         raise ValueError(
-            f"out={str(out)!r} has an unknown suffix for layout {layout}; use {' or '.join(SUFFIXES[layout])}"
+            f"out={str(out)!r} has the wrong suffix for layout {layout}; use {' or '.join(SUFFIXES[layout])}"
         )
     if num_classes and layout not in ("torchvision", "timm"):
         raise ValueError(f"num_classes={num_classes} is not available for layout {layout}; leave it at 0")
@@ -138,24 +138,24 @@ def export(
     key: str | None = None,
     channels: Channels = "auto",
 ) -> InitReport:
-    """Write a checkpoint's backbone for other libraries (``fastuft export``), and of a run its model card.
+    """Write a checkpoint's backbone for other libraries (``fastuft export``); for a run, also its model card.
 
     Args:
-        checkpoint: as :func:`load_backbone` takes it.
+        checkpoint: as in :func:`load_backbone`.
         out: what to write: ``.safetensors``, or ``.pth`` for ``torch.save``; ``.onnx`` for onnx, ``.pt2`` for
             torch_export, a folder for transformers.
         layout: fastuft, torchvision, timm, transformers, onnx or torch_export.
-        arch: network of a checkpoint that does not say it.
-        stem: stem of a checkpoint that does not say it.
+        arch: the network, if the checkpoint does not name it.
+        stem: the stem, if the checkpoint does not name it.
         num_classes: see :func:`export_state_dict`.
-        key: which of several backbones in the checkpoint.
-        channels: what its first convolution takes.
+        key: prefix of one of several backbones in the checkpoint.
+        channels: channels of its first convolution.
 
     Returns:
-        What was taken of the checkpoint.
+        The report on the checkpoint's tensors.
 
     Raises:
-        ValueError: unknown suffix or layout, a network that the layout does not have, or as :func:`load_backbone`.
+        ValueError: a wrong suffix, an unknown layout, the layout does not have the network, or as in :func:`load_backbone`.
     """
     out = Path(out)
     _check_target(out, layout, num_classes)

@@ -1,4 +1,4 @@
-"""Objects beside the tensors of a full checkpoint: known harmless types are read as stand-ins, so that nothing runs."""
+"""Objects beside a checkpoint's tensors: known harmless types are read as stand-ins, so that no code runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Opaque:
-    """Takes the place of an object whose value nobody here needs; its content is dropped."""
+    """Stands in for an object whose value is not needed; its content is dropped."""
 
     def __new__(cls, *_: object, **__: object) -> Opaque:
         return super().__new__(cls)
@@ -22,14 +22,14 @@ class Opaque:
 
 
 class _PlainDict:
-    """Takes the place of a kind of dict, so that tensors inside are found."""
+    """Stands in for a kind of dict, so that tensors inside are found."""
 
     def __new__(cls, *_: object) -> dict[object, object]:  # type: ignore[misc]  # the unpickler fills exact dicts only
         return {}
 
 
 class _PlainList:
-    """Takes the place of a kind of list, likewise."""
+    """Stands in for a kind of list, so that tensors inside are found."""
 
     def __new__(cls, *_: object) -> list[object]:  # type: ignore[misc]
         return []
@@ -70,7 +70,7 @@ _NUMPY = (
             "Str",
         )
     ),
-    # The modules that arrays and scalars name in NumPy 1 and 2.
+    # The modules of arrays and scalars in NumPy 1 and 2.
     *(f"{core}.multiarray.{name}" for core in ("numpy.core", "numpy._core") for name in ("scalar", "_reconstruct")),
 )
 # Settings and counters that other programs leave in their checkpoints.
@@ -89,7 +89,7 @@ _DICTS = (
 
 
 def inert_types() -> AbstractContextManager[None]:
-    """A context in which ``torch.load(weights_only=True)`` passes over objects of these types."""
+    """A context in which ``torch.load(weights_only=True)`` reads objects of these types as stand-ins."""
     allowed: list[Any] = [(Opaque, name) for name in (*_PYTHON, *_NUMPY, *_PROGRAMS)]
     allowed += [(_PlainDict, name) for name in _DICTS]
     allowed += [(_PlainList, "collections.deque")]

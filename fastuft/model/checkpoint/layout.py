@@ -1,4 +1,4 @@
-"""A layout: under which names another library keeps the tensors of a backbone, and how to convert them both ways."""
+"""A layout: the names that another library gives to a backbone's tensors, and their conversion in both directions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rules = Sequence[tuple[str, str]]
 
 
 def joined(name: str, parts: Sequence[Tensor]) -> Tensor:
-    """One tensor as it is, several (query, key and value) one after the other."""
+    """A single tensor as it is; several (query, key and value) concatenated."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
@@ -25,15 +25,15 @@ def divided(name: str, tensor: Tensor, count: int) -> Sequence[Tensor | None]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and forms of a library's tensors.
+    """The names and shapes of a library's tensors.
 
     Args:
-        name: for messages.
-        sources: the library's names that make up a tensor of the backbone; empty where it has none.
+        name: its name in messages.
+        sources: the library's names for a tensor of the backbone; empty if it has none.
         join: (backbone name, the library's tensors) -> the backbone's tensor.
-        divide: (backbone name, its tensor, number of names) -> the library's tensors; None where another tensor's
-            sources write it.
-        canonical: a name in a file -> the name that ``sources`` gives; for libraries that add parts to it.
+        divide: (backbone name, its tensor, number of names) -> the library's tensors; None for one that is written with
+            another tensor.
+        canonical: a name in a file -> the name that ``sources`` returns, for libraries that add parts to names.
     """
 
     name: str
@@ -46,13 +46,13 @@ class Layout:
         """A backbone's tensors under the library's names.
 
         Raises:
-            ValueError: the library has no place for one of them.
+            ValueError: the library has no name for one of them.
         """
         out: dict[str, Tensor] = {}
         for name, tensor in state.items():
             names = self.sources(name)
             if not names:
-                raise ValueError(f"layout {self.name} has no place for {name}; export under another layout")
+                raise ValueError(f"layout {self.name} has no tensor for {name}; export with another layout")
             for source, part in zip(names, self.divide(name, tensor, len(names)), strict=True):
                 if part is not None:
                     out[source] = part.detach().cpu().contiguous().clone()
@@ -60,7 +60,7 @@ class Layout:
 
 
 def renamed(rules: Rules) -> Sources:
-    """Sources by the first pattern that matches a whole name; the replacement may name several, separated by blanks."""
+    """Sources from the first pattern that matches a whole name; a replacement may have several names, with spaces between."""
     compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
     def sources(name: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a backbone, or making the backbone that a checkpoint holds."""
+"""Loading a checkpoint into a backbone, or building the backbone that a checkpoint describes."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _LISTED = 12  # names shown in an error before "and N more"
 
 @dataclass(frozen=True)
 class InitReport:
-    """What became of a checkpoint's tensors.
+    """The report on a checkpoint's tensors.
 
     Args:
-        path: the file read.
-        layout: naming and prefix under which the backbone was found.
-        matched: backbone tensors loaded.
-        missing: backbone tensors the file lacks (allowed by pattern, or BatchNorm's counters).
-        ignored: tensors of the file that were not used.
-        head_loaded: whether the projection head came from the file too; None where none was wanted.
-        others: prefixes of further whole backbones in the file.
-        traits: what the network does otherwise since then, as plain values.
-        channels: what its first convolution was taken to expect.
+        path: the file.
+        layout: layout and prefix under which the backbone was found.
+        matched: backbone tensors that were loaded.
+        missing: backbone tensors that the file lacks (allowed by pattern, or BatchNorm's counters).
+        ignored: tensors in the file that were not used.
+        head_loaded: whether the projection head came from the file too; None if there is no head.
+        others: prefixes of other whole backbones in the file.
+        traits: traits that the network adopted, as plain values.
+        channels: channels that the file's first convolution expects.
     """
 
     path: str
@@ -56,7 +56,7 @@ class InitReport:
 
     def __str__(self) -> str:
         head = "" if self.head_loaded is None else ", head loaded" if self.head_loaded else ", fresh head"
-        others = f"; also there: {', '.join(self.others)} (--init_key takes it)" if self.others else ""
+        others = f"; --init_key can choose {', '.join(self.others)}" if self.others else ""
         return (
             f"{self.path}: {self.layout}; {len(self.matched)} tensors matched, {len(self.missing)} missing, "
             f"{len(self.ignored)} ignored{head}{others}"
@@ -68,7 +68,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(shown(name) for name in names[:_LISTED]) + more
 
 
-# Where the heads of known layouts stand, seen from the encoder that holds the backbone.
+# Names of the heads in known layouts, relative to the encoder that contains the backbone.
 _HEADS = (("fc.0.", "fc.2."), ("head.0.", "head.2."), ("projection_head.layers.0.", "projection_head.layers.2."))
 
 
@@ -86,35 +86,35 @@ def _find_head(tensors: Mapping[str, Tensor], prefix: str, head: Mapping[str, Te
 
 
 def _chosen(matches: Sequence[Match], wanted: Mapping[str, Tensor], key: str | None, file: str) -> Match:
-    """The match to load: the best, or the best that ``key`` names.
+    """The match to load: the best one, or the best one that ``key`` names.
 
     Raises:
-        ValueError: nothing in the file is like the backbone, or nothing under that key.
+        ValueError: nothing in the file matches the backbone, or nothing with this key does.
     """
     named = [match for match in matches if key is None or match.named(key)]
     if named:
         return named[0]
-    whole = dict.fromkeys(match.place or "(no prefix)" for match in matches if match.is_whole(wanted))
+    whole = dict.fromkeys(match.shown_prefix or "(no prefix)" for match in matches if match.is_whole(wanted))
     if key is not None and matches:
-        there = ", ".join(whole) or matches[0].place or "(no prefix)"
-        raise ValueError(f"init_key={key!r} names no backbone of {file!r}; there are: {there}")
+        available = ", ".join(whole) or matches[0].shown_prefix or "(no prefix)"
+        raise ValueError(f"init_key={key!r} is not a backbone in {file!r}; available: {available}")
     raise ValueError(
-        f"checkpoint {file!r} has no tensor that the network has: a network of another kind. Choose the model.arch of the "
-        "checkpoint"
+        f"checkpoint {file!r} has none of the network's tensors, so it is of another kind of network. Choose the model.arch "
+        "of the checkpoint"
     )
 
 
 def _check_usable(name: str, tensor: Tensor, wanted: Tensor, file: str) -> None:
-    """Refuse what would load without a word and compute something else."""
+    """Refuse tensors that would load silently and give wrong results."""
     fault = None
     if tensor.is_meta:
-        fault = "has no values (it is on torch's meta device); save the checkpoint from the loaded network"
+        fault = "has no data (it is on torch's meta device); save the checkpoint from the loaded network"
     elif tensor.is_quantized or (wanted.is_floating_point() and not tensor.is_floating_point()):
-        fault = f"is {str(tensor.dtype).removeprefix('torch.')}, quantized or of whole numbers; save it dequantized"
+        fault = f"is {str(tensor.dtype).removeprefix('torch.')}, quantized or integer; save it dequantized"
     elif tensor.layout != torch.strided:
         fault = f"is stored as {str(tensor.layout).removeprefix('torch.')}; save it dense"
     elif tensor.is_floating_point() and not tensor.float().isfinite().all():
-        fault = "holds NaN or infinite numbers: that training had diverged; take an earlier checkpoint"
+        fault = "has NaN or infinity, so its training had diverged; use an earlier checkpoint"
     if fault:
         raise ValueError(f"checkpoint {file!r}: {shown(name)} {fault}")
 
@@ -124,7 +124,7 @@ def _first_convolution(wanted: Mapping[str, Tensor]) -> str | None:
 
 
 def _with_pixels(match: Match, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pixels: Pixels) -> Match:
-    """The match with its first convolution made for RGB images of this package's scale."""
+    """The match with its first convolution converted to RGB images on this package's scale."""
     name = _first_convolution(wanted)
     if pixels == Pixels() or name is None or name not in match.files:
         return match
@@ -147,15 +147,15 @@ def _check_complete(match: Match, wanted: Mapping[str, Tensor], allow_missing: S
     gray = first in match.misfits and match.misfits[first][1:2] == (1,)
     if refused:
         remedy = (
-            "The file's first convolution takes gray images: --init_channels gray makes it take RGB."
+            "The file's first convolution takes gray images; --init_channels gray converts it to RGB."
             if gray
-            else "Choose the model.arch and model.stem of the checkpoint, or name what may be missing with "
+            else "Choose the model.arch and model.stem of the checkpoint, or allow tensors to be missing with "
             "--allow_missing PATTERN."
         )
         raise ValueError(
             f"checkpoint {file!r} does not fit the network: {len(refused)} of {len(wanted)} backbone tensors have no "
-            f"counterpart of the same name and shape: {_listed(refused)}. Closest layout: {match.layout.name} names under "
-            f"prefix {match.place!r}. {remedy}"
+            f"counterpart with the same name and shape: {_listed(refused)}. Closest layout: {match.layout.name} names under "
+            f"prefix {match.shown_prefix!r}. {remedy}"
         )
 
 
@@ -167,7 +167,7 @@ def _load(
     key: str | None,
     channels: Channels,
 ) -> InitReport:
-    """:func:`load_init` of what was read."""
+    """:func:`load_init` for content that has been read."""
     if channels not in get_args(Channels):
         raise ValueError(f"init_channels={channels!r} is not allowed; choose one of 'auto', 'rgb', 'bgr', 'gray'")
     encoder = target.query_encoder if isinstance(target, MoCo) else target
@@ -189,7 +189,7 @@ def _load(
     more = surplus(match, tensors)
     if more:
         raise ValueError(
-            f"checkpoint {file!r} holds a larger network than {backbone.arch}: {len(more)} further tensors of its layers, "
+            f"checkpoint {file!r} has a larger network than {backbone.arch}: {len(more)} more tensors of such layers, "
             f"{_listed(more)}. Choose the model.arch of the checkpoint"
         )
     core.load_state_dict({**wanted, **match.values})
@@ -198,7 +198,7 @@ def _load(
     if isinstance(target, MoCo):
         target.copy_query_to_key()
     used = {source for name in match.values for source in match.files[name]} | set(head)
-    others = dict.fromkeys(m.place for m in matches if m.prefix != match.prefix and m.is_whole(wanted))
+    others = dict.fromkeys(m.shown_prefix for m in matches if m.prefix != match.prefix and m.is_whole(wanted))
     return InitReport(
         path=file,
         layout=f"{match.layout.name} names under prefix {shown(match.prefix)!r}",
@@ -213,7 +213,7 @@ def _load(
 
 
 def _load_head(encoder: Encoder, match: Match, tensors: Mapping[str, Tensor], file: str) -> tuple[str, ...]:
-    """Load the head beside the backbone; the names it has in the file, or none."""
+    """Load the head beside the backbone, if there is one; returns its names in the file."""
     wanted = encoder.head.state_dict()
     head = _find_head(tensors, match.prefix, wanted)
     for name, source in head.items():
@@ -224,7 +224,7 @@ def _load_head(encoder: Encoder, match: Match, tensors: Mapping[str, Tensor], fi
 
 
 def _weights_file(path: Path, *, backbone_first: bool = False) -> Path:
-    """The file to read: of a run folder, the newest whole checkpoint or the exported backbone."""
+    """The file to read; for a run folder, the newest whole checkpoint or the exported backbone."""
     if not path.is_dir() or is_transformers_folder(path):
         return path
     return RunFolder(path).weights_file(backbone_first=backbone_first)
@@ -238,21 +238,21 @@ def load_init(
     key: str | None = None,
     channels: Channels = "auto",
 ) -> InitReport:
-    """Load a checkpoint into a backbone, and into its head where the checkpoint has one of the right shapes.
+    """Load a checkpoint into a backbone, and into its head if the checkpoint has one with the right shapes.
 
     Args:
         target: a MoCo pair (both encoders are set), an Encoder, or a bare backbone.
-        path: a checkpoint of a known layout (docs/checkpoints.md), a folder of transformers, or a run folder.
-        allow_missing: shell patterns of backbone tensors that may be missing or of another shape.
-        key: which of several backbones in the file: its prefix, or whole parts of it (``teacher``, ``encoder_k``).
-        channels: what the first convolution takes: auto (RGB, or what the layout says), rgb, bgr or gray.
+        path: a checkpoint in a known layout (docs/checkpoints.md), a transformers folder, or a run folder.
+        allow_missing: shell patterns of backbone tensors that may be missing or have another shape.
+        key: one of several backbones in the file: its prefix, or whole parts of it (``teacher``, ``encoder_k``).
+        channels: channels of the first convolution: auto (RGB, or what the layout says), rgb, bgr or gray.
 
     Returns:
-        What matched, what was missing, what was ignored.
+        The report on the checkpoint's tensors.
 
     Raises:
-        ValueError: a backbone tensor without counterpart of the same name and shape (``num_batches_tracked`` excepted);
-            a larger network; values that are not finite, quantized or missing; or an unreadable file.
+        ValueError: a backbone tensor has no counterpart with the same name and shape (except ``num_batches_tracked``); the
+            file has a larger network; values are non-finite, quantized or missing; or the file is unreadable.
     """
     content = read_checkpoint(_weights_file(Path(path)))
     return _load(target, content, _known(content).traits, allow_missing, key, channels)
@@ -260,7 +260,7 @@ def load_init(
 
 @dataclass(frozen=True)
 class _Known:
-    """What a checkpoint says of its network; None where it says nothing."""
+    """What a checkpoint says about its network; None if it says nothing."""
 
     arch: str | None
     stem: Stem | None
@@ -268,7 +268,7 @@ class _Known:
 
 
 def _known(content: Content) -> _Known:
-    """Raises ValueError where what the file says of itself is damaged."""
+    """What a checkpoint says about its network; raises ValueError if that is damaged."""
     file = str(content.path)
     said: Mapping[str, Any] = content.settings.get("model_config", {})
     try:
@@ -278,13 +278,13 @@ def _known(content: Content) -> _Known:
             traits = traits_from(said.get("traits"))
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"checkpoint {file!r} describes its network in a damaged way ({shown(str(error), 200)})"
+            f"checkpoint {file!r} has a damaged description of its network ({shown(str(error), 200)})"
         ) from error
     if "config" in content.settings:
         said = {"arch": network_of(content.settings["config"]), "stem": "imagenet"}
     arch, stem = said.get("arch"), said.get("stem")
     if not isinstance(arch, str | None) or stem not in (None, "imagenet", "small"):
-        raise ValueError(f"checkpoint {file!r} describes its network in a damaged way (arch={arch!r}, stem={stem!r})")
+        raise ValueError(f"checkpoint {file!r} has a damaged description of its network (arch={arch!r}, stem={stem!r})")
     return _Known(arch, stem, traits)
 
 
@@ -296,21 +296,19 @@ def open_backbone(
     key: str | None = None,
     channels: Channels = "auto",
 ) -> tuple[Backbone, InitReport]:
-    """:func:`load_backbone`, and what became of the checkpoint's tensors.
+    """:func:`load_backbone`, and the report on the checkpoint's tensors.
 
     Raises:
-        ValueError: the checkpoint does not say its network, or cannot be used.
+        ValueError: the checkpoint does not name its network, or cannot be used.
     """
     content = read_checkpoint(_weights_file(Path(path), backbone_first=True))
     known = _known(content)
     for name, given, said in (("arch", arch, known.arch), ("stem", stem, known.stem)):
         if given is not None and said is not None and said != given and not is_transformers_folder(content.path):
-            raise ValueError(
-                f"{name}={given!r} contradicts {str(content.path)!r}, which holds {said!r}; leave {name} out"
-            )
+            raise ValueError(f"{name}={given!r} contradicts {str(content.path)!r}, which has {said!r}; omit {name}")
     arch = arch or known.arch
     if arch is None:
-        raise ValueError(f"{str(content.path)!r} does not say its network; name it, for example arch=resnet50")
+        raise ValueError(f"{str(content.path)!r} does not name its network; name it, for example arch=resnet50")
     backbone = build_backbone(arch, stem or known.stem or "imagenet")
     report = _load(backbone, content, known.traits, (), key, channels)
     return backbone.eval(), report
@@ -327,16 +325,16 @@ def load_backbone(
     """A backbone ready for evaluation.
 
     Args:
-        path: exported backbone, run folder, or any checkpoint ``load_init`` reads.
-        arch: its network, needed where the file does not say; must agree where it does.
-        stem: its stem, likewise.
-        key: which of several backbones in the file, as :func:`load_init` takes it.
-        channels: what its first convolution takes, likewise.
+        path: exported backbone, run folder, or any checkpoint that ``load_init`` reads.
+        arch: its network; required if the file does not name it, otherwise it must agree.
+        stem: its stem; likewise.
+        key: one of several backbones in the file, as in :func:`load_init`.
+        channels: channels of its first convolution, as in :func:`load_init`.
 
     Returns:
         The backbone in eval mode.
 
     Raises:
-        ValueError: as ``load_init``, or no network named.
+        ValueError: as in ``load_init``, or no network is named.
     """
     return open_backbone(path, arch, stem, key=key, channels=channels)[0]

@@ -1,4 +1,4 @@
-"""Finding a backbone among the tensors of a file: under which layout and prefix its tensors are, and which are not."""
+"""Finding a backbone among the tensors of a file: the layout and prefix of its tensors, and which are missing."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fastuft.model.checkpoint.transformer_layouts import TRANSFORMER_LAYOUTS
 LAYOUTS: tuple[Layout, ...] = (*RESNET_LAYOUTS, *TRANSFORMER_LAYOUTS)
 
 _COUNTER = "num_batches_tracked"
-# A momentum or teacher copy never wins over the network that takes gradients.
+# A momentum or teacher copy never wins over the network that was trained by gradients.
 _SECOND_CHOICE = re.compile(r"(encoder_k|key_encoder|momentum|teacher|ema)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Match:
-    """One place in a file where tensors of the backbone are.
+    """A set of tensors in a file that match the backbone.
 
     Args:
-        layout: how they are named.
-        prefix: what comes before the library's names.
+        layout: their layout.
+        prefix: the prefix before the library's names.
         files: backbone name -> names in the file.
-        values: backbone name -> its tensor, where the shape fits.
-        misfits: backbone name -> shape in the file, where it does not.
+        values: backbone name -> its tensor, if the shape fits.
+        misfits: backbone name -> shape in the file, if it does not fit.
     """
 
     layout: Layout
@@ -42,25 +42,25 @@ class Match:
 
     @property
     def score(self) -> tuple[int, int, int]:
-        """Orders matches: most tensors that fit, no momentum copy, shortest prefix."""
+        """The sort key of matches: most fitting tensors, not a momentum copy, shortest prefix."""
         return len(self.values), -bool(_SECOND_CHOICE.search(self.prefix)), -len(self.prefix)
 
     @property
-    def place(self) -> str:
-        """The prefix as a user names it."""
+    def shown_prefix(self) -> str:
+        """The prefix as shown to users."""
         return shown(self.prefix.rstrip("./"))
 
     def is_whole(self, wanted: Mapping[str, Tensor]) -> bool:
-        """Whether every tensor of the backbone is there, counters aside."""
+        """Whether it has every tensor of the backbone, except counters."""
         return all(name in self.values or name.endswith(_COUNTER) for name in wanted)
 
     def named(self, key: str) -> bool:
-        """Whether ``key`` is the prefix, or whole parts of it."""
+        """Whether ``key`` is the prefix or whole parts of it."""
         return f".{key.strip('./')}." in f".{self.prefix.replace('/', '.')}"
 
 
 def _suffixes(name: str, most: int) -> Iterator[int]:
-    """Where the last ``most`` parts of a name begin, the longest last part first; a name may have thousands."""
+    """The start indices of the last 1 to ``most`` parts of a name; a name may have thousands of parts."""
     end = len(name)
     for _ in range(most):
         cut = max(name.rfind(".", 0, end), name.rfind("/", 0, end))
@@ -71,7 +71,7 @@ def _suffixes(name: str, most: int) -> Iterator[int]:
 
 
 def _as_expected(tensor: Tensor, expected: Tensor) -> Tensor:
-    """Matrices as 1x1 convolutions, and the reverse: the same numbers."""
+    """A matrix as a 1x1 convolution or the reverse, with the same numbers, if that gives the expected shape."""
     if tensor.shape != expected.shape and {tensor.ndim, expected.ndim} == {2, 4} and tensor.numel() == expected.numel():
         large = tensor.shape if tensor.ndim == 4 else expected.shape
         return tensor.reshape(expected.shape) if large[2:] == (1, 1) else tensor
@@ -79,24 +79,24 @@ def _as_expected(tensor: Tensor, expected: Tensor) -> Tensor:
 
 
 def find_matches(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[Match]:
-    """All places in a file with tensors of the backbone, the best first.
+    """All matches of the backbone in a file, the best first.
 
     Args:
-        tensors: of the file.
-        wanted: of the backbone.
+        tensors: the tensors of the file.
+        wanted: the tensors of the backbone.
     """
     matches = []
     for layout in LAYOUTS:
         sources = {name: names for name in wanted if (names := layout.sources(name))}
         known = {name for names in sources.values() for name in names}
         depth = max((name.count(".") + name.count("/") + 1 for name in known), default=0)
-        places: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        by_prefix: defaultdict[str, dict[str, str]] = defaultdict(dict)
         for file in tensors:
             name = layout.canonical(file)
             for start in _suffixes(name, depth):
                 if name[start:] in known:
-                    places[name[:start]][name[start:]] = file
-        for prefix, found in places.items():
+                    by_prefix[name[:start]][name[start:]] = file
+        for prefix, found in by_prefix.items():
             files, values, misfits = {}, {}, {}
             for name, names in sources.items():
                 if not all(source in found for source in names):
@@ -113,10 +113,10 @@ def find_matches(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
 
 
 def _joined(layout: Layout, name: str, parts: Sequence[Tensor], expected: Tensor) -> Tensor | None:
-    """The backbone's tensor, or None where the parts do not go together."""
+    """The backbone's tensor, or None if the parts do not fit together."""
     try:
         return _as_expected(layout.join(name, parts), expected)
-    except (RuntimeError, ValueError, IndexError):  # parts of foreign shapes
+    except (RuntimeError, ValueError, IndexError):  # parts with unexpected shapes
         return None
 
 
@@ -125,10 +125,10 @@ def _pattern(name: str) -> str:
 
 
 def surplus(match: Match, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Tensors beside the used ones that belong to the same network and that the backbone has no place for.
+    """Unused tensors that belong to the same network but do not exist in the backbone.
 
-    They are further blocks of a deeper network, or weights and biases of a layer that has none here: without them the
-    features would be others. All-zero ones change nothing and are left out.
+    They are blocks of a deeper network, or weights and biases that a layer does not have here. Without them, the features
+    would differ. All-zero tensors change nothing and are left out.
     """
     used = {file for files in match.files.values() for file in files}
     patterns = {_pattern(file) for file in used}

@@ -1,4 +1,4 @@
-"""How images become a network's inputs, in words that other programs read."""
+"""How images become a network's inputs, in a form that other programs read."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fastuft.model.backbone import Backbone
 
 
 def shorter_side(size: int) -> int:
-    """Side in pixels that an image's shorter side is resized to before the center crop of ``size``."""
+    """The length in pixels to which an image's shorter side is resized before the center crop of ``size``."""
     return round(size * 256 / 224)
 
 
 def preprocessing_of(backbone: Backbone) -> dict[str, Any]:
-    """The steps of an evaluation, in order, as plain values."""
+    """The preprocessing steps of an evaluation, in order, as plain values."""
     return {
         "arch": backbone.arch,
         "input": {
@@ -33,7 +33,7 @@ def preprocessing_of(backbone: Backbone) -> dict[str, Any]:
 
 
 def transformers_preprocessor(backbone: Backbone) -> dict[str, Any]:
-    """The same as ``preprocessor_config.json`` of transformers."""
+    """The same in the form of ``preprocessor_config.json`` of transformers."""
     side = backbone.input_size
     return {
         "image_processor_type": "BitImageProcessor",

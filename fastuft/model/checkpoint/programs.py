@@ -13,8 +13,8 @@ from fastuft.atomic import whole_file, write_whole
 from fastuft.model.backbone import Backbone
 from fastuft.model.checkpoint.preprocessing import preprocessing_of
 
-_TOLERANCE = 1e-4  # of the largest feature, between the program and the backbone
-_BATCHES = (1, 3)  # sizes that a program is checked with; it is traced with 2
+_TOLERANCE = 1e-4  # difference between the program and the backbone, relative to the largest feature
+_BATCHES = (1, 3)  # batch sizes of the check; tracing uses 2
 
 
 def _images(backbone: Backbone, batch: int) -> Tensor:
@@ -23,7 +23,7 @@ def _images(backbone: Backbone, batch: int) -> Tensor:
 
 
 def trace(backbone: Backbone) -> torch.export.ExportedProgram:
-    """The backbone in eval mode as a graph of any batch size."""
+    """The backbone in eval mode as a graph for any batch size."""
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         return torch.export.export(backbone, (_images(backbone, 2),), dynamic_shapes={"images": {0: batch}})
@@ -33,7 +33,7 @@ def _check(given: Tensor, expected: Tensor, what: str) -> None:
     error = (given - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
     if not error <= _TOLERANCE:
         raise RuntimeError(
-            f"{what} gives other features than the backbone: they differ by {float(error):.1e} of the largest"
+            f"{what}: the features differ from the backbone's by {float(error):.1e} of the largest feature"
         )
 
 
@@ -47,7 +47,7 @@ def write_torch_export(backbone: Backbone, out: Path) -> None:
     """Write a ``.pt2`` program that ``torch.export.load`` reads, and its preprocessing beside it as JSON.
 
     Raises:
-        RuntimeError: the program gives other features than the backbone; nothing was written.
+        RuntimeError: the features differ from the backbone's; nothing was written.
     """
     buffer = io.BytesIO()
     torch.export.save(trace(backbone), buffer)
@@ -62,14 +62,14 @@ def write_torch_export(backbone: Backbone, out: Path) -> None:
 
 @torch.no_grad()
 def write_onnx(backbone: Backbone, out: Path) -> None:
-    """Write an ONNX model of any batch size, and its preprocessing beside it as JSON.
+    """Write an ONNX model for any batch size, and its preprocessing beside it as JSON.
 
-    Input ``images`` [batch, 3, side, side], output ``features`` [batch, num_features], float32; the operators are of
-    the version that torch's exporter targets.
+    Its input is ``images`` [batch, 3, side, side], its output ``features`` [batch, num_features], both float32; it has the
+    operator version that torch's exporter targets.
 
     Raises:
         ValueError: onnx, onnxscript or onnxruntime is not installed.
-        RuntimeError: onnxruntime gives other features than the backbone; nothing was written.
+        RuntimeError: onnxruntime's features differ from the backbone's; nothing was written.
     """
     try:
         import onnxruntime
@@ -82,7 +82,7 @@ def write_onnx(backbone: Backbone, out: Path) -> None:
         trace(backbone), input_names=["images"], output_names=["features"], dynamo=True, verbose=False
     )
     if program is None:
-        raise RuntimeError("torch's ONNX exporter gave no program")
+        raise RuntimeError("torch's ONNX exporter returned no program")
     with whole_file(out) as partial:
         program.save(partial, external_data=False)
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])

@@ -1,6 +1,6 @@
 """Checkpoint files as plain tensors by name: safetensors, torch archives, NumPy archives, folders of several files.
 
-Nothing in a file is executed, and no array is made before its size is known to fit the file.
+Nothing in a file is executed, and no array is allocated before its size is known to fit the file.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Content:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Args:
         path: the file or folder.
-        tensors: by name; of nested dicts, the names joined by dots.
-        metadata: what a safetensors file says of itself.
-        settings: dicts beside the tensors that describe the network: ``model_config`` and ``init_report`` of this
-            package's checkpoints, ``config`` of a transformers folder.
+        tensors: tensors by name; names in nested dicts are joined by dots.
+        metadata: the metadata of a safetensors file.
+        settings: dicts beside the tensors that describe the network: ``model_config`` and ``init_report`` in this
+            package's checkpoints, ``config`` in a transformers folder.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Content:
 
 
 def shown(name: str, most: int = 100) -> str:
-    """A name from a file as one line of a message: control characters escaped, long ones cut."""
+    """A name from a file as one line of a message, with control characters escaped and long names shortened."""
     plain = printable(name)
     return plain if len(plain) <= most else f"{plain[: most // 2]}...{plain[-most // 2 :]}"
 
@@ -65,7 +65,7 @@ def _read_safetensors(path: Path) -> Content:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             content = Content(path, tensors, file.metadata() or {})
-    except Exception as error:  # the reader raises its own type, and Python's for what it cannot convert
+    except Exception as error:  # the reader raises its own type, and Python's types for values that it cannot convert
         raise ValueError(
             f"checkpoint {str(path)!r} is a damaged safetensors file ({_reason(error)}); copy or download it again"
         ) from error
@@ -117,34 +117,34 @@ def _read_numpy(path: Path) -> Content:
         ) from error
     if not tensors:
         raise ValueError(
-            f"checkpoint {str(path)!r} is a NumPy archive without arrays of numbers; it holds "
-            f"{', '.join(left_out[:5]) or 'nothing'}. Arrays of Python objects are not read, since they could run code"
+            f"checkpoint {str(path)!r} is a NumPy archive without arrays of numbers; it has "
+            f"{', '.join(left_out[:5]) or 'nothing'}. Arrays of Python objects are not read, because they could run code"
         )
     return Content(path, tensors)
 
 
 def _objects(path: Path) -> str:
-    """The types in a torch archive that are not read, in words."""
+    """The types in a torch archive that are not read, for a message."""
     try:
         with inert_types():
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # it reads whole archives only
+    except Exception:  # it only reads whole archives
         names = []
     listed = ", ".join(shown(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f" ({listed})" if names else ""
 
 
 def _check_sums(path: Path) -> None:
-    """Check each member of a torch archive against its checksum, which torch leaves unread; 0 is written for none.
+    """Check each member of a torch archive against its checksum, which torch ignores; 0 means no checksum.
 
     Raises:
-        BadZipFile: a member is not what was written.
+        BadZipFile: a member has been altered.
     """
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if member.CRC:
                 with archive.open(member) as file:
-                    while file.read(_PART):  # raises at its end
+                    while file.read(_PART):  # raises at the end
                         pass
 
 
@@ -163,9 +163,9 @@ def _read_torch(path: Path, kind: FileFormat) -> Content:
                 f"checkpoint {str(path)!r} is a damaged torch archive (an unknown instruction); copy or download it again"
             ) from error
         raise ValueError(
-            f"checkpoint {str(path)!r} holds Python objects beside its tensors{objects}. Nothing in a checkpoint "
-            "is executed; where you trust it, save its state_dict alone with torch.save or safetensors, in the program "
-            "that wrote it"
+            f"checkpoint {str(path)!r} has Python objects beside its tensors{objects}. Nothing in a checkpoint is "
+            "executed; if you trust it, save only its state_dict with torch.save or safetensors, in the program that "
+            "wrote it"
         ) from error
     except Exception as error:  # torch raises many types for damaged archives
         raise ValueError(
@@ -179,7 +179,7 @@ def _read_torch(path: Path, kind: FileFormat) -> Content:
 
 
 def _named_tensors(content: object, path: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of nested dicts, containers such as ``state_dict`` included in their names."""
+    """All tensors in nested dicts; containers such as ``state_dict`` become part of their names."""
     waiting: list[tuple[str, object, int]] = [("", content, 0)]
     while waiting:
         prefix, value, depth = waiting.pop()
@@ -188,8 +188,8 @@ def _named_tensors(content: object, path: Path) -> Iterator[tuple[str, Tensor]]:
         elif isinstance(value, Mapping):
             if depth > _DEEPEST:
                 raise ValueError(
-                    f"checkpoint {str(path)!r} nests dicts more than {_DEEPEST} deep at {shown(prefix)}; save its "
-                    "state_dict alone"
+                    f"checkpoint {str(path)!r} nests dicts more than {_DEEPEST} deep at {shown(prefix)}; save only its "
+                    "state_dict"
                 )
             children = [(f"{prefix}.{key}" if prefix else str(key), child, depth + 1) for key, child in value.items()]
             waiting += reversed(children)
@@ -201,12 +201,12 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({_reason(error)}); copy or download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds no JSON object; copy or download it again")
+        raise ValueError(f"{str(path)!r} is not a JSON object; copy or download it again")
     return content
 
 
 def is_transformers_folder(path: Path) -> bool:
-    """Whether a folder is what ``save_pretrained`` of transformers writes."""
+    """Whether a folder was written by ``save_pretrained`` of transformers."""
     return path.is_dir() and (path / "config.json").is_file()
 
 
@@ -225,7 +225,7 @@ def _shards(folder: Path, index_name: str) -> list[Path]:
 
 
 def _read_transformers(folder: Path) -> Content:
-    """A folder of transformers: ``config.json`` and the weights, in one file or several."""
+    """Read a transformers folder: ``config.json`` and the weights, in one or several files."""
     settings = {"config": _json(folder / "config.json")}
     if (folder / "preprocessor_config.json").is_file():
         settings["preprocessor"] = _json(folder / "preprocessor_config.json")
@@ -245,18 +245,18 @@ def _read_transformers(folder: Path) -> Content:
 
 
 def read_checkpoint(path: str | Path) -> Content:
-    """Read a checkpoint file, or a folder of transformers.
+    """Read a checkpoint file or a transformers folder.
 
     Raises:
-        ValueError: missing, of another kind, damaged, or with objects that would have to be executed; says which.
+        ValueError: it is missing, of another kind or damaged, or has objects whose loading would execute code.
     """
     path = Path(path)
     if is_transformers_folder(path):
         return _read_transformers(path)
     if not path.is_file():
         raise ValueError(
-            f"checkpoint {str(path)!r} is not a file; name a checkpoint (.pth, .safetensors, .npz), a folder of "
-            "transformers or a run folder"
+            f"checkpoint {str(path)!r} is not a file; name a checkpoint (.pth, .safetensors, .npz), a transformers folder "
+            "or a run folder"
         )
     try:
         kind = sniff(path)
@@ -266,5 +266,5 @@ def read_checkpoint(path: str | Path) -> Content:
         return _read_safetensors(path)
     content = _read_numpy(path) if kind is FileFormat.NUMPY else _read_torch(path, kind)
     if not content.tensors:
-        raise ValueError(f"checkpoint {str(path)!r} holds no tensors; name a checkpoint of a network")
+        raise ValueError(f"checkpoint {str(path)!r} has no tensors; name a checkpoint of a network")
     return content

@@ -11,7 +11,7 @@ from fastuft.model.checkpoint.layout import Layout, renamed
 
 OWN_NAMES = Layout("the network's own", lambda name: (name,))
 
-# nn.Sequential(*resnet.children()), as lightly's examples keep their backbones.
+# nn.Sequential(*resnet.children()), as in lightly's examples.
 SEQUENTIAL = Layout(
     "sequential",
     renamed(
@@ -49,7 +49,7 @@ TIMM_V2 = Layout(
 
 
 def _bit_names(name: str) -> tuple[str, ...]:
-    """The names of BiT's published NumPy archives, behind their leading ``resnet/``."""
+    """The names in BiT's published NumPy archives, after their leading ``resnet/``."""
     if name == "conv1.weight":
         return ("root_block/standardized_conv2d/kernel",)
     kind = "gamma" if name.endswith("weight") else "beta"

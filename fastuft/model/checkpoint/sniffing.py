@@ -1,4 +1,4 @@
-"""What a file is, recognized by its first bytes, before anything reads it as a checkpoint."""
+"""Recognizes a file by its first bytes, before anything reads it as a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import zipfile
 from enum import Enum
 from pathlib import Path
 
-_HEAD = 4096  # bytes looked at
-_SHORTEST = 16  # bytes of the shortest file worth looking into
+_HEAD = 4096  # bytes to read
+_SHORTEST = 16  # bytes of the shortest possible checkpoint
 
-# torch.save's form from before 1.6: a pickle of this number comes first.
+# The format of torch.save before 1.6, which begins with a pickle of this number.
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 _COMPRESSED = {
@@ -19,11 +19,11 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
 }
 _FOREIGN = {
-    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, which stands for the file; fetch it with `git lfs pull`",
-    b"/annex/objects/": "a git-annex pointer, which stands for the file; fetch it with `git annex get`",
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
+    b"/annex/objects/": "a git-annex pointer, not the file itself; fetch it with `git annex get`",
     b"\x93NUMPY": "one NumPy array without names; save named arrays with np.savez, or a state_dict with torch.save",
-    b"\x89HDF\r\n\x1a\n": "an HDF5 file, as Keras writes; convert it to safetensors or to a torch state_dict first",
-    b"GGUF": "a GGUF file of a quantized language model; name a checkpoint of an image network",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file, as written by Keras; convert it to safetensors or to a torch state_dict first",
+    b"GGUF": "a GGUF file with a quantized language model; name a checkpoint of an image network",
     b"\x89PNG": "an image; name a checkpoint",
     b"\xff\xd8\xff": "an image; name a checkpoint",
     b"%PDF": "a PDF document; name a checkpoint",
@@ -33,11 +33,11 @@ _FOREIGN = {
 
 
 class FileFormat(Enum):
-    """The containers that are read."""
+    """The formats that can be read."""
 
     SAFETENSORS = "safetensors"
     TORCH = "torch archive"
-    TORCH_LEGACY = "torch archive of the old form"
+    TORCH_LEGACY = "torch archive in the old format"
     NUMPY = "NumPy archive"
 
 
@@ -50,7 +50,7 @@ def _zip_format(path: Path) -> FileFormat | str:
     if names and all(name.endswith(".npy") for name in names):
         return FileFormat.NUMPY
     if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
-        return "a TorchScript program, not weights alone; save the state_dict of the loaded program with torch.save"
+        return "a TorchScript program, not just weights; save the state_dict of the loaded program with torch.save"
     if any(name.rpartition("/")[2] == "data.pkl" for name in names):
         return FileFormat.TORCH
     return "a ZIP archive without a checkpoint's members; unpack it and name the checkpoint inside"
@@ -60,27 +60,25 @@ def _text_kind(head: bytes) -> str | None:
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
         return (
-            "a web page (HTML), as servers answer instead of the file when a login or another address is needed; "
-            "download the file itself"
+            "a web page (HTML), which servers send instead of the file if a login or another address is needed; download "
+            "the file itself"
         )
     if b'"weight_map"' in head and start.startswith(b"{"):
-        return (
-            "the index of a checkpoint in several files; name the folder that holds it, its config.json and its shards"
-        )
+        return "the index of a checkpoint in several files; name the folder with the index, config.json and the shards"
     if start.startswith((b"{", b"[")):
-        return "JSON text, which holds no weights; name the file or the folder of the weights"
+        return "JSON text, which has no weights; name the file or the folder with the weights"
     try:
         text = head.decode("utf-8")
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:  # else a letter cut at the end of what was read
+        if error.start < len(head) - 4:  # otherwise it is a character cut off at the end
             return None
         text = head[: error.start].decode("utf-8")
     printable = all(letter.isprintable() or letter in "\t\r\n" for letter in text)
-    return "text, which holds no weights; name the checkpoint itself" if printable else None
+    return "text, which has no weights; name the checkpoint itself" if printable else None
 
 
 def _foreign_kind(head: bytes, name: str, size: int) -> str:
-    """In words, what a file is that is not a checkpoint."""
+    """What kind of file something is that is not a checkpoint, in words."""
     if size < _SHORTEST:
         return f"{'empty' if not size else f'only {size} bytes long'}; copy or download it again"
     for start, (kind, tool) in _COMPRESSED.items():
@@ -93,19 +91,19 @@ def _foreign_kind(head: bytes, name: str, size: int) -> str:
         return "a tar archive; unpack it and name the checkpoint inside"
     if head[:1] == b"\x80" and 2 <= head[1] <= 5:
         return (
-            "a pickle, which can run code when it is read and is not read here; save its state_dict with torch.save or "
-            "safetensors where you trust it"
+            "a pickle, which is not read because it could run code; if you trust it, save its state_dict with torch.save or "
+            "safetensors"
         )
     if not any(head):
-        return "filled with zeros, as an interrupted download leaves it; copy or download it again"
-    return _text_kind(head) or "of no known format; name a .safetensors, a torch .pth or a NumPy .npz file"
+        return "filled with zeros, as after an interrupted download; copy or download it again"
+    return _text_kind(head) or "of an unknown format; name a .safetensors, a torch .pth or a NumPy .npz file"
 
 
 def sniff(path: Path) -> FileFormat:
     """The format of a checkpoint file, from its content alone.
 
     Raises:
-        ValueError: anything else, with what the file is and what to do.
+        ValueError: the file is anything else; the message says what it is and what to do.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

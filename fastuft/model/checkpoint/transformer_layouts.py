@@ -14,7 +14,7 @@ _BLOCK = r"blocks\.(\d+)\."
 
 
 def _query_key_value(block: str, names: tuple[str, str, str]) -> Rules:
-    """Rules for timm's joint projection where a library has three."""
+    """Rules for timm's joint projection, for a library with three."""
     several = [" ".join(rf"{block}{name}.{kind}" for name in names) for kind in ("weight", "bias")]
     return [(rf"{_BLOCK}attn\.qkv\.weight", several[0]), (rf"{_BLOCK}attn\.qkv\.bias", several[1])]
 
@@ -66,7 +66,7 @@ HF_DINOV2_GATED = Layout(
 
 
 def _with_registers(name: str, parts: Sequence[Tensor]) -> Tensor:
-    """timm's networks with registers have no position for the class token: it is part of the token itself."""
+    """timm's networks with registers add the class token's position embedding to the token itself."""
     if name == "cls_token":
         token, positions = parts
         return token + positions[:, :1]
@@ -74,7 +74,7 @@ def _with_registers(name: str, parts: Sequence[Tensor]) -> Tensor:
 
 
 def _without_registers(name: str, tensor: Tensor, count: int) -> Sequence[Tensor | None]:
-    """The reverse: the position of the class token is zero."""
+    """The reverse: the class token's position embedding is zero."""
     if name == "cls_token":
         return [tensor, None]
     if name == "pos_embed":
@@ -118,7 +118,7 @@ DINOV2_REGISTERS = Layout(
 
 
 def _dinov3_join(name: str, parts: Sequence[Tensor]) -> Tensor:
-    """timm keeps the biases of query and value apart; the key has none."""
+    """timm has separate biases for query and value, and none for the key."""
     if name.endswith(("attn.q_bias", "attn.v_bias")):
         query, _, value = parts[0].chunk(3)
         return query if name.endswith("q_bias") else value
@@ -187,7 +187,7 @@ def _convnext(stem: tuple[str, str], down: tuple[str, str], block: str, parts: d
 
 
 def _as_linear(name: str, tensor: Tensor, count: int) -> Sequence[Tensor | None]:
-    """timm's small networks keep the MLP's matrices as 1x1 convolutions."""
+    """timm's small networks have the MLP's matrices as 1x1 convolutions."""
     return [tensor.flatten(1) if re.search(r"\.mlp\.fc\d\.weight$", name) else tensor]
 
 

@@ -1,4 +1,4 @@
-"""Backbones as folders that ``from_pretrained`` of transformers loads with no tensor missing and none left over."""
+"""Backbones as folders that ``from_pretrained`` of transformers loads without missing or unused tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ State = Mapping[str, Tensor]
 
 
 def _count(state: State, pattern: str) -> int:
-    """How many different numbers the pattern's group takes among the names."""
+    """The number of different values of the pattern's group among the names."""
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
@@ -79,7 +79,7 @@ def _convnext(network: nn.Module, state: State) -> tuple[dict[str, Any], dict[st
 
 
 def _vit_config(backbone: TimmBackbone, state: State) -> dict[str, Any]:
-    """What the configurations of all ViTs share."""
+    """The common part of all ViT configurations."""
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     heads = getattr(backbone.network.get_submodule("blocks.0.attn"), "num_heads", 0)
     return {
@@ -105,7 +105,7 @@ def _vit(backbone: TimmBackbone, state: State) -> tuple[dict[str, Any], dict[str
         "pooler_output_size": width,
         "pooler_act": "linear",
     }
-    # transformers' pooler is a layer over the class token; as the identity it hands the features on.
+    # transformers' pooler is a layer on the class token; as the identity, it passes the features on.
     return config, {
         **HF_VIT.export(state),
         "pooler.dense.weight": torch.eye(width),
@@ -172,13 +172,13 @@ def _folder_of(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if kind == "Eva" and "_dinov3" in backbone.arch:
             return _dinov3(backbone, state)
     raise ValueError(
-        f"layout='transformers' has no network like {backbone.arch}; resnet, ViT, DINOv2, DINOv3 and ConvNeXt can be "
-        "written. Export with layout timm, onnx or torch_export"
+        f"layout='transformers' has no network like {backbone.arch}, only ResNet, ViT, DINOv2, DINOv3 and ConvNeXt; export "
+        "with layout timm, onnx or torch_export"
     )
 
 
 def features_in_transformers(backbone: Backbone) -> str:
-    """Where the features are in the output of the exported network, as Python."""
+    """Python code that takes the features from the output of the exported network."""
     network = backbone.network if isinstance(backbone, TimmBackbone) else None
     averages = getattr(network, "global_pool", None) == "avg" and hasattr(network, "blocks")
     if backbone.traits.pool == "mean" or (backbone.traits.pool == "own" and averages):
@@ -193,7 +193,7 @@ def write_transformers(backbone: Backbone, folder: Path) -> None:
 
     Raises:
         ValueError: transformers has no such network.
-        OSError: the disk refused.
+        OSError: a file could not be written.
     """
     from safetensors.torch import save
 

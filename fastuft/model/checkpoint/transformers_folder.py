@@ -1,4 +1,4 @@
-"""The networks of transformers' ``config.json`` under this package's and timm's names."""
+"""The names of transformers' networks in this package and in timm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _RESNETS: dict[tuple[str, tuple[object, ...]], str] = {
     ("bottleneck", (3, 4, 6, 3)): "resnet50",
     ("bottleneck", (3, 4, 23, 3)): "resnet101",
 }
-# (hidden size, blocks) of the usual sizes.
+# (hidden size, blocks) of the standard sizes.
 _VITS = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 _CONVNEXTS: dict[tuple[tuple[object, ...], tuple[object, ...]], str] = {
     ((2, 2, 6, 2), (40, 80, 160, 320)): "atto",
@@ -27,13 +27,13 @@ def _tuple(values: object) -> tuple[object, ...]:
 
 
 def network_of(config: Mapping[str, Any]) -> str | None:
-    """Name of a network for ``model.arch``; None for unusual sizes, which the caller names.
+    """The name of a network for ``model.arch``; None for non-standard sizes, which the user must name.
 
     Args:
-        config: a ``config.json``.
+        config: the content of ``config.json``.
 
     Raises:
-        ValueError: a kind of network that is not read.
+        ValueError: this kind of network cannot be read.
     """
     kind, depths, widths = config.get("model_type"), _tuple(config.get("depths")), _tuple(config.get("hidden_sizes"))
     size = _VITS.get((config.get("hidden_size", 0), config.get("num_hidden_layers", 0)))
@@ -51,7 +51,7 @@ def network_of(config: Mapping[str, Any]) -> str | None:
     }
     if kind not in names:
         raise ValueError(
-            f"model_type={kind!r} is not read; transformers folders of resnet, {', '.join(names)}, convnext and "
-            "dinov3_convnext are"
+            f"model_type={kind!r} cannot be read; choose a transformers folder of resnet, {', '.join(names)}, convnext or "
+            "dinov3_convnext"
         )
     return names[kind] if size else None
