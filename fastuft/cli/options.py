@@ -117,8 +117,8 @@ class BenchOptions:
     """Run the benchmarks of a source checkout on this machine.
 
     Args:
-        what: all, or the name of one benchmark file: loss, loss_sweep, mix, streams, step, momentum, enqueue,
-            evaluate.
+        what: all, or the name of one benchmark file: loss, loss_sweep, mix, streams, sources, step, momentum,
+            enqueue, evaluate.
         smoke: smallest sizes, once each.
         slow: also the rows that take minutes on a CPU: larger networks, mixing, half precision, compiled steps.
         impl: other implementations of the loss to put into the table, each as MODULE:FUNCTION.

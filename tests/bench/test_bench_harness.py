@@ -318,3 +318,13 @@ def test_page_shows_figures_and_what_is_not_measured(tmp_path):
 def test_device_folders():
     assert report.slug("NVIDIA H200") == "nvidia-h200"
     assert report.slug("AMD EPYC, 1 thread") == "cpu"
+
+
+def test_a_simulated_source_is_drawn_from_its_index_alone(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "simulate_source.py"), "--images", "400", "--shards", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found, index = map(json.loads, done.stdout.splitlines())
+    assert found["source_images"] == 400 and found["drawn"] == 40 and found["held_mb"] <= found["peak_mb"] + 1
+    assert index["bytes_per_image"] > 0
