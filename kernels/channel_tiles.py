@@ -1,4 +1,4 @@
-"""Tiles of activations in channels_last, [positions, channels]: how splits of the positions are shared out, read and summed."""
+"""Tiles of channels_last activations, [positions, channels]: how splits of positions are planned, read and summed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ BLOCK_ROWS, BLOCK_CHANNELS = 32, 64
 BLOCK_SPLITS = 16  # partial sums that a program reads at a time
 NUM_WARPS = 4
 MAX_SPLITS = 64
-_PROGRAMS = 8  # per multiprocessor that a launch aims at
+_PROGRAMS = 8  # programs per multiprocessor that a launch aims for
 
 
 @functools.cache
 def plan_positions(groups: int, num_rows: int, channels: int, multiprocessors: int) -> tuple[int, int, int]:
-    """(channels a program takes, splits of the positions of a group, positions per split): whole tiles, no empty split."""
+    """(channels per program, splits of a group's positions, positions per split), with whole tiles and no empty split."""
     block_channels = min(BLOCK_CHANNELS, max(16, triton.next_power_of_2(channels)))
     tiles = triton.cdiv(num_rows, BLOCK_ROWS)
     programs = groups * triton.cdiv(channels, block_channels)
@@ -27,20 +27,20 @@ def plan_positions(groups: int, num_rows: int, channels: int, multiprocessors: i
 
 
 def shape_of(x: Tensor, group: int) -> tuple[int, int, int]:
-    """(groups, positions of each, channels)."""
+    """(groups, positions per group, channels)."""
     return x.shape[0] // group, group * x.shape[2] * x.shape[3], x.shape[1]
 
 
 @triton.jit
 def positions(group, split, num_rows, rows_per_split, channels):
-    """(offset of a group's position 0, first position of a split, the one after its last)."""
+    """(offset of a group's position 0, first position of a split, end of the split)."""
     first = split * rows_per_split
     return group.to(tl.int64) * num_rows * channels, first, tl.minimum(first + rows_per_split, num_rows)
 
 
 @triton.jit
 def tile_of(base, start, columns, last, channels, BLOCK_R: tl.constexpr):
-    """(offset of a tile, offsets within it, which are inside) of positions from ``start`` on; ``base`` is position 0's."""
+    """(offset of a tile, offsets within it, which are inside) for positions from ``start`` on; ``base`` is the offset of 0."""
     rows = tl.arange(0, BLOCK_R)
     inside = (start + rows < last)[:, None] & (columns < channels)[None, :]
     return base + tl.cast(start, tl.int64) * channels, rows[:, None] * channels + columns[None, :], inside
@@ -48,7 +48,7 @@ def tile_of(base, start, columns, last, channels, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, base, start, columns, last, channels, BLOCK_R: tl.constexpr):
-    """Tile [BLOCK_R, C] of a group's positions as fp32, 0 outside."""
+    """A tile [BLOCK_R, C] of a group's positions as fp32, 0 outside."""
     offset, within, inside = tile_of(base, start, columns, last, channels, BLOCK_R)
     return tl.load(ptr + offset + within, inside, 0.0).to(tl.float32)
 

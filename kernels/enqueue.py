@@ -1,15 +1,15 @@
-"""Write keys into the ring buffer of a queue: normalized, wrapping, without the host knowing where.
+"""Writes normalized keys into the ring buffer of a queue, without the host knowing the position.
 
     queue[(pointer + i) mod K] = k_i / max(|k_i|, 1e-12),   pointer <- (pointer + B) mod K
 
-Of B > K keys the last K are written. Equals, for B <= K and a queue that is not fp8::
+Of B > K keys, the last K are written. Equals, for B <= K and a queue that is not fp8::
 
     queue[(pointer + torch.arange(B)) % K] = F.normalize(keys.float(), dim=1).to(queue.dtype)
 
-A row of an fp8 queue is codes times a scale, which is the unit row's length over that of its codes.
+A row of an fp8 queue is codes times a scale, which is the unit row's length divided by that of its codes.
 
-One launch. The pointer may move only when every program has read it: each adds 2^40 to it as it reads, so that its upper
-bits count the programs that came, and the last of them writes the new pointer. The rows do not depend on their order.
+It takes one launch. The pointer may move only after every program has read it: each program adds 2^40 to it when reading, so
+its upper bits count the programs, and the last one writes the new pointer. The rows do not depend on the programs' order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ROWS = 4
 @triton.jit
 def enqueue_kernel(
     queue_ptr,  # [K, D]
-    scales_ptr,  # [K] fp32, written where FP8
+    scales_ptr,  # [K] fp32, written if FP8
     pointer_ptr,  # int64 scalar
     keys_ptr,  # [B, D]
     queue_stride,
@@ -41,22 +41,22 @@ def enqueue_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_R rows of the keys that stay."""
+    """Write BLOCK_R rows of the keys that stay."""
     ticket = tl.atomic_add(pointer_ptr, tl.full([], 1 << 40, tl.int64))
     pointer, came_before = ticket & ((1 << 40) - 1), ticket >> 40
     rows = skipped + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_D)
     key, _ = unit_rows(load_rows(keys_ptr, keys_stride, rows, columns, num_rows, width))
-    places = (pointer + rows) % size
+    slots = (pointer + rows) % size
     inside = (rows[:, None] < num_rows) & (columns[None, :] < width)
     if FP8:
         codes = encode(key * UNIT_SCALE).to(tl.uint8)
         rounded = decode(codes, False)
         length = tl.sqrt(tl.sum(rounded * rounded, 1))
         scale = tl.where(length == 0.0, 0.0, tl.sqrt(tl.sum(key * key, 1)) / length)
-        tl.store(scales_ptr + places, scale, rows < num_rows)
+        tl.store(scales_ptr + slots, scale, rows < num_rows)
         key = codes
-    p_out = queue_ptr + places[:, None] * queue_stride + columns[None, :]
+    p_out = queue_ptr + slots[:, None] * queue_stride + columns[None, :]
     tl.store(p_out, key.to(queue_ptr.dtype.element_ty), inside)
     if came_before == tl.num_programs(0) - 1:
         tl.store(pointer_ptr, (pointer + num_rows) % size)

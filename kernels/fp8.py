@@ -1,4 +1,4 @@
-"""8-bit floating point (e4m3: 1 sign, 4 exponent and 3 mantissa bits) in registers, bit by bit where a chip lacks it.
+"""8-bit floating point (e4m3: 1 sign, 4 exponent and 3 mantissa bits) in registers, bit by bit on chips without it.
 
 The encoding of Micikevicius et al. 2022, "FP8 Formats for Deep Learning", without infinities. A row of a queue is codes
 times a scale of its own; NaN is carried by the scale.
@@ -26,11 +26,11 @@ def encode(value):
 
 @triton.jit
 def decode(codes, NATIVE: tl.constexpr):
-    """fp32 values of codes (uint8); ``NATIVE`` where the chip converts them."""
+    """fp32 values of codes (uint8); ``NATIVE`` says whether the chip converts them."""
     if NATIVE:
         value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
-        # Sign, exponent and mantissa in their places of an fp32, whose exponent is then 120 too small; subnormals too.
+        # Put sign, exponent and mantissa into the bits of an fp32, whose exponent is then 120 too small, also for subnormals.
         bits = (codes.to(tl.int32) << 24) >> 4
         value = (bits & -0x78000001).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     return value
@@ -38,6 +38,6 @@ def decode(codes, NATIVE: tl.constexpr):
 
 @triton.jit
 def decode_rows(codes, scales_ptr, start, limit, NATIVE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows [start, start + BLOCK) of a queue with ``limit`` rows, as fp32, of their codes [BLOCK, D]."""
+    """Rows [start, start + BLOCK) of a queue with ``limit`` rows as fp32, from their codes [BLOCK, D]."""
     rows = start + tl.arange(0, BLOCK)
     return decode(codes, NATIVE) * tl.load(scales_ptr + rows, rows < limit, 0.0)[:, None]

@@ -1,11 +1,11 @@
-"""BatchNorm whose statistics are taken over groups of the batch, one operator per direction.
+"""BatchNorm with statistics over groups of the batch, as one operator per direction.
 
-Of x [G, R, C] (channels_last: G groups of R positions each, C channels), residual r of the same shape, weight w, bias b:
+For x [G, R, C] (channels_last: G groups of R positions each, C channels), residual r of the same shape, weight w, bias b:
 
     (1)  mean = sum_r x / R,   variance = sum_r (x - mean)^2 / R,   s = 1 / sqrt(variance + eps)          each [G, C]
     (2)  y = (x - mean) s w + b   [+ r]   [then max(y, 0)]
 
-and backwards, of d = dL/dy (0 where the maximum chose 0):
+and in the backward pass, for d = dL/dy (0 where the maximum chose 0):
 
     (3)  dL/db = sum_g sum_r d,   dL/dw = sum_g s sum_r d (x - mean)
     (4)  dL/dx = w s (d - sum_r d / R - (x - mean) s^2 sum_r d (x - mean) / R),   dL/dr = d
@@ -14,10 +14,10 @@ Equals, for each group::
 
     F.relu(F.batch_norm(x, None, None, w, b, True, 0.0, eps) + r)
 
-Sums are fp32. Two launches a direction: partial sums of splits of the positions; then the splits' sums meet in a fixed order
-and the same programs write the result. Deterministic: no atomics. Partial variances are sums about the mean of the split's
-first tile, so that they do not cancel, and meet by Chan, Golub and LeVeque's formula (1983). The gradient's kernels are in
-``grouped_batchnorm_gradient``.
+Sums are in fp32. Each direction takes two launches: partial sums over splits of the positions; then the sums of the splits are
+combined in a fixed order, and the same programs write the result. It is deterministic: there are no atomics. Partial variances
+are sums about the mean of the split's first tile, which avoids cancellation, and are combined with the formula of Chan, Golub
+and LeVeque (1983). The kernels of the gradient are in ``grouped_batchnorm_gradient``.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def normalize_kernel(
 
 
 def unsupported(x: Tensor) -> str | None:
-    """Why the kernels cannot take activations of this kind; None where they can."""
+    """Why the kernels cannot take activations of this kind, or None if they can."""
     if x.device.type == "cuda" and chip(x.device)[0] < 80:
         return "the GPU is older than sm_80"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):

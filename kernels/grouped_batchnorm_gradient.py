@@ -1,4 +1,4 @@
-"""The gradient of BatchNorm over groups: (3), (4) of ``grouped_batchnorm``, in two launches as there."""
+"""The gradient of BatchNorm over groups: (3), (4) of ``grouped_batchnorm``, also in two launches."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """(4) of one split of a group's positions; (3) by the first program of a row of its own, beside the others."""
+    """(4) for one split of a group's positions; an extra row of programs computes (3) at the same time."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     split, num_splits = tl.program_id(1), tl.num_programs(1)
     inside = columns < channels

@@ -1,4 +1,4 @@
-"""How a sweep is shared out over a chip: which chip it is, and how many units each program takes."""
+"""How a sweep is divided over a chip: the kind of chip, and the number of units per program."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 from fastuft.kernels.launch_table import Launch
 
-# Rows of partial results that tiles of 64 rows or fewer leave, at most: 8.7 MB at D = 128.
+# The largest number of rows of partial results from tiles of 64 rows or fewer: 8.7 MB at D = 128.
 PARTIAL_ROWS = 264 * 64
-# Each tile of rows reads the whole queue from the L2 cache. Above this many bytes taller tiles halve them: 64 rows at
-# B = 4096, K = 65,536, D = 128 read 1.07 GB.
+# Each tile of rows reads the whole queue from the L2 cache. Above this many bytes, taller tiles halve them: tiles of 64 rows
+# read 1.07 GB at B = 4096, K = 65,536, D = 128.
 TALL_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Units of a sweep: row tiles times key tiles, ``units_per_program`` to each of the programs, the last fewer."""
+    """The units of a sweep: row tiles times key tiles, ``units_per_program`` for each program, fewer for the last."""
 
     row_tiles: int
     key_tiles: int
@@ -43,17 +43,17 @@ def _cuda_chip(index: int) -> tuple[int, int]:
 def chip(device: torch.device) -> tuple[int, int]:
     """(arch, multiprocessors)."""
     if device.type != "cuda":
-        return 90, 4  # the interpreter runs anywhere; few programs keep it quick
+        return 90, 4  # the interpreter runs anywhere; few programs keep it fast
     return _cuda_chip(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def tall_rows(num_rows: int, num_keys: int, width: int) -> bool:
-    """Whether tiles of 64 rows of a half-precision sweep would read more than TALL_BYTES."""
+    """Whether a half-precision sweep with tiles of 64 rows would read more than TALL_BYTES."""
     return -(-num_rows // 64) * num_keys * width * 2 > TALL_BYTES
 
 
 def plan_units(num_rows: int, num_keys: int, config: Launch, multiprocessors: int) -> Plan:
-    """The same number of units for each program of one full wave, however few or many rows there are."""
+    """The same number of units for each program of one full wave, however many rows there are."""
     row_tiles = -(-num_rows // config.block_b)
     key_tiles = max(1, -(-num_keys // config.block_k))
     programs = multiprocessors * config.ctas

@@ -1,4 +1,4 @@
-"""Launch parameters of the sweep, by chip, precision, width and rows: what the launcher reads and the tests compile."""
+"""Launch parameters of the sweep by chip, precision, width and rows, which the launcher reads and the tests compile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 ARCHS = (80, 90, 100)
 PRECISIONS = ("bf16", "fp16", "tf32", "ieee")
 WIDTHS = (16, 32, 64, 128, 256, 512)  # padded widths; the kernels mask the rest
-# Shared memory a program may ask for. 80 also serves 8.6, 8.9 and 12.x, which allow less than an A100's 166,912.
+# Shared memory available to a program. 80 also covers 8.6, 8.9 and 12.x, which allow less than an A100's 166,912.
 SHARED_BYTES = {80: 101_376, 90: 232_448, 100: 232_448}
 
 
@@ -23,9 +23,9 @@ class Launch:
         block_k: keys of a tile.
         num_warps: warps per program.
         num_stages: tiles of keys in flight.
-        ctas: programs that share a multiprocessor, as the plan counts on it.
-        descriptors: read tiles by the tensor memory accelerator where they are aligned; else by pointers.
-        max_registers: bound on a thread's registers, where ``ctas`` needs one.
+        ctas: programs per multiprocessor that the plan assumes.
+        descriptors: whether to read aligned tiles with the tensor memory accelerator; otherwise through pointers.
+        max_registers: bound on the registers per thread, if ``ctas`` needs one.
     """
 
     block_b: int
@@ -38,7 +38,7 @@ class Launch:
 
 
 def _hopper(width: int, tall: bool) -> Launch:
-    """Half precision on sm_90: queries lie in shared memory, each warpgroup has 64 rows, products are never serialized."""
+    """Half precision on sm_90: queries are in shared memory, a warpgroup has 64 rows, products are never serialized."""
     if width == 512:
         return Launch(64, 64, 8, 2, 1, True)  # two warpgroups halve the width of one tile's sums
     if width == 256:
@@ -62,14 +62,14 @@ def _half(arch: int, width: int, tall: bool) -> Launch:
 
 
 def _single(width: int) -> Launch:
-    """fp32 tiles: exact ones are multiplied on the CUDA cores, with small tiles."""
+    """fp32 tiles; exact products run on the CUDA cores, with small tiles."""
     if width <= 128:
         return Launch(16, 32, 4, 2, 2)
     return Launch(16, 16, 4, 2, 2) if width == 256 else Launch(16, 16, 4, 1, 1)
 
 
 def _packed(arch: int, width: int) -> Launch:
-    """Half precision over an fp8 queue, which is decoded in registers; its bytes are half, so that short tiles serve it."""
+    """Half precision over an fp8 queue, which is decoded in registers; it has half the bytes, so short tiles suffice."""
     if width == 512:
         return Launch(16, 32, 8, 2, 1)
     if width == 256 and arch < 100:
@@ -82,17 +82,17 @@ def _packed(arch: int, width: int) -> Launch:
 def launch(arch: int, precision: str, width: int, tall: bool, direct: bool, packed: bool = False) -> Launch:
     """The configuration for a chip (80, 90, 100, ...), precision and padded width.
 
-    Half precision: 128 rows share each tile of keys where there are many (``tall``), because the queue then crosses the L2
-    cache half as often as with 64; registers bound the width of a tile of keys (accumulators [block_b, width] and scores
-    [block_b, block_k], both fp32). ``direct``: tiles go from memory to the product as they are, by descriptors; where they
-    pass through registers, wide rows leave less room. ``packed``: the queue is fp8.
+    Half precision: if there are many rows (``tall``), 128 of them share each tile of keys, so the queue is read from the L2
+    cache half as often as with 64. Registers limit the width of a tile of keys (accumulators [block_b, width] and scores
+    [block_b, block_k], both fp32). ``direct``: tiles go from memory to the product unchanged, through descriptors; tiles that
+    pass through registers leave less room for wide rows. ``packed``: the queue is fp8.
     """
     if precision in ("ieee", "tf32"):
         return _single(width)
     if packed:
         return _packed(arch, width)
     if arch == 80 and width == 256 and not direct:
-        return Launch(64, 32, 8, 2, 1)  # an fp32 queue's tiles of 64 keys take more shared memory than there is
+        return Launch(64, 32, 8, 2, 1)  # 64 keys of an fp32 queue would need more shared memory than there is
     return _hopper(width, tall) if arch == 90 and (direct or width <= 128) else _half(arch, width, tall)
 
 

@@ -1,6 +1,6 @@
-"""The argument lists of the operators, each written once: operators, kernels and the portable paths take these values.
+"""The argument lists of the operators, defined once: operators, kernels and portable paths take these values.
 
-An operator's schema is read off its class, field by field, and its implementation gets the fields back as one value.
+An operator's schema is derived from its class, field by field, and its implementation gets the fields as one value.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int
 
 
 class Problem(NamedTuple):
-    """One call of the loss: Eq. 6, or Eq. 4 where ``k_b`` and ``lam`` are None.
+    """One call of the loss: Eq. 6, or Eq. 4 if ``k_b`` and ``lam`` are None.
 
     Args:
         q: queries [B, D]. k_a, k_b: their keys [B, D]. lam: weight of k_a, [B] or [1]. queue: [K, D].
-        queue_scales: [K] fp32 of an fp8 queue, whose codes ``queue`` holds as uint8; None for others.
+        queue_scales: [K] fp32 for an fp8 queue, whose codes are in ``queue`` as uint8; otherwise None.
         temperature: tau.
         normalize: L2-normalize q and the keys.
-        unit_queue: the caller states that no row of the queue is longer than 1 (but for rounding).
-        precision: what the kernels multiply in: auto, ieee, tf32, bf16 or fp16; see :func:`tile_precision`.
-        reduction: mean, sum or none, of the loss.
-        need_grad: else the gradient is not computed.
+        unit_queue: whether the caller states that no row of the queue is longer than 1 (up to rounding).
+        precision: precision of the kernels' products: auto, ieee, tf32, bf16 or fp16; see :func:`tile_precision`.
+        reduction: reduction of the loss: mean, sum or none.
+        need_grad: whether to compute the gradient.
         impl: auto, triton or torch.
     """
 
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 
 
 class LseProblem(NamedTuple):
-    """One call of the primitive, for ``z`` as it is; ``need_mu``: else mu is not computed. The rest as in Problem."""
+    """One call of the primitive for ``z``; ``need_mu`` says whether to compute mu. The rest is as in Problem."""
 
     z: Tensor
     queue: Tensor
@@ -60,10 +60,10 @@ class BatchNorm(NamedTuple):
 
     Args:
         x: [B, C, H, W]; B is a multiple of ``group``.
-        weight: [C], or None for 1. bias: [C], or None for 0; both or neither.
+        weight: [C], or None for 1. bias: [C], or None for 0; give both or neither.
         residual: like x, added after the affine map.
         group: images per group. eps: added to the variance.
-        relu: whether negative values become 0, last.
+        relu: whether negative values become 0 in the end.
     """
 
     x: Tensor
@@ -76,13 +76,13 @@ class BatchNorm(NamedTuple):
 
 
 class BatchNormGradient(NamedTuple):
-    """One call of its gradient.
+    """One call of the gradient of BatchNorm.
 
     Args:
-        grad: of the output, like x. x, weight, group, eps: as in BatchNorm.
-        out: the output where ``relu`` was asked for, else None.
-        means, scales: of the groups, [B / group, C]; scales are 1 / sqrt(variance + eps).
-        residual: whether the residual's gradient is wanted.
+        grad: gradient of the output, like x. x, weight, group, eps: as in BatchNorm.
+        out: the output if ``relu`` was set, otherwise None.
+        means, scales: statistics of the groups, [B / group, C]; scales are 1 / sqrt(variance + eps).
+        residual: whether to return the residual's gradient.
     """
 
     grad: Tensor
@@ -102,10 +102,10 @@ def schema(arguments: type[Any]) -> str:
 
 
 def tile_precision(precision: str, query: torch.dtype, queue: torch.dtype) -> str:
-    """What tiles of query and queue are multiplied in: ieee or tf32 (both fp32), bf16 or fp16.
+    """The precision of products of query and queue tiles: ieee or tf32 (both fp32), bf16 or fp16.
 
-    "auto" takes the half-precision dtype of the query or the queue, bf16 where both occur (its range holds any row),
-    and ieee for fp32 with fp32. An fp8 queue (uint8) holds either exactly up to its scales: with an fp32 query it takes bf16.
+    "auto" is the half-precision dtype of the query or the queue, bf16 if both occur (its range covers any row), and ieee for
+    fp32 with fp32. Codes of an fp8 queue (uint8) are exact in both; with an fp32 query, it is bf16.
     """
     if precision != "auto":
         return precision

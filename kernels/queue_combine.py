@@ -1,4 +1,4 @@
-"""What follows the sweep: partial results meet, give loss and gradient, and backward scales that gradient.
+"""After the sweep: combines partial results into loss and gradient, and scales that gradient in the backward pass.
 
 Steps (3) to (7) are those of ``queue_sweep``. Backward, for the upstream gradient u of the loss and factor f (1/B of a mean):
 
@@ -22,13 +22,13 @@ from fastuft.kernels.problem import Problem
 from fastuft.kernels.rows import load_rows, unit_rows
 
 COMBINE_SLOTS = 8  # partial results that a combine program reads at a time
-COMBINE_WARPS = 2  # with 4 or 8 the compiler spills in some widths on sm_80 and sm_100
+COMBINE_WARPS = 2  # with 4 or 8, the compiler spills at some widths on sm_80 and sm_100
 SCALE_BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Partials:
-    """What a sweep leaves, by slot and row of the slot's tile.
+    """The partial results of a sweep, by slot and row of the slot's tile.
 
     Args:
         m: [slots, rows] fp32, read unless ``unit``. total: l of (2), likewise. acc: [slots, rows, D] fp32.
@@ -85,9 +85,9 @@ def combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(3) to (7) of one row, over its slots in order."""
+    """(3) to (7) for one row, over its slots in order."""
     if PDL:
-        tl.extra.cuda.gdc_wait()  # for the sweep's end; nothing is read before it
+        tl.extra.cuda.gdc_wait()  # wait for the end of the sweep; nothing is read before it
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < width
@@ -116,7 +116,7 @@ def combine_kernel(
             m_acc = m_slots[:, None] & inside[None, :]
             part = tl.load(acc_ptr + place[:, None] * width + columns[None, :], m_acc, 0.0)
             mu += tl.sum(weight[:, None] * part, 0)
-    empty = total == 0.0  # K = 0; NaN where a query is, whose maxima are -inf too
+    empty = total == 0.0  # K = 0; a NaN query has a NaN total, though its maxima are -inf too
     lse = tl.where(empty, -float("inf"), (reference + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)  # (3)
     mu = mu / tl.where(empty, 1.0, total)
     if HAS_LOSS:
@@ -170,12 +170,12 @@ def scale_kernel(grad_ptr, upstream_ptr, out_ptr, upstream_stride, numel, width,
 
 
 def dependent_launches(device: torch.device) -> bool:
-    """Whether combine is launched while the sweep runs (programmatic dependent launch, sm_90 on), to start as it ends."""
+    """Whether combine is launched while the sweep runs (programmatic dependent launch, from sm_90), to start as it ends."""
     return device.type == "cuda" and chip(device)[0] >= 90
 
 
 def combine(problem: Problem, partials: Partials, has_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [B], gradient [B, D], alignment [B]), or without a loss (empty, mu [B, D], lse [B]); [B, 0] where not needed."""
+    """(loss [B], gradient [B, D], alignment [B]), or without a loss (empty, mu [B, D], lse [B]); [B, 0] if not needed."""
     q, k_a, k_b, lam = problem[:4]
     num_rows, width = q.shape
 
@@ -199,7 +199,7 @@ def combine(problem: Problem, partials: Partials, has_loss: bool) -> tuple[Tenso
 
 
 def scaled_gradient(gradient: Tensor, upstream: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """gradient [B, D] fp32 * factor * upstream ([B], or one for all rows), cast to dtype last."""
+    """gradient [B, D] fp32 * factor * upstream ([B], or one value for all rows), cast to dtype last."""
     out = torch.empty_like(gradient, dtype=dtype)
     stride = upstream.stride(0) if upstream.ndim else 0
     with torch.cuda.device_of(gradient):

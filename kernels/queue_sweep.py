@@ -2,11 +2,11 @@
 
 For a query h [D], z = h / |h|, queue rows x_j, c = log2(e) / tau, scores in log2 units s_j = c z.x_j:
 
-    (1)  m = max_j s_j            or the constant c, which bounds them, where |z| = 1 and the caller states |x_j| <= 1
+    (1)  m = max_j s_j            or the constant c, which bounds them, if |z| = 1 and the caller states |x_j| <= 1
     (2)  l = sum_j 2^(s_j - m),   acc = sum_j 2^(s_j - m) x_j
     (3)  lse = ln(2) (m + log2 l),   mu = acc / l
 
-Parts of the queue yield partial (m, l, acc), which combine in a fixed order (``queue_combine``, as all that follows):
+Parts of the queue give partial (m, l, acc), which are combined in a fixed order (in ``queue_combine``, like all that follows):
 
     (4)  M = max_p m_p,   l = sum_p l_p 2^(m_p - M),   acc = sum_p acc_p 2^(m_p - M)
 
@@ -20,13 +20,13 @@ Equals, for unit rows z and one positive::
 
     F.cross_entropy(torch.cat([(z * k).sum(1, keepdim=True), z @ queue.T], 1) / tau, torch.zeros(len(z)).long())
 
-Queries and keys are multiplied in one precision (``problem.tile_precision``) and accumulated in fp32; the scale c meets the
-scores after the product. Launches: the queries as they are multiplied, where they are not so already; the sweep; combine.
-Deterministic: no atomics.
+Queries and keys are multiplied in one precision (``problem.tile_precision``) and accumulated in fp32; the scale c is applied
+after the product. The launches are: preparing the queries for the product, if needed; the sweep; combine. The result is
+deterministic: there are no atomics.
 
-Work is counted in units, one tile of rows against one tile of keys, rows slowest; each program takes the same number of
-consecutive ones, whatever B and K are, and writes one partial result for each tile of rows that it meets. Tile of rows t
-and program p share the slot t + p.
+Work is counted in units, one tile of rows against one tile of keys, with rows slowest. Each program takes the same number of
+consecutive units, whatever B and K are, and writes one partial result for each tile of rows that it works on. The slot of row
+tile t and program p is t + p.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def load_tile(
 def fold_tile(
     b_z,  # [BLOCK_B, BLOCK_D]
     x,  # [BLOCK_K, BLOCK_D] as the queue holds them, or fp32
-    left,  # keys from here on, read where MASKED
+    left,  # number of keys from here on, used if MASKED
     m,
     l,  # noqa: E741 (the formula's name)
     acc,
@@ -106,7 +106,7 @@ def fold_tile(
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(m, l, acc) of (1), (2) with one more tile of keys."""
+    """(m, l, acc) of (1), (2) after one more tile of keys."""
     b_x = x.to(TILE_DTYPE).to(DOT_DTYPE)
     dots = tl.dot(b_z, tl.trans(b_x), input_precision=PRECISION)
     if MASKED:
@@ -120,7 +120,7 @@ def fold_tile(
         l *= correction  # noqa: E741
         if NEED_MU:
             acc *= correction[:, None]
-        p = tl.exp2(dots * scale - m[:, None])  # scaled here: product and difference are one instruction
+        p = tl.exp2(dots * scale - m[:, None])  # scaled here, so that product and difference are one instruction
     l += tl.sum(p, 1)  # noqa: E741
     if NEED_MU:
         acc = tl.dot(p.to(TILE_DTYPE).to(DOT_DTYPE), b_x, acc, input_precision=PRECISION)
@@ -130,11 +130,11 @@ def fold_tile(
 @triton.jit
 def sweep_kernel(
     z,  # [B, D] in TILE_DTYPE, a descriptor or a pointer
-    queue,  # [K, D], likewise; codes where FP8
-    scales_ptr,  # [K] fp32, where FP8
+    queue,  # [K, D], a descriptor or a pointer; codes if FP8
+    scales_ptr,  # [K] fp32, if FP8
     m_ptr,  # [slots, slot_rows] fp32, unless UNIT
     l_ptr,  # [slots, slot_rows] fp32
-    acc_ptr,  # [slots, slot_rows, D] fp32, where NEED_MU
+    acc_ptr,  # [slots, slot_rows, D] fp32, if NEED_MU
     z_stride,
     queue_stride,
     num_rows,
@@ -148,7 +148,7 @@ def sweep_kernel(
     DESCRIPTORS: tl.constexpr,
     FP8: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
-    PDL: tl.constexpr,  # combine may be put on the chip from now on; it waits for the end of this launch
+    PDL: tl.constexpr,  # whether combine may be launched early; it waits for the end of this launch
     UNIT: tl.constexpr,
     NEED_MU: tl.constexpr,
     TAIL: tl.constexpr,  # whether K is not a whole number of tiles
@@ -159,7 +159,7 @@ def sweep_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(1), (2) of the units of one program."""
+    """(1), (2) for the units of one program."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
@@ -192,9 +192,9 @@ def sweep_kernel(
 
 
 def unsupported(q: Tensor, queue: Tensor) -> str | None:
-    """Why these tensors cannot go through the kernels; None when they can."""
+    """Why the kernels cannot take these tensors, or None if they can."""
     if not (q.is_cuda or _INTERPRETED):
-        return f"the query is on {q.device}, and the fused kernels need a CUDA device"
+        return f"the query is on {q.device}, but the fused kernels need a CUDA device"
     if torch.float64 in (q.dtype, queue.dtype):
         return "float64 has no fused kernel"
     if q.shape[1] > MAX_WIDTH:
@@ -205,18 +205,18 @@ def unsupported(q: Tensor, queue: Tensor) -> str | None:
 
 
 def _rows(value: Tensor) -> Tensor:
-    """The tensor with consecutive elements within a row."""
+    """The tensor with consecutive elements within each row."""
     return value if value.stride(1) == 1 or value.shape[1] == 1 else value.contiguous()
 
 
 def _fits_a_descriptor(value: Tensor, width: int) -> bool:
-    """Whether the tensor memory accelerator can read rows of this padded width: addresses and strides of 16 bytes."""
+    """Whether the tensor memory accelerator can read rows of this padded width: addresses and strides aligned to 16 bytes."""
     aligned = value.data_ptr() % 16 == 0 and value.stride(0) * value.element_size() % 16 == 0
     return aligned and value.shape[1] == width and value.shape[0] > 0
 
 
 def _prepared(q: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
-    """Queries as the sweep multiplies them, [B, D] in dtype."""
+    """The queries in the form that the sweep multiplies, [B, D] in dtype."""
     if q.dtype == dtype and not normalize:
         return q
     (num_rows, width), z = q.shape, torch.empty(q.shape, dtype=dtype, device=q.device)
@@ -227,7 +227,7 @@ def _prepared(q: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
 
 
 def is_unit(problem: Problem, precision: str) -> bool:
-    """Whether (1) takes the constant. fp16 tiles keep the maximum: they cannot hold 2^(s - c)."""
+    """Whether (1) uses the constant. fp16 tiles keep the maximum, because they cannot represent 2^(s - c)."""
     unit = problem.unit_queue and problem.normalize and precision != "fp16"
     return unit and problem.temperature >= LEAST_UNIT_TEMPERATURE
 
@@ -266,7 +266,7 @@ def _sweep(z: Tensor, queue: Tensor, problem: Problem, precision: str, config: L
 
 
 def _run(problem: Problem, has_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradient or mu, alignment or lse); the first is empty without a loss."""
+    """(loss, gradient or mu, alignment or lse); the loss is empty without ``has_loss``."""
     q, queue = _rows(problem.q), _rows(problem.queue)
     (num_rows, width), num_keys = q.shape, queue.shape[0]
     with torch.cuda.device_of(q):

@@ -1,4 +1,4 @@
-"""Rows of queries and keys as the kernels of this folder read them."""
+"""How the kernels in this folder read rows of queries and keys."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The fused queue loss and the queue: torch alone, Triton where there is a GPU.
+"""The fused queue loss and the queue; they need only torch, and Triton on a GPU.
 
-``reference`` is the truth in textbook form, ``portable`` the one-pass algorithm in plain PyTorch, ``fp8`` the 8-bit rows of a
+``reference`` has the losses in textbook form, ``portable`` the one-pass algorithm in plain PyTorch, ``fp8`` the 8-bit rows of a
 queue, ``ops`` the registered operators, ``functional`` the public functions, ``lightly`` a drop-in for that library's loss.
 """
 

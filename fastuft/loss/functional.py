@@ -1,4 +1,4 @@
-"""The public losses: checks of the tensors, and the call of the operator."""
+"""The public losses: they check the tensors and call the operator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEFAULTS = LossOptions()
 
 
 def _check_matrix(name: str, value: object, query: Tensor | None = None) -> None:
-    """Raise ValueError unless value is a float matrix, of the query's width and on its device."""
+    """Raise ValueError unless value is a float matrix with the query's width and device."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}; it must be a tensor")
     if value.ndim != 2:
@@ -37,7 +37,7 @@ def _check_fits(name: str, value: Tensor, query: Tensor) -> None:
     if value.shape[1] != query.shape[1]:
         raise ValueError(f"{name} has width {value.shape[1]}; it must be the query's, {query.shape[1]}")
     if value.device != query.device:
-        raise ValueError(f"{name} is on {value.device} and the query on {query.device}; move it there")
+        raise ValueError(f"{name} is on {value.device} but the query is on {query.device}; move it there")
     if value.requires_grad:
         raise ValueError(f"{name} requires grad; keys and queue are constants of this loss: pass {name}.detach()")
 
@@ -49,7 +49,7 @@ def _negatives(queue: Tensor | KeyQueue, query: Tensor) -> tuple[Tensor, Tensor 
         return queue.keys, queue.scales, True
     if isinstance(queue, Tensor) and queue.dtype in _CODES:
         raise ValueError(
-            f"queue has dtype {queue.dtype}, whose rows mean nothing without their scales; pass the KeyQueue itself, "
+            f"queue has dtype {queue.dtype}, whose rows are meaningless without their scales; pass the KeyQueue itself, "
             "not its keys"
         )
     _check_matrix("queue", queue, query)
@@ -75,8 +75,8 @@ def _as_weight(lam: float | Tensor, q: Tensor) -> Tensor:
             f"lam has shape {tuple(lam.shape)} and dtype {lam.dtype}; it must be a number or a float tensor [{q.shape[0]}]"
         )
     if lam.device != q.device:
-        raise ValueError(f"lam is on {lam.device} and the query on {q.device}; move it there")
-    # Elsewhere a look at the values would make the host wait: there the operator gives wrong ones a loss of NaN.
+        raise ValueError(f"lam is on {lam.device} but the query is on {q.device}; move it there")
+    # On a GPU, checking the values would make the host wait; there, the operator returns NaN for wrong ones.
     if visible(lam) and not ((lam >= 0) & (lam <= 1)).all():
         raise ValueError(
             f"lam has values outside [0, 1] (from {lam.min().item():g} to {lam.max().item():g}); allowed: [0, 1]"
@@ -85,7 +85,7 @@ def _as_weight(lam: float | Tensor, q: Tensor) -> Tensor:
 
 
 def _precision(options: LossOptions, q: Tensor) -> str:
-    """The operator's precision: autocast is the caller's context, which an operator must not depend on."""
+    """The operator's precision, including autocast: an operator must not depend on its caller's context."""
     if options.precision == "auto" and torch.is_autocast_enabled(q.device.type):
         return _AUTOCAST.get(torch.get_autocast_dtype(q.device.type), "auto")
     return options.precision
@@ -94,15 +94,15 @@ def _precision(options: LossOptions, q: Tensor) -> str:
 def _check_fp8(scales: Tensor | None, options: LossOptions) -> None:
     if scales is not None and options.precision in ("ieee", "tf32"):
         raise ValueError(
-            f"precision={options.precision!r} is not allowed with an fp8 queue, whose rows have 4 binary places: the kernels "
-            "multiply them in half precision; use 'auto' or 'bf16'"
+            f"precision={options.precision!r} is not allowed with an fp8 queue, whose rows have 4 significant bits: the "
+            "kernels multiply them in half precision; use 'auto' or 'bf16'"
         )
 
 
 def _run(
     q: Tensor, keys: dict[str, Tensor], lam: float | Tensor | None, queue: Tensor | KeyQueue, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """(loss, alignment [B] of each sample) after all checks; keys are one or two, by argument name."""
+    """(loss, alignment of each sample [B]), after all checks; ``keys`` has one or two, by argument name."""
     _check_query("q", q)
     for name, key in keys.items():
         _check_matrix(name, key, q)
@@ -152,17 +152,17 @@ def info_nce(
         F.cross_entropy(logits, torch.zeros(B, dtype=torch.long))
 
     Args:
-        q: queries [B, D], float32, float16 or bfloat16 (float64 with ``impl="torch"``); takes the gradient.
+        q: queries [B, D], float32, float16 or bfloat16 (float64 with ``impl="torch"``); the only input with a gradient.
         k: their positive keys [B, D], a constant.
-        queue: negatives [K, D], a constant, used as they are (unit rows in MoCo); K may be 0. A :class:`fastuft.KeyQueue`
-            stands for its keys, and states that they are unit rows.
+        queue: negatives [K, D], a constant, not normalized (unit rows in MoCo); K may be 0. A :class:`fastuft.KeyQueue`
+            stands for its keys and states that they are unit rows.
         temperature, normalize, reduction, impl, precision, unit_queue: see :class:`fastuft.loss.LossOptions`.
 
     Returns:
-        The loss in float32 (float64 for float64 inputs). Backward may run twice; double backward raises.
+        The loss in float32 (float64 for float64 inputs). Backward may run twice; double backward raises an error.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a key or queue that requires grad, an unknown option.
+        ValueError: shapes, dtypes or devices do not fit, a key or the queue requires grad, or an option is unknown.
     """
     options = LossOptions(temperature, normalize, reduction, impl, precision, unit_queue)
     return _run(q, {"k": k}, None, queue, options)[0]
@@ -182,16 +182,16 @@ def mixed_info_nce(
     precision: Precision = "auto",
     unit_queue: bool = False,
 ) -> Tensor:
-    """InfoNCE of mixed queries with two weighted positives (Eq. 6 of Li et al. 2021), in one pass over the queue.
+    """InfoNCE for mixed queries with two weighted positives (Eq. 6 of Li et al. 2021), in one pass over the queue.
 
-    Equals ``lam * info_nce(q, k_a, queue) + (1 - lam) * info_nce(q, k_b, queue)`` for each sample; both terms share one
-    log-sum-exp, because they share the query.
+    Equals ``lam * info_nce(q, k_a, queue) + (1 - lam) * info_nce(q, k_b, queue)`` for each sample. Both terms share one
+    log-sum-exp, because they have the same query.
 
     Args:
-        q: mixed queries [B, D]; takes the gradient.
+        q: mixed queries [B, D]; the only input with a gradient.
         k_a: keys of the first image of each mix [B, D], a constant.
-        k_b: keys of the second [B, D], a constant.
-        lam: share of the first, a number or [B], in [0, 1]. In a CUDA tensor, or compiled, other values give NaN.
+        k_b: keys of the second image [B, D], a constant.
+        lam: share of the first image, a number or [B], in [0, 1]. In a CUDA tensor or compiled code, other values give NaN.
         queue: as for :func:`info_nce`.
         temperature, normalize, reduction, impl, precision, unit_queue: see :class:`fastuft.loss.LossOptions`.
 
@@ -204,9 +204,9 @@ def mixed_info_nce(
 def info_nce_with_terms(
     q: Tensor, k: Tensor, queue: Tensor | KeyQueue, options: LossOptions = _DEFAULTS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, alignment, distribution): Eq. 1-3, loss = alignment + distribution, reduced alike.
+    """(loss, alignment, distribution) of Eq. 1-3, with the same reduction; loss = alignment + distribution.
 
-    alignment = -a, distribution = log(e^a + e^lse); both carry no gradient. Tensors as for :func:`info_nce`.
+    alignment = -a, distribution = log(e^a + e^lse); neither has a gradient. Tensors as for :func:`info_nce`.
     """
     return _with_terms(*_run(q, {"k": k}, None, queue, options), options.reduction)
 
@@ -219,7 +219,7 @@ def mixed_info_nce_with_terms(
     queue: Tensor | KeyQueue,
     options: LossOptions = _DEFAULTS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, alignment, distribution) of Eq. 6; the terms weigh both positives as the loss does.
+    """(loss, alignment, distribution) of Eq. 6; the terms weight both positives as the loss does.
 
     Tensors as for :func:`mixed_info_nce`.
     """
@@ -239,20 +239,21 @@ def queue_lse(
     impl: Impl = "auto",
     precision: Precision = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The primitive: log-sum-exp over the queue, and the queue's mean under that softmax, in one sweep.
+    """The primitive: the log-sum-exp over the queue, and the queue's mean under that softmax, in one sweep.
 
     Equals ``logits = z @ queue.T / temperature; logits.logsumexp(1), logits.softmax(1) @ queue``.
 
     Args:
-        z: [B, D], used as they are.
+        z: [B, D], not normalized.
         queue: [K, D], a constant, or a :class:`fastuft.KeyQueue`; for K = 0, lse is -inf and mu is 0.
         temperature, impl, precision: see :class:`fastuft.loss.LossOptions`.
 
     Returns:
-        (lse [B], mu [B, D]) in float32 (float64 for float64 inputs). lse is differentiable in z (by mu / tau); mu is not.
+        (lse [B], mu [B, D]) in float32 (float64 for float64 inputs). lse is differentiable in z (its gradient is mu / tau);
+        mu is not.
 
     Raises:
-        ValueError: as :func:`info_nce`.
+        ValueError: as for :func:`info_nce`.
     """
     options = LossOptions(temperature, impl=impl, precision=precision)
     _check_query("z", z)

@@ -1,4 +1,4 @@
-"""Drop-in for lightly's memory-bank loss: the same constructor and call, fused, with a bank that survives a restart.
+"""Drop-in for lightly's memory-bank loss: the same constructor and call, fused, with a bank that is saved with the model.
 
 The one-line change::
 
@@ -20,17 +20,17 @@ from fastuft.loss.queue import KeyQueue
 class NTXentLoss(nn.Module):
     """``lightly.loss.NTXentLoss`` with a memory bank, equal to Eq. 4.
 
-    Unlike lightly's, the bank is in the state dict (so it is there after a resume), batches that wrap around its end lose
-    no rows, and keys take no gradient (lightly's would pass one to ``out1``; MoCo's keys have none).
+    Unlike in lightly's, the bank is in the state dict (so it survives a resume), batches that wrap around its end lose no
+    rows, and keys get no gradient (lightly's passes one to ``out1``; MoCo's keys have none).
 
     Args:
         temperature: tau; lightly's default, 0.5.
-        memory_bank_size: (K, D). lightly's in-batch mode, 0, is another loss without a queue and is refused.
-        gather_distributed: the bank takes the keys of all processes, each of which must bring as many.
+        memory_bank_size: (K, D). lightly's in-batch mode, 0, is a different loss without a queue and is refused.
+        gather_distributed: whether the bank takes the keys of all processes, which must have equally many.
         impl: as for :func:`fastuft.info_nce`.
 
     Raises:
-        ValueError: no (K, D), a temperature that is not positive, or no torch.distributed to gather with.
+        ValueError: ``memory_bank_size`` is not (K, D), the temperature is not positive, or torch.distributed is missing.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class NTXentLoss(nn.Module):
         sizes = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
         if sizes[:1] == (0,):
             raise ValueError(
-                f"memory_bank_size={memory_bank_size} is not allowed: 0 takes the negatives from the batch, which is "
-                "another loss without a queue; keep lightly's own for it, or give (K, D), e.g. (65536, 128)"
+                f"memory_bank_size={memory_bank_size} is not allowed: 0 takes the negatives from the batch, which is a "
+                "different loss without a queue; use lightly's own for it, or give (K, D), e.g. (65536, 128)"
             )
         if len(sizes) != 2:
             raise ValueError(
@@ -59,7 +59,7 @@ class NTXentLoss(nn.Module):
         return f"temperature={self.options.temperature}, gather_distributed={self.memory_bank.gather_distributed}"
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """Loss of queries out0 [B, D] with keys out1 [B, D]; then, if out0 requires grad, the bank takes out1."""
+        """The loss of queries out0 [B, D] with keys out1 [B, D]; then, if out0 requires grad, the bank takes out1."""
         keys = out1.detach()
         loss = info_nce(out0, keys, self.memory_bank, **vars(self.options))
         if out0.requires_grad:

@@ -1,4 +1,4 @@
-"""Module forms of the losses: the same arguments, split between construction and call."""
+"""Module forms of the losses: the same arguments, divided between constructor and call."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""One registered operator per primitive, dispatching to the fused kernels or to the portable path.
+"""One registered operator per primitive, which dispatches to the fused kernels or to the portable path.
 
-The losses are functional, compute their gradient in the forward pass and have an autograd formula that only scales it,
-so ``torch.compile`` sees opaque calls. Gradients cannot be differentiated again: double backward raises.
+The losses are functional, compute their gradient in the forward pass, and have an autograd formula that only scales it, so
+``torch.compile`` sees opaque calls. Gradients cannot be differentiated again: double backward raises an error.
 
-Called eagerly, the same formula runs from a ``torch.autograd.Function`` around the operator: the wrapping that
-``register_autograd`` generates costs two to three times the host time (``custom_op`` four times; a Function with
-``setup_context`` as much as the wrapping), which shows beside a kernel of 20 us.
+In eager mode, the same formula runs in a ``torch.autograd.Function`` around the operator: the wrapper that
+``register_autograd`` generates takes two to three times the host time (``custom_op`` takes four times, and a Function with
+``setup_context`` as much as the wrapper), which matters beside a kernel of 20 us.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def triton_installed() -> bool:
 
 
 def _fused_reason(q: Tensor, queue: Tensor) -> str | None:
-    """Why the fused kernels cannot take tensors of this kind; None where they can. Asked once for each kind."""
+    """Why the fused kernels cannot take tensors of this kind, or None if they can; determined once per kind."""
     kind = (q.device, q.dtype, queue.dtype, q.shape[1])
     if kind not in _reasons:
         if triton_installed():
@@ -53,10 +53,10 @@ def _fused_reason(q: Tensor, queue: Tensor) -> str | None:
 
 
 def _use_fused(impl: str, q: Tensor, queue: Tensor, *keys: Tensor | None) -> bool:
-    """Whether the kernels run; with impl='auto' on CUDA alone.
+    """Whether the kernels run; with impl='auto', only on CUDA.
 
     Raises:
-        ValueError: impl='triton' where they cannot.
+        ValueError: impl='triton', but they cannot run.
     """
     if impl == "torch" or (impl == "auto" and not q.is_cuda):
         return False
@@ -70,7 +70,7 @@ def _use_fused(impl: str, q: Tensor, queue: Tensor, *keys: Tensor | None) -> boo
 
 @functools.cache
 def _tell_of_exact_products() -> None:
-    """Once per process."""
+    """Warn once per process."""
     warnings.warn(
         "query and queue are both float32, and precision='auto' multiplies them exactly, without tensor cores. Run the loss "
         "under torch.autocast, keep the queue in half precision (KeyQueue(dtype=torch.bfloat16)), or pass precision='bf16' or "
@@ -86,7 +86,7 @@ def _warn_of_exact_products(precision: str, query: Tensor, queue: Tensor) -> Non
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run an implementation as written: an active autocast would lower the precision inside."""
+    """Run an implementation as written, because an active autocast would lower the precision inside."""
 
     def run(*arguments: Any) -> Any:
         device = arguments[0].device.type
@@ -99,7 +99,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reduce(values: Tensor, reduction: str) -> Tensor:
-    """The mean or sum of values [B], or the values themselves (none)."""
+    """The mean or sum of values [B], or the values themselves for none."""
     if reduction == "none":
         return values
     return values.mean() if reduction == "mean" else values.sum()
@@ -132,7 +132,7 @@ def _mixed_info_nce(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scaled_gradient(gradient: Tensor, upstream: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """gradient [B, D] * factor * upstream ([B], or one for all rows), computed before the cast to dtype."""
+    """gradient [B, D] * factor * upstream ([B], or one value for all rows), computed before the cast to dtype."""
     usable = triton_installed() and fused.refusal(fused.LOSS, fused.GRADIENT) is None
     if gradient.is_cuda and gradient.dtype == torch.float32 and usable:
         from fastuft.kernels import queue_combine
@@ -199,7 +199,7 @@ enqueue_ = torch.ops.fastuft.enqueue_.default
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Identity whose backward raises: the returned gradient must not pass silently for a constant."""
+    """Identity whose backward raises an error, because the returned gradient must not silently act as a constant."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, query: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            "the queue losses are differentiable once: their gradient is computed in the forward pass. "
+            "the queue losses are differentiable only once, because their gradient is computed in the forward pass. "
             "Use fastuft.loss.reference for second derivatives."
         )
 
@@ -217,11 +217,11 @@ _once_differentiable: Callable[[Tensor, Tensor], Tensor] = _NoSecondDerivative.a
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], factor: float) -> None:
-    """Keep the gradient of the first output in the first input, the second output, up to ``factor``."""
+    """Save the second output, which times ``factor`` is the gradient of the first output in the first input."""
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.set_materialize_grads(False)  # outputs without a gradient need no zeros
     ctx.save_for_backward(outputs[1])
-    # The query is an attribute: its values are not needed any more, and may change.
+    # The query is an attribute, because its values are no longer needed and may change.
     ctx.query, ctx.factor, ctx.others = inputs[0], factor, (None,) * (len(inputs) - 1)
 
 
@@ -235,12 +235,12 @@ def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Upstream and factor (1/B, 1/tau) meet the gradient in fp32; the cast to the query's dtype comes last."""
+    """Multiply the gradient by upstream and factor (1/B, 1/tau) in fp32; the cast to the query's dtype comes last."""
     if upstream is None:
         return None, *ctx.others
     (saved,) = ctx.saved_tensors
     gradient = _scaled_gradient_op(saved, upstream.detach(), ctx.factor, ctx.query.dtype)
-    # Under ``create_graph=True`` the gradient refuses to be differentiated in the query.
+    # With ``create_graph=True``, the gradient refuses to be differentiated in the query.
     return _once_differentiable(gradient, ctx.query) if torch.is_grad_enabled() else gradient, *ctx.others
 
 
@@ -275,7 +275,7 @@ _mixed_info_nce_with_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]] = _M
 
 
 def _refuse_transforms(query: Tensor) -> None:
-    """The gradient comes out of the forward pass, which transforms of functions would differentiate instead."""
+    """Refuse function transforms: the gradient comes from the forward pass, which they would differentiate instead."""
     if torch.compiler.is_compiling():
         return
     forward_mode = forward_ad._current_level >= 0 and forward_ad.unpack_dual(query).tangent is not None
@@ -287,7 +287,7 @@ def _refuse_transforms(query: Tensor) -> None:
 
 
 def queue_lse(problem: LseProblem) -> tuple[Tensor, Tensor]:
-    """(lse [B], mu [B, D], or [B, 0] where it is not needed); lse is differentiable in z when mu is computed."""
+    """(lse [B], mu [B, D], or [B, 0] if it is not needed); lse is differentiable in z if mu is computed."""
     _refuse_transforms(problem.z)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and problem.z.requires_grad):
         return _queue_lse_op(*problem)
@@ -295,9 +295,9 @@ def queue_lse(problem: LseProblem) -> tuple[Tensor, Tensor]:
 
 
 def mixed_info_nce(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, reduced; its gradient [B, D] before the reduction, or [B, 0] where not needed; alignment [B] of each sample).
+    """(reduced loss; its gradient [B, D] before the reduction, or [B, 0] if not needed; alignment of each sample [B]).
 
-    alignment = -(lam a + (1 - lam) b); loss alone is differentiable, in q.
+    alignment = -(lam a + (1 - lam) b); only the loss is differentiable, in q.
     """
     _refuse_transforms(problem.q)
     if torch.compiler.is_compiling() or not problem.need_grad:

@@ -1,4 +1,4 @@
-"""What a caller may choose about a loss, checked once."""
+"""The options of a loss, checked once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class LossOptions:
 
     Args:
         temperature: tau, a positive number.
-        normalize: L2-normalize queries and keys first; the gradient passes through it. Query rows shorter than 1e-12 get
-            none.
+        normalize: L2-normalize queries and keys first; the gradient includes the normalization. Query rows shorter than
+            1e-12 get no gradient.
         reduction: mean, sum or none ([B]).
-        impl: triton (fused kernels), torch (any device), or auto: triton on CUDA where it applies.
-        precision: what the fused kernels multiply in; they always accumulate in fp32. auto: autocast's dtype under
-            autocast, else the half-precision dtype of query or queue, else ieee (fp32, exact, without tensor cores);
-            tf32 and bf16 round queries and queue to that format; an fp8 queue takes half precision, bf16 with an fp32 query.
-            The portable path multiplies in fp32.
-        unit_queue: states that no row of the queue is longer than 1; the fused kernels then need no running maximum. A
-            false statement gives infinite or inexact losses. A :class:`fastuft.KeyQueue` in place of its keys states it.
+        impl: triton (fused kernels), torch (any device), or auto (triton on CUDA if it applies).
+        precision: precision of the products in the fused kernels, which always accumulate in fp32. auto: autocast's dtype
+            under autocast, otherwise the half-precision dtype of query or queue, otherwise ieee (exact fp32, without tensor
+            cores). tf32 and bf16 round queries and queue to that format. An fp8 queue is multiplied in half precision, in
+            bf16 with an fp32 query. The portable path multiplies in fp32.
+        unit_queue: states that no row of the queue is longer than 1, so the fused kernels need no running maximum. A false
+            statement gives infinite or inexact losses. Passing a :class:`fastuft.KeyQueue` instead of its keys implies it.
 
     Raises:
         ValueError: a value that is not allowed.

@@ -1,8 +1,8 @@
 """The one-pass loss in plain PyTorch: any device, no [B, K] tensor, gradient computed in the forward pass.
 
-The derivation, equations (1) to (7), is that of ``kernels/queue_sweep.py``; lse and mu (3) come from one attention-like
-sweep with V = K = queue. On a CPU that sweep is PyTorch's own flash attention, which returns lse, over parts of the queue
-that a cache holds; elsewhere, and for half-precision queues, it is chunked here.
+The derivation, equations (1) to (7), is in ``kernels/queue_sweep.py``; lse and mu (3) come from one attention-like sweep with
+V = K = queue. On a CPU, that sweep is PyTorch's own flash attention, which returns lse, over parts of the queue that fit a
+cache. On other devices, and for half-precision queues, it runs here in chunks.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from torch.nn import functional as F
 from fastuft.kernels.problem import Problem
 from fastuft.loss import fp8
 
-EPSILON = 1e-12  # shorter rows count as zero: their gradient is 0, as for torch's normalize with its default eps
+EPSILON = 1e-12  # shorter rows count as zero and get no gradient, as in torch's normalize with its default eps
 _ROWS = 1024
 _KEYS = 1024
-_PART_BYTES = 1 << 21  # of the queue: a part stays in a core's cache while all blocks of rows meet it
-_PARTS = 8  # given to the attention operator at once, as its heads
-_PARTIAL_BYTES = 1 << 22  # of their mu
+_PART_BYTES = 1 << 21  # bytes of a part of the queue, which stays in a core's cache while all blocks of rows use it
+_PARTS = 8  # parts passed to the attention operator at once, as its heads
+_PARTIAL_BYTES = 1 << 22  # bytes of their mu
 
 
 class Queue(NamedTuple):
-    """Rows [K, D]; ``scales`` [K] where they are codes of an fp8 queue."""
+    """Rows [K, D], with ``scales`` [K] if they are codes of an fp8 queue."""
 
     rows: Tensor
     scales: Tensor | None
 
     def tile(self, start: int, dtype: torch.dtype) -> Tensor:
-        """Rows from ``start`` on, _KEYS of them at most, in dtype."""
+        """At most _KEYS rows from ``start`` on, in dtype."""
         tile = self.rows[start : start + _KEYS]
         return tile.to(dtype) if self.scales is None else fp8.decode(tile, self.scales[start : start + _KEYS], dtype)
 
 
 def normalize_rows(h: Tensor) -> tuple[Tensor, Tensor]:
-    """(h / |h| [B, D], 1 / |h| [B, 1], 0 for rows shorter than EPSILON); squares neither overflow nor underflow."""
+    """(h / |h| [B, D], 1 / |h| [B, 1] or 0 for rows shorter than EPSILON); squares neither overflow nor underflow."""
     largest = h.abs().amax(1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny)
     scaled = h / largest
     relative = scaled.norm(dim=1, keepdim=True)
@@ -48,7 +48,7 @@ def normalize_rows(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unit_rows_on_host(h: Tensor) -> Tensor:
-    """The rows of ``normalize_rows``, in half the time where the host sees that no square over- or underflows."""
+    """The rows of ``normalize_rows``, in half the time if the host sees that no square overflows or underflows."""
     norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)
     if h.numel():
         shortest, longest = (float(value) for value in torch.aminmax(norm))
@@ -59,7 +59,7 @@ def _unit_rows_on_host(h: Tensor) -> Tensor:
 
 
 def _sweep_chunked(z: Tensor, queue: Queue, temperature: float, need_mu: bool) -> tuple[Tensor, Tensor]:
-    """Online softmax over tiles of rows and keys; keys are brought to z's dtype tile by tile."""
+    """Online softmax over tiles of rows and keys; keys are converted to z's dtype tile by tile."""
     all_lse, all_mu = [], []
     for rows in (z / temperature).split(_ROWS):
         running_max = rows.new_full((len(rows), 1), -torch.inf)
@@ -94,7 +94,7 @@ def _attend(z: Tensor, parts: Tensor, temperature: float) -> tuple[Tensor, Tenso
 
 
 def _sweep_attention(z: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The same by the CPU's attention operator with V = K, which merges tiles online; parts of the queue merge here."""
+    """The same with the CPU's attention operator and V = K, which merges tiles online; parts of the queue merge here."""
     size, width = z.element_size(), z.shape[1]
     part = max(_KEYS, _PART_BYTES // (size * width))
     whole = len(queue) // part * part
@@ -115,26 +115,26 @@ def _sweep_attention(z: Tensor, queue: Tensor, temperature: float) -> tuple[Tens
 
 
 def queue_lse(z: Tensor, queue: Queue, temperature: float, need_mu: bool) -> tuple[Tensor, Tensor]:
-    """(lse [B], mu [B, D]) in z's dtype for z [B, D], queue [K, D]; mu is [B, 0] where it is not needed."""
+    """(lse [B], mu [B, D]) in z's dtype for z [B, D], queue [K, D]; mu is [B, 0] if it is not needed."""
     rows = queue.rows
     if len(rows) == 0:
         return z.new_full((len(z),), -torch.inf), z.new_zeros(len(z), z.shape[1] if need_mu else 0)
-    # That operator reads each row as consecutive elements, whatever its strides say.
+    # The operator reads each row as consecutive elements, whatever its strides are.
     if need_mu and z.device.type == "cpu" and rows.dtype == z.dtype and rows.stride(1) == 1:
         return _sweep_attention(z.contiguous(), rows, temperature)
     return _sweep_chunked(z, queue, temperature, need_mu)
 
 
 def _pull(lse: Tensor, z: Tensor, key: Tensor, weight: Tensor | float, temperature: float) -> tuple[Tensor, ...]:
-    """(z.k / tau, its part of the loss (5), weight sigmoid(lse - z.k / tau)) of keys k [B, D] with their weight."""
+    """(z.k / tau, its part of the loss (5), weight sigmoid(lse - z.k / tau)) for keys k [B, D] with this weight."""
     logit = (z * key).sum(1) / temperature
     return logit, weight * F.softplus(lse - logit, threshold=50), weight * torch.sigmoid(lse - logit)
 
 
 def mixed_info_nce(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [B], dloss/dq [B, D], alignment [B]) of each sample; the gradient is [B, 0] where it is not needed.
+    """(loss [B], dloss/dq [B, D], alignment [B]) of each sample; the gradient is [B, 0] if it is not needed.
 
-    Computed in fp32, or fp64 where an input is. A weight outside [0, 1] gives NaN.
+    It is computed in fp32, or in fp64 if an input is fp64. A weight outside [0, 1] gives NaN.
     """
     q, k_a, k_b, lam, queue, scales, temperature, normalize = problem[:8]
     compute = torch.float64 if torch.float64 in (q.dtype, k_a.dtype, queue.dtype) else torch.float32
@@ -171,8 +171,8 @@ def mixed_info_nce(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def enqueue_(queue: Tensor, scales: Tensor | None, pointer: Tensor, keys: Tensor) -> None:
     """Write the unit rows of keys [B, D] into queue [K, D] from ``pointer`` (int64 scalar) on, wrapping, and advance it.
 
-    ``scales`` [K] are an fp8 queue's, written with it. Of more than K keys the last K stay. On a device nothing waits: the
-    host does not read the pointer.
+    ``scales`` [K] of an fp8 queue are written with it. Of more than K keys, the last K stay. On a GPU, nothing waits, because
+    the host does not read the pointer.
     """
     size = len(queue)
     on_host = queue.device.type == "cpu"
@@ -193,7 +193,7 @@ def enqueue_(queue: Tensor, scales: Tensor | None, pointer: Tensor, keys: Tensor
                 target[: len(new) - head] = new[head:]
         pointer.fill_((start + len(keys)) % size)
     else:
-        places = (pointer + skipped + torch.arange(len(rows), device=queue.device)) % size
+        slots = (pointer + skipped + torch.arange(len(rows), device=queue.device)) % size
         for target, new in written:
-            target.index_copy_(0, places, new.to(target.dtype))
+            target.index_copy_(0, slots, new.to(target.dtype))
         pointer.add_(len(keys)).remainder_(size)

@@ -1,4 +1,4 @@
-"""The queue of keys: MoCo's negatives, kept on the device and saved with the model."""
+"""The queue of keys: MoCo's negatives, on the device and saved with the model."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, fp8.FP8, torch.float64)
 
 
 class KeyQueue(nn.Module):
-    """The last ``size`` keys as unit rows, in persistent buffers: a resumed run goes on with the same negatives.
+    """The last ``size`` keys as unit rows, in persistent buffers, so a resumed run continues with the same negatives.
 
-    Starts from random unit rows. Give the queue (or ``queue.keys``) to the loss first and call ``queue.enqueue_(k)`` after it,
-    so that a query never meets its own key as a negative; no copy of the queue is needed.
+    It starts with random unit rows. Pass the queue (or ``queue.keys``) to the loss first and call ``queue.enqueue_(k)``
+    afterwards, so that a query never meets its own key as a negative; no copy of the queue is needed.
 
     Args:
-        size: K, rows kept.
+        size: K, the number of rows.
         dim: D, width of a key.
-        generator: of the random start.
-        dtype: of the rows. Half precision halves the sweep's traffic; unit rows lose little by it. torch.float8_e4m3fn
-            halves it again, with a scale for each row (:mod:`fastuft.loss.fp8`); docs/loss.md has the errors.
-        device: of the buffers.
-        gather_distributed: beside other processes (torch.distributed), whether :meth:`enqueue_` takes the keys of all of
-            them, each of which must bring as many (True), or the given ones alone, because the caller has gathered them or
-            each process is to have its own queue (False). DistributedDataParallel makes every queue the first process's
-            before each forward pass (``broadcast_buffers``), so that keys which were not gathered are lost.
+        generator: generator of the random start.
+        dtype: dtype of the rows. Half precision halves the sweep's memory traffic, and unit rows lose little by it.
+            torch.float8_e4m3fn halves it again, with a scale per row (:mod:`fastuft.loss.fp8`); docs/loss.md has the errors.
+        device: device of the buffers.
+        gather_distributed: with several processes (torch.distributed), whether :meth:`enqueue_` takes the keys of all of
+            them, which must have equally many (True), or only the given keys, because the caller has gathered them or each
+            process has its own queue (False). DistributedDataParallel replaces every queue with the first process's before
+            each forward pass (``broadcast_buffers``), so keys that were not gathered are lost.
 
     Attributes:
-        keys: [K, D] unit rows; in fp8 their codes, as uint8, which only the queue itself can be given to a loss with.
-        scales: [K] fp32 of an fp8 queue, else None.
-        pointer: int64 scalar, the row that the next key is written to.
+        keys: unit rows [K, D]; in fp8 their codes as uint8, for which the queue itself must be passed to a loss.
+        scales: scales of an fp8 queue, [K] fp32, otherwise None.
+        pointer: the row for the next key, int64 scalar.
 
     Raises:
-        ValueError: a size that is not a positive integer, a dtype that is not allowed, or
-            ``gather_distributed=True`` where PyTorch has no torch.distributed.
+        ValueError: a size is not a positive integer, the dtype is not allowed, or ``gather_distributed=True`` but PyTorch has
+            no torch.distributed.
     """
 
     keys: Tensor
@@ -85,11 +85,11 @@ class KeyQueue(nn.Module):
         return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}{kind}"
 
     def rows(self) -> Tensor:
-        """The unit rows [K, D] as a matrix: ``keys``, or of an fp8 queue a decoded copy in float32."""
+        """The unit rows [K, D] as a matrix: ``keys``, or a decoded float32 copy for an fp8 queue."""
         return self.keys if self.scales is None else fp8.decode(self.keys, self.scales)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Casting a model to half precision leaves the scales of its fp8 queue as they are, beside the codes.
+        # Casting a model to half precision must not change the scales of its fp8 queue.
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scales is not None and self.scales is not None:
@@ -97,7 +97,7 @@ class KeyQueue(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """As usual, where the saved queue is of the other kind after encoding or decoding its rows."""
+        """Load as usual, after encoding or decoding the rows if the saved queue is of the other kind."""
         keys, scales = state_dict.get(f"{prefix}keys"), state_dict.get(f"{prefix}scales")
         if keys is not None and self.scales is None and scales is not None:
             state_dict[f"{prefix}keys"] = fp8.decode(keys, state_dict.pop(f"{prefix}scales"))
@@ -107,21 +107,21 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue_(self, keys: Tensor) -> None:
-        """Normalize keys [B, D] and write them over the oldest rows, wrapping; of more than K, the last K stay.
+        """Normalize keys [B, D] and overwrite the oldest rows with them, wrapping; of more than K keys, the last K stay.
 
-        No host synchronization: the pointer lives on the device.
+        There is no host synchronization, because the pointer is on the device.
 
         Raises:
-            ValueError: not a float matrix, another width or device than the queue's, or several processes and no word on
-                them (``gather_distributed``).
+            ValueError: not a float matrix, a width or device other than the queue's, or several processes without
+                ``gather_distributed``.
         """
         dim = self.keys.shape[1]
         if keys.ndim != 2 or keys.shape[1] != dim:
             raise ValueError(f"keys has shape {tuple(keys.shape)}; it must be [B, {dim}]")
         if not keys.is_floating_point():
-            raise ValueError(f"keys has dtype {keys.dtype}; it must be a floating-point one")
+            raise ValueError(f"keys has dtype {keys.dtype}; it must be a floating-point dtype")
         if keys.device != self.keys.device:
-            raise ValueError(f"keys is on {keys.device} and the queue on {self.keys.device}; move one of them")
+            raise ValueError(f"keys is on {keys.device} but the queue is on {self.keys.device}; move one of them")
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             keys = self._of_all_processes(keys)
         ops.enqueue_(self.keys, self.scales, self.pointer, keys)
@@ -129,9 +129,9 @@ class KeyQueue(nn.Module):
     def _of_all_processes(self, keys: Tensor) -> Tensor:
         if self.gather_distributed is None:
             raise ValueError(
-                f"gather_distributed=None is not allowed beside other processes, of which there are "
+                f"gather_distributed=None is not allowed with several processes, of which there are "
                 f"{distributed.get_world_size()}: build the KeyQueue with gather_distributed=True to take the keys of all of "
-                "them, or False where the keys that it is given are gathered already"
+                "them, or with False if its keys are already gathered"
             )
         if not self.gather_distributed:
             return keys

@@ -1,4 +1,4 @@
-"""The losses as the textbook writes them: the truth that every other implementation is held against.
+"""The losses in textbook form, with which every other implementation is compared.
 
 Plain PyTorch, differentiable by autograd, with the [B, K] logits stored. z = h / |h| for a query h, tau the temperature,
 a = z.k_a / tau, b = z.k_b / tau, S = sum_j exp(z.queue_j / tau):
@@ -6,7 +6,7 @@ a = z.k_a / tau, b = z.k_b / tau, S = sum_j exp(z.queue_j / tau):
     Eq. 4:  L_q = -log( e^a / (e^a + S) )
     Eq. 6:  L_m = -( lam log( e^a / (e^a + S) ) + (1 - lam) log( e^b / (e^b + S) ) )
 
-The queue is a matrix of rows: of a :class:`fastuft.KeyQueue`, ``rows()``. Equations are those of Li et al. 2021,
+The queue is a matrix of rows: for a :class:`fastuft.KeyQueue`, its ``rows()``. Equation numbers are those of Li et al. 2021,
 "Unsupervised Finetuning".
 """
 

@@ -91,7 +91,7 @@ def test_wrong_sizes_and_keys_are_refused():
         queue.enqueue_(torch.randn(3, 5))
     with pytest.raises(ValueError, match=r"keys has dtype torch\.int64"):
         queue.enqueue_(torch.ones(3, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="keys is on meta and the queue on cpu"):
+    with pytest.raises(ValueError, match="keys is on meta but the queue is on cpu"):
         queue.enqueue_(torch.randn(3, 4, device="meta"))
     assert queue.pointer == 0
 
