@@ -45,8 +45,8 @@ class Blob(Protocol):
     def remote(self) -> bool:
         """Whether reading waits for a network."""
 
-    def read(self, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset`` on.
+    def read(self, offset: int, length: int, part: str = "") -> bytes:
+        """``length`` bytes from ``offset`` on; ``part`` is what messages call them.
 
         Raises:
             BlobError: they cannot be read, are not all there, or belong to another object by now.
@@ -85,7 +85,7 @@ class LocalBlob:
             raise BlobError("is not a regular file")
         return cls(path, name or os.path.basename(path), found.st_size, str(found.st_mtime_ns))
 
-    def read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: int, length: int, part: str = "") -> bytes:
         """See :class:`Blob`."""
         try:
             file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -94,9 +94,9 @@ class LocalBlob:
                 if (found.st_size, str(found.st_mtime_ns)) != (self.size, self.tag):
                     raise ChangedBlobError("has changed since it was looked at; start again with what is there now")
                 parts = []
-                while length > 0 and (part := os.pread(file, length, offset)):
-                    parts.append(part)
-                    offset, length = offset + len(part), length - len(part)
+                while length > 0 and (piece := os.pread(file, length, offset)):
+                    parts.append(piece)
+                    offset, length = offset + len(piece), length - len(piece)
             finally:
                 os.close(file)
         except FileNotFoundError as error:

@@ -15,7 +15,9 @@ from fastuft.data.images import ImageSource
 from fastuft.data.left_out import LeftOut, image_names
 from fastuft.data.sources.blobs import Blob, BlobError, LocalBlob, say_bad
 from fastuft.data.sources.braces import expand_braces, has_pattern
+from fastuft.data.sources.objects import Objects
 from fastuft.data.sources.shards import Shards
+from fastuft.data.sources.urls import blobs_of, shown_url
 from fastuft.names import printable
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones are refused by name
@@ -64,7 +66,7 @@ def open_place(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Place:
         ValueError: nothing there, or something that cannot be used; the message names it.
     """
     if _URL.match(text) and not text.lower().startswith("file:"):
-        raise ValueError(f"'{printable(text)}' names no local place")
+        return _open_url(text, suffixes, seen)
     place = _local_text(text)
     paths = [path for name in dict.fromkeys(expand_braces(place)) for path in _matching(name)]
     bad: list[tuple[str, str]] = []
@@ -87,6 +89,24 @@ def open_place(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Place:
     if bad:
         raise say_bad(bad, len(paths), "files")
     return with_sources(found, blobs, suffixes, seen, files)
+
+
+def _open_url(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Place:
+    """The objects of a URL; as in a folder, shards count where there are no images beside them, or they are named."""
+    place, is_image = Place(shown_url(text)), image_names(suffixes)
+    blobs = blobs_of(text, (*_SHARDS, *filter(None, suffixes)))
+    shards = [blob for blob in blobs if _is_packed(blob.name)]
+    objects = [blob for blob in blobs if not _is_packed(blob.name) and place.left_out.takes(blob.name, is_image)]
+    if objects and shards and not _is_packed(place.shown):
+        place.left_out.others[PACKED_SUFFIXES[0]] += len(shards)
+        shards = []
+    with_sources(place, shards, suffixes, seen)
+    new = [blob for blob in objects if blob.shown not in seen]
+    place.twice |= len(new) < len(objects)
+    seen |= {blob.shown for blob in new}
+    if new:
+        place.sources.append(Objects(new))
+    return place
 
 
 def packed_in(folder: str) -> list[Blob]:

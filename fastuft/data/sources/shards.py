@@ -122,9 +122,10 @@ class Shards(ImageSource):
         offset, length = int(index.offsets[member]), int(index.lengths[member])
         if not 0 < length <= LARGEST:
             raise BadImageError(self.path(row), f"has {length} bytes, more than {LARGEST}" if length else "is empty")
+        name = self.name(row)
         try:
-            content = shard.read(offset - BLOCK, BLOCK + length)
-            check_member(content[:BLOCK], self.name(row), length)
+            content = shard.read(offset - BLOCK, BLOCK + length, name)
+            check_member(content[:BLOCK], name, length)
         except BlobError as error:
             raise BadImageError(self.path(row), f"cannot be read (the shard {shard.name} {error})") from error
         return content[BLOCK:]

@@ -1,0 +1,75 @@
+"""The objects that a URL names: one, several by braces or a pattern, or all below a prefix."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from fastuft.data.reading import in_threads
+from fastuft.data.sources.blobs import Blob, BlobError, say_bad
+from fastuft.data.sources.braces import expand_braces, has_pattern, pattern
+from fastuft.data.sources.remote import Address, RemoteBlob, bucket_of
+
+_LOOKERS = 32  # requests for sizes and etags in flight
+
+
+def shown_url(text: str) -> str:
+    """A URL as messages may name it: without login and query."""
+    return Address.of(text).shown
+
+
+def blobs_of(text: str, endings: tuple[str, ...]) -> list[Blob]:
+    """The objects of a URL.
+
+    Args:
+        text: the URL, with braces or a pattern.
+        endings: of the names of single objects; any other URL is a prefix, whose objects are listed.
+
+    Raises:
+        ValueError: objects that are missing or cannot be read, or an HTTP server that would have to be listed.
+    """
+    whole = Address.of(text)
+    addresses = [replace(whole, key=key) for key in dict.fromkeys(expand_braces(whole.key))]
+    found: list[Blob] = []
+    single = []
+    for address in addresses:
+        listed = address.key.endswith("/") or not address.key.lower().endswith(endings)
+        if has_pattern(address.key) or listed:
+            found += _listed(address)
+        else:
+            single.append(address)
+    base = os.path.commonpath([os.path.dirname(address.key) for address in single]) if single else ""
+
+    def look(address: Address) -> RemoteBlob | BlobError:
+        try:
+            return bucket_of(address).look(address.key, os.path.relpath("/" + address.key, "/" + base))
+        except BlobError as error:
+            return error
+
+    bad: list[tuple[str, str]] = []
+    for address, blob in zip(single, in_threads(look, single, _LOOKERS, chunk=1), strict=True):
+        if isinstance(blob, BlobError):
+            bad.append((address.shown, str(blob)))
+        else:
+            found.append(blob)
+    if bad:
+        raise say_bad(bad, len(single), "objects")
+    return found
+
+
+def _listed(address: Address) -> list[Blob]:
+    bucket = bucket_of(address)
+    if not bucket.lists:
+        raise ValueError(
+            f"'{address.shown}': a web server's folders cannot be listed; name objects, several by braces as in "
+            "https://HOST/train-{000..146}.tar"
+        )
+    if not has_pattern(address.key):
+        prefix, wanted = address.key.strip("/"), None
+    else:
+        fixed = address.key[: min(address.key.index(sign) for sign in "*?[" if sign in address.key)]
+        prefix, wanted = fixed.rpartition("/")[0], pattern(address.key)
+    try:
+        return [blob for blob in bucket.list(prefix) if wanted is None or wanted.fullmatch(blob.key)]
+    except BlobError as error:
+        raise ValueError(f"'{address.shown}' {error}") from error
