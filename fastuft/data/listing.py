@@ -60,7 +60,7 @@ def find_images(paths: str | Sequence[str], suffixes: Sequence[str] = IMAGE_SUFF
         if not len(place) and not place.twice:
             raise ValueError(
                 f"'{printable(place.shown)}' holds no images; expected files ending in {' '.join(wanted)} at any depth, "
-                "or shards of them (.tar)"
+                "or shards of them (.tar, .parquet)"
             )
     return Images.of(sources)
 

@@ -17,11 +17,13 @@ from fastuft.data.sources.blobs import Blob, BlobError, LocalBlob, say_bad
 from fastuft.data.sources.braces import expand_braces, has_pattern
 from fastuft.data.sources.objects import Objects
 from fastuft.data.sources.shards import Shards
+from fastuft.data.sources.tables import Tables
 from fastuft.data.sources.urls import blobs_of, shown_url
 from fastuft.names import printable
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones are refused by name
-PACKED_SUFFIXES = (".tar",)  # what a folder may hold in place of images
+_TABLE = ".parquet"
+PACKED_SUFFIXES = (".tar", ".parquet")  # what a folder may hold in place of images
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -94,11 +96,11 @@ def open_place(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Place:
 def _open_url(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Place:
     """The objects of a URL; as in a folder, shards count where there are no images beside them, or they are named."""
     place, is_image = Place(shown_url(text)), image_names(suffixes)
-    blobs = blobs_of(text, (*_SHARDS, *filter(None, suffixes)))
+    blobs = blobs_of(text, (*_SHARDS, _TABLE, *filter(None, suffixes)))
     shards = [blob for blob in blobs if _is_packed(blob.name)]
     objects = [blob for blob in blobs if not _is_packed(blob.name) and place.left_out.takes(blob.name, is_image)]
     if objects and shards and not _is_packed(place.shown):
-        place.left_out.others[PACKED_SUFFIXES[0]] += len(shards)
+        place.left_out.others.update(os.path.splitext(blob.name)[1].lower() for blob in shards)
         shards = []
     with_sources(place, shards, suffixes, seen)
     new = [blob for blob in objects if blob.shown not in seen]
@@ -131,6 +133,9 @@ def with_sources(
         source, left_out = Shards.open(shards, suffixes, None if cache is None else cache / "shards")
         place.sources.append(source)
         place.left_out.add(left_out)
+    tables = _of_kind(blobs, (_TABLE,))
+    if tables:
+        place.sources.append(Tables(tables))
     files = [file for file in files if file not in seen]
     if files:
         seen |= set(files)
@@ -144,7 +149,7 @@ def _of_kind(blobs: Iterable[Blob], endings: tuple[str, ...]) -> list[Blob]:
 
 
 def _is_packed(name: str) -> bool:
-    return name.lower().endswith(_SHARDS)
+    return name.lower().endswith((*_SHARDS, _TABLE))
 
 
 def _local_text(text: str) -> str:

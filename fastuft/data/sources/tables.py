@@ -1,0 +1,246 @@
+"""Images in the rows of parquet files, as the Hugging Face Hub keeps data sets; read by row groups."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from fastuft.data.bad import BadImageError
+from fastuft.data.images import ImageSource, Located, Rows, numbered
+from fastuft.data.reading import in_threads
+from fastuft.data.sources.blobs import Blob, BlobError, say_bad
+
+_HELD = 512 << 20  # bytes of row groups that are held for the images beside the one that was asked for
+_READERS = 16
+
+
+class _Stream(io.RawIOBase):
+    """A blob as pyarrow reads files."""
+
+    def __init__(self, blob: Blob) -> None:
+        self._blob, self._at = blob, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._blob.size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1, /) -> bytes:
+        left = self._blob.size - self._at
+        length = left if size < 0 else min(size, left)
+        content = self._blob.read(self._at, length) if length > 0 else b""
+        self._at += len(content)
+        return content
+
+
+class _Table:
+    """One file's footer: where its row groups are, and which column holds the images."""
+
+    def __init__(self, blob: Blob) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        self.blob = blob
+        try:
+            file = parquet.ParquetFile(pa.PythonFile(_Stream(blob), mode="r"))
+        except (pa.ArrowException, OSError) as error:
+            raise BlobError(f"is not a whole parquet file ({str(error).splitlines()[0]})") from error
+        self.footer = file.metadata
+        groups = range(self.footer.num_row_groups)
+        self.ends = np.cumsum([self.footer.row_group(group).num_rows for group in groups] or [0])
+        schema = file.schema_arrow
+        self.features = _features(schema)
+        self.column = self._image_column(schema)
+
+    def _image_column(self, schema: Any) -> str:
+        """The dotted name of the one column of images.
+
+        Raises:
+            BlobError: none, or several that may be meant.
+        """
+        leaves: dict[str, str] = {}
+        for field in schema:
+            inner = {part.name: part.type for part in field.type} if _is(field.type, "struct") else {}
+            if _is(field.type, "binary"):
+                leaves[field.name] = field.name
+            elif _is(inner.get("bytes"), "binary"):
+                leaves[field.name] = f"{field.name}.bytes"
+        said = [name for name in leaves if self.features.get(name, {}).get("_type") == "Image"]
+        found = said or list(leaves)
+        if len(found) != 1:
+            which = ", ".join(found) or "none"
+            raise BlobError(f"needs one column of image bytes and has {len(found)} ({which}); keep one")
+        return leaves[found[0]]
+
+    def column_of(self, group: int, column: str) -> Any:
+        """One column of a row group, a struct's leaf taken out."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        try:
+            file = parquet.ParquetFile(pa.PythonFile(_Stream(self.blob), mode="r"), metadata=self.footer)
+            found = file.read_row_group(group, columns=[column], use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise BlobError(f"has a damaged row group {group} ({str(error).splitlines()[0]})") from error
+        array = found.column(0).combine_chunks()
+        return array.field("bytes") if "." in column else array
+
+
+def _is(kind: Any, what: str) -> bool:
+    from pyarrow import types
+
+    if kind is None:
+        return False
+    if what == "struct":
+        return bool(types.is_struct(kind))
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """What the ``datasets`` library notes of each column; nothing where a file comes from elsewhere."""
+    try:
+        found = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return {name: about for name, about in found.items() if isinstance(about, dict)}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return {}
+
+
+class Tables(ImageSource):
+    """The rows of parquet files, in their order.
+
+    Args:
+        blobs: the files.
+
+    Raises:
+        ValueError: pyarrow is missing, or files that are damaged or hold no one column of images.
+    """
+
+    def __init__(self, blobs: Sequence[Blob]) -> None:
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"{blobs[0].shown} needs pyarrow; pip install 'fastuft[parquet]'") from error
+        self.remote = any(blob.remote for blob in blobs)
+        bad: list[tuple[str, str]] = []
+
+        def look(blob: Blob) -> _Table | None:
+            try:
+                return _Table(blob)
+            except BlobError as error:
+                bad.append((blob.shown, str(error)))
+                return None
+
+        self._tables = [table for table in in_threads(look, blobs, _READERS, chunk=1) if table is not None]
+        if bad:
+            raise say_bad(sorted(bad), len(blobs), "parquet files")
+        self._ends = np.cumsum([table.footer.num_rows for table in self._tables])
+        self._groups: OrderedDict[tuple[int, int], Future[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """(table, row in it)."""
+        table = int(np.searchsorted(self._ends, row, side="right"))
+        return table, row - (int(self._ends[table - 1]) if table else 0)
+
+    def path(self, row: int) -> str:
+        """See :class:`fastuft.data.images.ImageSource`: the file's place, a slash, the row's number in it."""
+        table, inner = self._place(row)
+        return Located(f"{self._tables[table].blob.shown}/{inner}", self, row)
+
+    def name(self, row: int) -> str:
+        """See :class:`fastuft.data.images.ImageSource`."""
+        table, inner = self._place(row)
+        return f"{self._tables[table].blob.name}/{inner}"
+
+    def sizes(self, rows: Rows) -> Rows:
+        """See :class:`fastuft.data.images.ImageSource`: the file's, since a row's is only known when it is read."""
+        sizes = np.array([table.blob.size for table in self._tables], np.int64)
+        return sizes[np.searchsorted(self._ends, rows, side="right")]
+
+    def read(self, row: int) -> bytes:
+        """See :class:`fastuft.data.images.ImageSource`; the row group is read, and held for its other images."""
+        table, inner = self._place(row)
+        ends = self._tables[table].ends
+        group = int(np.searchsorted(ends, inner, side="right"))
+        try:
+            found = self._group(table, group)[inner - (int(ends[group - 1]) if group else 0)]
+        except BlobError as error:
+            name = self._tables[table].blob.name
+            raise BadImageError(self.path(row), f"cannot be read (the file {name} {error})") from error
+        content = found.as_buffer().to_pybytes() if found.is_valid else b""
+        if not content:
+            raise BadImageError(self.path(row), "is empty")
+        return bytes(content)
+
+    def _group(self, table: int, group: int) -> Any:
+        """The images of a row group; of several threads that want it one reads it."""
+        key = (table, group)
+        with self._lock:
+            known = self._groups.get(key)
+            if known is not None:
+                self._groups.move_to_end(key)
+            else:
+                reading = self._groups[key] = Future[Any]()
+        if known is not None:
+            return known.result()
+        try:
+            found = self._tables[table].column_of(group, self._tables[table].column)
+        except BaseException as error:
+            with self._lock:
+                self._groups.pop(key, None)
+            reading.set_exception(error)
+            raise
+        reading.set_result(found)
+        with self._lock:
+            done = [(each, future) for each, future in self._groups.items() if future.done() and each != key]
+            held = found.nbytes + sum(future.result().nbytes for _, future in done)
+            for each, future in done:
+                if held <= _HELD:
+                    break
+                held -= future.result().nbytes
+                del self._groups[each]
+        return found
+
+    def version(self, row: int) -> int:
+        """See :class:`fastuft.data.images.ImageSource`: of the file."""
+        digest = hashlib.blake2b(self._tables[self._place(row)[0]].blob.tag.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+    def containers(self) -> frozenset[str]:
+        """See :class:`fastuft.data.images.ImageSource`."""
+        return frozenset(
+            table.blob.shown if table.blob.remote else os.path.realpath(table.blob.shown) for table in self._tables
+        )
+
+    def labels(self) -> tuple[Rows, list[str]] | None:
+        """See :class:`fastuft.data.images.ImageSource`: the column ``label``, with the names that ``datasets`` notes."""
+        texts: list[str] = []
+        for table in self._tables:
+            columns = {table.footer.schema.column(place).name for place in range(table.footer.num_columns)}
+            if "label" not in columns:
+                return None
+            names = table.features.get("label", {}).get("names")
+            for group in range(table.footer.num_row_groups):
+                values = table.column_of(group, "label").to_pylist()
+                texts += [names[value] if names and isinstance(value, int) else str(value) for value in values]
+        return numbered(texts)
