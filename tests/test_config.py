@@ -129,7 +129,7 @@ def test_evaluation_values():
         FewShotConfig(shots=[0])
     with pytest.raises(ValueError, match="stem='big'"):
         EvalConfig(checkpoint="c", train="t", stem="big")
-    with pytest.raises(ValueError, match="out='' holds an empty path"):
+    with pytest.raises(ValueError, match="out='' contains an empty path"):
         EvalConfig(checkpoint="c", train="t", out="")
     with pytest.raises(ValueError, match="loader='ffcv'"):
         EvalConfig(checkpoint="c", train="t", loader="ffcv")

@@ -1,4 +1,4 @@
-"""The sub-commands: what each runs, with which options and defaults. Each imports what it needs when it runs."""
+"""The sub-commands: what each one runs, with which options and defaults. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Command:
     """One sub-command.
 
     Args:
-        config: dataclass of its options.
-        run: takes an instance, returns the exit status.
+        config: the dataclass of its options.
+        run: takes an instance of it and returns the exit status.
         summary: one line of help.
         example: shown below the help.
-        defaults: values that differ from the dataclass's.
-        positional: option given without its name, several times where it is a list.
-        first: options that the short help shows, of a command with many.
+        defaults: defaults that differ from those of the dataclass.
+        positional: the option that is given without its name, several times if it is a list.
+        first: the options that the short help of a command with many options shows.
         more_examples: further examples.
     """
 
@@ -62,7 +62,7 @@ def _train(config: TrainConfig) -> int:
         say(f"fastuft: {error}", error=True)
         return EXIT_FAILED
     if result.interrupted:
-        where, remedy = f"at step {result.steps}", "go on with --resume auto"
+        where, remedy = f"at step {result.steps}", "continue with --resume auto"
         if not result.steps:
             where, remedy = "before anything was saved", "start it again"
         say(f"stopped by {result.interrupted} {where}; {remedy}", error=True)
@@ -175,7 +175,7 @@ def _report(config: options.ReportOptions) -> int:
 
 
 def _named_run(entry: str) -> tuple[str, str]:
-    """(name, folder) of ``NAME=FOLDER``, or of a folder, which may have such a sign in its own name."""
+    """(name, folder) of ``NAME=FOLDER``, or of a folder whose own name may contain an equals sign."""
     name, separator, folder = entry.partition("=")
     if separator and not Path(entry).exists():
         return name, folder
@@ -223,10 +223,10 @@ def _reproduce(config: ReproduceConfig) -> int:
 
 
 def _bench_folder() -> Path:
-    """The benchmarks of the checkout that this package is of, or else of the one that the command runs in."""
+    """The benchmarks of the checkout that this package belongs to, or else of the one in the current directory."""
     here = Path.cwd()
     for root in (Path(__file__).resolve().parents[2], here, *here.parents):
-        # An installed package lies among others, one of which may have a folder of that name.
+        # An installed package is among others, one of which may have a folder with that name.
         if (root / "bench" / "bench_loss.py").is_file() and (root / "pyproject.toml").is_file():
             return root / "bench"
     raise ValueError("bench needs a source checkout: clone the repository and run `fastuft bench` in its folder")
@@ -266,12 +266,12 @@ _FIRST_OF_TRAINING = (
     "runtime.device",
 )
 
-# The values of options that are not given follow the network.
+# Options that are not given depend on the network.
 _BY_FAMILY = {"optim.preset": "auto"}
-# Finetuning by users: what the data and the machine decide is left to the run.
+# When users finetune, the run chooses what depends on the data and the machine.
 _FINETUNE = {**_BY_FAMILY, "recipe": "auto", **dict.fromkeys(AUTO_OPTIONS, AUTO)}
 
-# The recipe of MoCoV2 pretraining: 800 epochs, batch 2048, lr 0.24; the queue starts from random rows.
+# MoCoV2's pretraining recipe: 800 epochs, batch size 2048, learning rate 0.24; the queue starts with random rows.
 _PRETRAIN = {
     **_BY_FAMILY,
     "method.mix": "none",
@@ -297,7 +297,7 @@ COMMANDS = {
     "pretrain": Command(
         TrainConfig,
         _train,
-        "MoCoV2 pretraining, or training from scratch on the target",
+        "pretrain with MoCoV2, or train from scratch on the target",
         "torchrun --nproc-per-node 8 -m fastuft.cli pretrain --target imagenet/train/ --out runs/mocov2",
         _PRETRAIN,
         first=_FIRST_OF_TRAINING[1:],
@@ -308,7 +308,7 @@ COMMANDS = {
     "eval": Command(
         EvalConfig,
         _evaluate,
-        "retrieval, clustering, few-shot and forgetting; without labels, what can be known without them",
+        "measure retrieval, clustering, few-shot accuracy and forgetting; without labels, what can be known",
         "fastuft eval --checkpoint runs/photos --train pets/train --test pets/test --out runs/photos/eval",
         {},
         first=("checkpoint", "before", "train", "test", "source", "out", "size", "fewshot.shots", "trials", "device"),
@@ -317,7 +317,7 @@ COMMANDS = {
     "embed": Command(
         EmbedConfig,
         _embed,
-        "features of images as a file (.npz, .parquet), with the network's own preprocessing",
+        "write features of images to a file (.npz, .parquet), with the network's own preprocessing",
         "fastuft embed photos/ --checkpoint runs/photos --out photos.npz",
         {},
         "images",
@@ -326,7 +326,7 @@ COMMANDS = {
     "search": Command(
         SearchConfig,
         _search,
-        "the images of a file of embeddings that are nearest to a query",
+        "find the images nearest to a query in a file of embeddings",
         "fastuft search query.jpg --in photos.npz --top 20",
         {},
         "query",
@@ -355,7 +355,7 @@ COMMANDS = {
     "report": Command(
         options.ReportOptions,
         _report,
-        "runs side by side as one HTML page and a table",
+        "show runs side by side, on one HTML page and in a table",
         "fastuft report naive=runs/naive ours=runs/photos --out report.html",
         {},
         "runs",
@@ -385,15 +385,23 @@ COMMANDS = {
         more_examples=("fastuft bench --smoke", "fastuft bench loss --impl mymodule:my_loss --json figures.json"),
     ),
     "demo": Command(
-        options.DemoOptions, _demo, "the whole job on embedded data, in minutes on a CPU", "fastuft demo --seeds 5", {}
+        options.DemoOptions,
+        _demo,
+        "run the whole job on bundled data, in minutes on a CPU",
+        "fastuft demo --seeds 5",
+        {},
     ),
     "doctor": Command(
-        options.DoctorOptions, _doctor, "what is there, what is missing, and the remedy", "fastuft doctor", {}
+        options.DoctorOptions,
+        _doctor,
+        "list what this machine has, what is missing, and the remedy",
+        "fastuft doctor",
+        {},
     ),
     "completion": Command(
         options.CompletionOptions,
         _completion,
-        "a script that completes commands and options in bash, zsh or tcsh",
+        "print a script that completes commands and options in bash, zsh or tcsh",
         "fastuft completion bash > ~/.local/share/bash-completion/completions/fastuft",
         {},
         "shell",

@@ -1,4 +1,4 @@
-"""What options there are: their types, texts and allowed values, read from the configurations' annotations and docstrings."""
+"""The options: their types, texts and allowed values, read from the annotations and docstrings of the configurations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ENTRY = re.compile(r"^(\w+): (.*)$")
 
 
 def option_types(config: type, prefix: str = "") -> dict[str, Any]:
-    """Type of every option by its full name; groups come before their members."""
+    """The type of every option by its full name; groups come before their members."""
     types: dict[str, Any] = {}
     for name, kind in get_type_hints(config).items():
         types[prefix + name] = kind
@@ -20,7 +20,7 @@ def option_types(config: type, prefix: str = "") -> dict[str, Any]:
 
 
 def option_texts(config: type) -> dict[str, str]:
-    """What the docstring says about each field, on one line each."""
+    """What the docstring says about each field, as one line each."""
     texts: dict[str, str] = {}
     name = ""
     _, _, arguments = (config.__doc__ or "").partition("Args:\n")
@@ -34,7 +34,7 @@ def option_texts(config: type) -> dict[str, str]:
 
 
 def allowed_values(kind: Any) -> str:
-    """What an option of this type takes, in words."""
+    """The values that an option of this type takes, in words."""
     plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     if kind in plain:
         return plain[kind]
@@ -53,7 +53,7 @@ def allowed_values(kind: Any) -> str:
 
 
 def default_of(option: Field[Any]) -> str:
-    """The default as it would be given on the command line; "required" where there is none."""
+    """The default as it would be given on the command line; "required" if there is none."""
     if option.default_factory is not MISSING:
         value = option.default_factory()
     elif option.default is not MISSING:

@@ -30,7 +30,7 @@ OPTIONAL = {
     "wandb": "for runtime.wandb=true: pip install wandb",
     "pyarrow": "for fastuft embed --out FILE.parquet: pip install pyarrow",
 }
-# Lowest versions, as pyproject.toml has them.
+# The lowest versions in pyproject.toml.
 NEEDED = {
     "numpy": "1.26",
     "filelock": "3.13",
@@ -51,13 +51,13 @@ EXTRA = "pip install 'fastuft[train-cu13]' (or -cu12, -cpu)"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor.
+    """One line of the doctor's output.
 
     Args:
-        part: what was looked at.
-        state: ok, missing (works without it, slower or less), or problem (required, or there and cannot work).
-        found: what is there.
-        remedy: what to do, empty when nothing.
+        part: what was checked.
+        state: ok, missing (fastuft works without it, slower or with less), or problem (required, or present but broken).
+        found: what was found.
+        remedy: what to do; empty if nothing.
     """
 
     part: str
@@ -67,7 +67,7 @@ class Finding:
 
 
 def version(*names: str) -> str | None:
-    """Name and version of the first distribution of these names that is installed."""
+    """Name and version of the first of these distributions that is installed."""
     for name in names:
         try:
             return f"{name} {importlib.metadata.version(name)}"
@@ -77,9 +77,9 @@ def version(*names: str) -> str | None:
 
 
 def older(found: str, lowest: str) -> bool:
-    """Whether the version that ends ``found`` belongs to a release before ``lowest``.
+    """Whether the version at the end of ``found`` belongs to a release before ``lowest``.
 
-    Without the ``packaging`` package nothing counts as older; `check_packages` then reports that it is missing.
+    Without the ``packaging`` package, nothing counts as older; `check_packages` then reports that it is missing.
     """
     try:
         from packaging.version import InvalidVersion, Version
@@ -87,12 +87,12 @@ def older(found: str, lowest: str) -> bool:
         return False
     try:
         return Version(found.split()[-1]).release < Version(lowest).release
-    except InvalidVersion:  # a private build's name says nothing about its age
+    except InvalidVersion:  # the version of a private build says nothing about its age
         return False
 
 
 def run(*command: str) -> str | None:
-    """Output of a program, or None where it is missing or fails."""
+    """The output of a program, or None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -103,7 +103,7 @@ def run(*command: str) -> str | None:
 
 
 def load_torch() -> Any | None:
-    """torch, or None where it is not installed."""
+    """torch, or None if it is not installed."""
     try:
         return importlib.import_module("torch")
     except ModuleNotFoundError as error:
@@ -113,7 +113,7 @@ def load_torch() -> Any | None:
 
 
 def driver_cuda() -> str | None:
-    """Newest CUDA version that the driver supports ("?" when it does not say), or None without a driver."""
+    """The newest CUDA version that the driver supports ("?" if it does not say), or None without a driver."""
     text = run("nvidia-smi")
     if text is None:
         return None
@@ -126,9 +126,11 @@ def _major(cuda: str | None) -> int | None:
 
 
 def check_torch(torch: Any | None) -> Iterator[Finding]:
-    """torch and its CUDA, the driver's CUDA, the GPU."""
+    """torch and its CUDA version, the driver's CUDA version, the GPU."""
     if torch is None:
-        yield Finding("torch", "problem", "not installed", "install torch >= 2.11 from pytorch.org for your CUDA")
+        yield Finding(
+            "torch", "problem", "not installed", "install torch >= 2.11 for your CUDA version from pytorch.org"
+        )
         return
     built = torch.version.cuda
     build = f"{torch.__version__} ({'CUDA ' + built if built else 'CPU build'})"
@@ -140,7 +142,7 @@ def check_torch(torch: Any | None) -> Iterator[Finding]:
     driver = driver_cuda()
     too_old = (_major(built) or 0) > (_major(driver) or 99)
     if driver is None:
-        yield Finding("driver", "missing", "no nvidia-smi", "fine on a CPU; on a GPU machine install NVIDIA's driver")
+        yield Finding("driver", "missing", "no nvidia-smi", "fine on a CPU; on a GPU machine, install NVIDIA's driver")
     elif too_old:
         remedy = f"install a newer driver, or a torch built for CUDA {_major(driver)}"
         yield Finding("driver", "problem", f"supports CUDA {driver}, torch is built for {built}", remedy)
@@ -181,26 +183,28 @@ def check_triton(torch: Any | None) -> Iterator[Finding]:
         remedy = f"the kernels need triton >= {TRITON}: pip install --upgrade triton"
         yield Finding("triton", "problem", found, remedy)
     elif lacking and on_gpu:
-        yield Finding("triton", "problem", found, f"at run time it needs {' and '.join(lacking)}")
+        yield Finding("triton", "problem", found, f"at run time, it needs {' and '.join(lacking)}")
     else:
         yield Finding("triton", "ok", found)
 
 
 def check_extension(torch: Any | None) -> Iterator[Finding]:
-    """The compiled extension, CPU and CUDA part, and what builds it."""
+    """The compiled extension, its CPU and CUDA parts, and the tools that build it."""
     folder = Path(fastuft.__file__).parent / "mix"
     build = "pip install -e . --no-build-isolation"
     on_gpu = torch is not None and torch.cuda.is_available()
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     nvcc = run("nvcc", "--version")
-    for name, place, tool in (("_C", "CPU", compiler), ("_C_cuda", "CUDA", nvcc)):
+    for name, device, tool in (("_C", "CPU", compiler), ("_C_cuda", "CUDA", nvcc)):
         part = f"extension {name}"
         library = next(iter(sorted(folder.glob(f"{name}.*so"))), None)
         wanted = name == "_C" or on_gpu
         if library is None:
             tools = "a C++ compiler" if name == "_C" else "nvcc"
             how = build if tool else f"install {tools}, then {build}"
-            remedy = f"{how}; without it {place} mixing runs in plain PyTorch" if wanted else "not needed without a GPU"
+            remedy = (
+                f"{how}; without it, {device} mixing runs in plain PyTorch" if wanted else "not needed without a GPU"
+            )
             yield Finding(part, "missing", "not built", remedy)
         elif torch is None or not wanted:
             yield Finding(part, "ok", f"{library.name} (not loaded here)")
@@ -218,7 +222,7 @@ def check_extension(torch: Any | None) -> Iterator[Finding]:
 
 
 def check_nvcc(answer: str | None, torch_cuda: str | None) -> Finding:
-    """The CUDA compiler, against the CUDA that torch is built for."""
+    """The CUDA compiler, compared with the CUDA version that torch is built for."""
     if answer is None:
         return Finding("nvcc", "missing", "not found", "needed only to build the CUDA part of the extension")
     release = re.search(r"release ([\d.]+)", answer)
@@ -233,7 +237,7 @@ def check_nvcc(answer: str | None, torch_cuda: str | None) -> Finding:
 
 
 def check_kernels(torch: Any | None) -> Iterator[Finding]:
-    """The fused kernels against their portable paths on the GPU."""
+    """The fused kernels, compared with their portable paths on the GPU."""
     if torch is None or not torch.cuda.is_available():
         return
     wrong = wrong_kernels()
@@ -241,11 +245,11 @@ def check_kernels(torch: Any | None) -> Iterator[Finding]:
         remedy = "training uses the portable path instead, which is slower; please report this line"
         yield Finding("fused kernel", "problem", f"{what}: {why}", remedy)
     if not wrong:
-        yield Finding("fused kernels", "ok", "as the portable paths, in fp32, fp16 and bf16")
+        yield Finding("fused kernels", "ok", "agree with the portable paths in fp32, fp16 and bf16")
 
 
 def check_dali(torch: Any | None) -> Iterator[Finding]:
-    """DALI, its CUDA against torch's and the driver's, and the decoy of that name."""
+    """DALI, its CUDA version compared with torch's and the driver's, and the decoy package."""
     wheels = [wheel for wheel in ("nvidia-dali-cuda120", "nvidia-dali-cuda130") if version(wheel)]
     decoy = version("nvidia-dali")
     if decoy and not wheels:
@@ -277,7 +281,7 @@ def check_dali(torch: Any | None) -> Iterator[Finding]:
 
 
 def check_apex() -> Iterator[Finding]:
-    """NVIDIA's apex (opt-in) and the unrelated package of that name."""
+    """NVIDIA's apex (opt-in), and the unrelated package with the same name."""
     found = version("apex")
     if found is None:
         yield Finding("apex", "missing", "not installed", "only for optim.optimizer=apex_fused_sgd; sgd is fused too")
@@ -289,12 +293,12 @@ def check_apex() -> Iterator[Finding]:
 
 
 def check_packages() -> Iterator[Finding]:
-    """What the command line needs, and optional companions."""
-    there = {name: version(name) for name in NEEDED}
-    lacking = [name for name, found in there.items() if found is None]
-    stale = [f"{found} < {NEEDED[name]}" for name, found in there.items() if found and older(found, NEEDED[name])]
+    """The packages that the command line needs, and optional ones."""
+    installed = {name: version(name) for name in NEEDED}
+    lacking = [name for name, found in installed.items() if found is None]
+    stale = [f"{found} < {NEEDED[name]}" for name, found in installed.items() if found and older(found, NEEDED[name])]
     if lacking or stale:
-        parts = [f"lacking {', '.join(lacking)}"] if lacking else []
+        parts = [f"missing: {', '.join(lacking)}"] if lacking else []
         parts += [f"too old: {', '.join(stale)}"] if stale else []
         parts += ["versions not compared"] if "packaging" in lacking else []
         yield Finding("packages", "problem", "; ".join(parts), EXTRA)
@@ -322,7 +326,7 @@ def examine() -> list[Finding]:
 
 
 def run_doctor(*, as_json: bool = False) -> int:
-    """Print the findings; status 1 when a required part is missing or one that is there cannot work."""
+    """Print the findings; status 1 if a required part is missing or a present one cannot work."""
     findings = examine()
     if as_json:
         say(json.dumps([asdict(finding) for finding in findings], indent=1))

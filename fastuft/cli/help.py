@@ -1,6 +1,6 @@
-"""Help: the path from photos to a report, and each command's options, those that matter first.
+"""Help: the path from photos to a report, and each command's options, the important ones first.
 
-The pages are made from the configurations alone, so that they come at once and without the packages of an extra.
+The pages are made from the configurations alone, so they appear immediately and need no extra packages.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from fastuft.cli.commands import COMMANDS, Command
 from fastuft.cli.described import allowed_values, default_of, option_texts, value_text
 
 WIDTH = 100
-_FEW = 14  # a command with no more options shows all of them
+_FEW = 14  # a command with at most this many options shows all of them
 _PATH = (
     ("fastuft doctor", "what this machine has, and what is missing"),
     ("fastuft verify-data photos/", "find files that would stop a run"),
     ("fastuft finetune --init start.pth --target photos/ --out runs/photos", "adapt the backbone"),
     ("fastuft eval --checkpoint runs/photos --before start.pth --train photos/ --out runs/photos/eval", "did it help?"),
     ("open runs/photos/eval/report.html", "the report: before beside after, curves, nearest images"),
-    ("fastuft export --checkpoint runs/photos --out backbone.pth --layout torchvision", "take the backbone elsewhere"),
+    ("fastuft export --checkpoint runs/photos --out backbone.pth --layout torchvision", "use the backbone elsewhere"),
 )
 
 
 def front_page() -> str:
-    """What `fastuft` alone says: the steps from photos to a report, then every command."""
+    """What `fastuft` without arguments prints: the steps from photos to a report, then every command."""
     lines = ["fastuft adapts a pretrained image backbone to your own unlabeled images.", "", "From photos to a report:"]
     for number, (step, why) in enumerate(_PATH, 1):
         lines += [f"  {number}. {step}", f"       {why}"]
-    lines += ["", "Nothing at hand? `fastuft demo` does all of this on embedded images, in minutes on a CPU.", ""]
+    lines += ["", "No photos at hand? `fastuft demo` does all of this on bundled images, in minutes on a CPU.", ""]
     lines += ["Commands:"]
     lines += [f"  {name:<14}{command.summary}" for name, command in COMMANDS.items()]
-    lines += ["", "`fastuft COMMAND --help` shows the options of one; `fastuft --version` the version."]
+    lines += ["", "`fastuft COMMAND --help` shows the options of a command, `fastuft --version` the version."]
     return "\n".join(lines)
 
 
@@ -51,7 +51,7 @@ def _entry(name: str, kind: Any, default: str, text: str) -> list[str]:
 def _entries(
     config: type, prefix: str, changed: Mapping[str, Any], positional: str | None
 ) -> Iterator[tuple[str, Any]]:
-    """(full name, lines) of the options of one dataclass, groups left out."""
+    """(full name, lines) of the options of one dataclass, without groups."""
     texts, kinds = option_texts(config), get_type_hints(config)
     for option in fields(config):
         kind, full = kinds[option.name], prefix + option.name
@@ -62,7 +62,7 @@ def _entries(
 
 
 def groups_of(command: Command) -> dict[str, type]:
-    """Groups of options by their full name, nested ones after the group that holds them."""
+    """Groups of options by their full name, each before the groups nested in it."""
 
     def walk(config: type, prefix: str) -> Iterable[tuple[str, type]]:
         for name, kind in get_type_hints(config).items():
@@ -74,7 +74,7 @@ def groups_of(command: Command) -> dict[str, type]:
 
 
 def _sections(command: Command) -> dict[str, dict[str, list[str]]]:
-    """Lines of every option, by group ("" is the top) and full name."""
+    """The lines of every option, by group ("" is the top) and full name."""
     groups = {"": command.config, **groups_of(command)}
     return {
         name: dict(_entries(config, f"{name}." if name else "", command.defaults, command.positional))
@@ -87,11 +87,11 @@ def _summary_of(group: type) -> str:
 
 
 def command_help(name: str, topic: str | None = None) -> str:
-    """Help of one command.
+    """The help of one command.
 
     Args:
         name: the command.
-        topic: a group of options, "all", or None for the options that matter first.
+        topic: a group of options, "all", or None for the most important options.
 
     Raises:
         ValueError: there is no such group.
@@ -99,7 +99,7 @@ def command_help(name: str, topic: str | None = None) -> str:
     command = COMMANDS[name]
     sections, groups = _sections(command), groups_of(command)
     if topic not in (None, "all", *groups):
-        raise ValueError(f"help={topic!r} is not allowed; choose one of {', '.join(['all', *groups])}, or leave it out")
+        raise ValueError(f"help={topic!r} is not allowed; choose one of {', '.join(['all', *groups])}, or omit it")
     usage = f"usage: fastuft {name}"
     if command.positional:
         several = get_origin(get_type_hints(command.config)[command.positional]) is list
@@ -113,12 +113,12 @@ def command_help(name: str, topic: str | None = None) -> str:
             if section:
                 lines += [f"{group}: {_summary_of(groups[group])}" if group else "Options:", *_joined(section.values())]
     else:
-        lines += ["The options that matter first:", *_joined(every[full] for full in command.first)]
+        lines += ["The most important options:", *_joined(every[full] for full in command.first)]
         by_group = f"; by group, `fastuft {name} --help GROUP`:" if groups else "."
         lines += [f"All {len(every)} options: `fastuft {name} --help all`{by_group}"]
         lines += [f"  {group:<14}{_summary_of(config)}" for group, config in groups.items()] + [""]
     lines += ["Common to all commands:"]
-    lines += ["  --config FILE       YAML file of options; later options win"]
+    lines += ["  --config FILE       read options from a YAML file; later options override earlier ones"]
     lines += ["  --print_config      print the whole configuration as YAML and exit", ""]
     lines += [f"Example: {command.example}", *(f"         {example}" for example in command.more_examples)]
     return "\n".join(lines)

@@ -20,19 +20,19 @@ from fastuft.console import ensure_standard_streams, say
 from fastuft.names import printable
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
+EXIT_INTERRUPTED = 130  # the status that shells report for a program ended by Ctrl-C
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _without_parser(arguments: Sequence[str]) -> int:
-    """What works without the extra packages: the doctor, which tells how to get them."""
+    """What works without the extra packages: the doctor, which says how to get them."""
     if arguments and arguments[0] == "doctor":
         from fastuft.cli.doctor import run_doctor
 
         return run_doctor(as_json="--json" in arguments)
     print(
         "fastuft: error: the command line needs jsonargparse and the other packages of an extra: "
-        "pip install 'fastuft[train-cu13]' (or -cu12, -cpu); `fastuft doctor` tells what is missing",
+        "pip install 'fastuft[train-cu13]' (or -cu12, -cpu); `fastuft doctor` says what is missing",
         file=sys.stderr,
     )
     return EXIT_BAD_INPUT
@@ -40,7 +40,7 @@ def _without_parser(arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """The program's own warnings as one line, without the place in its code."""
+    """Show the program's own warnings as one line, without the location in its code."""
     usual = warnings.formatwarning
 
     def shown(
@@ -58,7 +58,7 @@ def _short_warnings() -> Iterator[None]:
 
 
 def _help(arguments: Sequence[str]) -> int | None:
-    """Print the help that is asked for, or return None where none is: ``help [COMMAND] [GROUP]`` or ``--help [GROUP]``."""
+    """Print the help that ``help [COMMAND] [GROUP]`` or ``--help [GROUP]`` asks for; None if no help is asked for."""
     flag = next((index for index, argument in enumerate(arguments) if argument in ("-h", "--help")), None)
     if arguments and arguments[0] == "help":
         words = list(arguments[1:])
@@ -84,7 +84,7 @@ def _help(arguments: Sequence[str]) -> int | None:
 
 
 def _instance(parser: Any, parsed: Any, name: str) -> Any:
-    """The command's configuration; a ValueError where its values do not go together."""
+    """The command's configuration; a ValueError if its values do not fit together."""
     from jsonargparse import Namespace
 
     command = COMMANDS[name]
@@ -99,11 +99,11 @@ def configured(name: str, options: Mapping[str, Any]) -> Any:
     """A command's configuration from Python values: the same defaults, checks and messages as on the command line.
 
     Args:
-        name: of the command.
-        options: by name, nested or dotted; None where the option is left out or takes none.
+        name: the command.
+        options: values by name, nested or dotted; None for an option that accepts it.
 
     Raises:
-        ValueError: an option that there is not, or a value that is not allowed.
+        ValueError: an unknown option, or a value that is not allowed.
     """
     command = COMMANDS[name]
     parser = build_parser([name])
@@ -117,11 +117,11 @@ def configured(name: str, options: Mapping[str, Any]) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit status.
 
-    Errors that a user can cause are one line on stderr: status 2 for input that is refused, 1 for a file that cannot be
-    read or written. Anything else is a defect of the program and keeps its traceback.
+    An error that a user can cause is one line on stderr, with status 2 for input that is refused and 1 for a file that
+    cannot be read or written. Anything else is a defect of the program and keeps its traceback.
     """
-    # Read when torch loads its threading runtime: threads that spin while they wait make a CPU run many times slower as
-    # soon as decoding threads or other processes want the same cores.
+    # Read when torch loads its threading runtime: threads that spin while they wait make a run on a CPU many times slower
+    # as soon as decoding threads or other processes want the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     ensure_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         say(f"{label}: error: {one_line(error, command)}", error=True)
         return EXIT_BAD_INPUT
-    assert named is not None and command is not None  # without a command only help and version parse, and they exit
+    assert named is not None and command is not None  # without a command, only help and version parse, and they exit
     try:
         config = _instance(parser, parsed, named)
         with _short_warnings():

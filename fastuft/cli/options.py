@@ -1,4 +1,4 @@
-"""Options of the sub-commands that do not belong to a training or evaluation."""
+"""Options of the sub-commands other than training, evaluation, embedding and reproduction."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class ExportOptions:
 
     Args:
         checkpoint: run folder, exported backbone, or any checkpoint that finetuning starts from.
-        out: file to write (.safetensors or .pth; .onnx; .pt2 for torch_export), or the folder of transformers.
+        out: file to write (.safetensors or .pth; .onnx; .pt2 for torch_export), or folder for transformers.
         layout: fastuft (with metadata), torchvision, timm, transformers (a folder for from_pretrained), onnx or torch_export.
-        arch: network of a checkpoint that does not say it.
-        stem: stem of a checkpoint that does not say it.
-        init_key: which of several backbones in the checkpoint, by its prefix there (encoder_k, teacher); none takes the one
-            that takes gradients.
-        init_channels: what its first convolution takes; auto is RGB or what the layout says, bgr and gray are converted.
-        num_classes: add a zero classifier of this size, so that the full network loads strictly.
+        arch: the network, if the checkpoint does not name it.
+        stem: the stem, if the checkpoint does not name it.
+        init_key: prefix of one of several backbones in the checkpoint (encoder_k, teacher); none takes the one that was
+            trained by gradients.
+        init_channels: channels of its first convolution; auto is RGB or what the layout says, bgr and gray are converted.
+        num_classes: add a classifier of zeros with this many classes, so that the full network loads strictly.
     """
 
     checkpoint: str
@@ -43,12 +43,12 @@ class VerifyOptions:
 
     Args:
         paths: folders, list files or images.
-        decode: also decode every image (slower; finds damage inside).
-        duplicates: also tell how many images look like another one: copies, other sizes, frames of a burst.
+        decode: also decode every image (slower; finds damaged pixels).
+        duplicates: also count images that look like another one: copies, other sizes, frames of a burst.
         bad_list: file to write bad files and reasons to.
         workers: threads; 0 takes one per processor, at least 16.
         max_megapixels: larger images count as bad.
-        suffixes: of image files in folders, as data.suffixes of the run to come.
+        suffixes: suffixes of image files in folders, as in the run's data.suffixes.
     """
 
     paths: list[str]
@@ -67,14 +67,14 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Put runs side by side on one page, or reproduced figures beside the paper's.
+    """Show runs side by side on one page, or reproduced figures beside the paper's.
 
     Args:
-        runs: run or evaluation folders, as FOLDER or NAME=FOLDER; equal names are trials of one arm. Or the results.jsonl
-            of reproductions.
+        runs: run or evaluation folders, as FOLDER or NAME=FOLDER, of which equal names are seeds of one arm; or the
+            results.jsonl files of reproductions.
         out: HTML file to write.
-        title: of the page.
-        format: of the table that is printed.
+        title: title of the page.
+        format: format of the printed table.
     """
 
     runs: list[str]
@@ -89,7 +89,7 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """Tell what this machine has, what is missing, and how to get it.
+    """List what this machine has, what is missing, and the remedy.
 
     Args:
         json: print JSON instead of a table.
@@ -100,7 +100,7 @@ class DoctorOptions:
 
 @dataclass(frozen=True)
 class CompletionOptions:
-    """Print a script with which a shell completes commands and options.
+    """Print a script that completes commands and options in a shell.
 
     Args:
         shell: bash, zsh or tcsh.
@@ -123,9 +123,9 @@ class BenchOptions:
         slow: also the rows that take minutes on a CPU: larger networks, mixing, half precision, compiled steps.
         impl: other implementations of the loss to put into the table, each as MODULE:FUNCTION.
         json: file for pytest-benchmark's figures.
-        device: auto is cuda when present.
-        threads: CPU threads of PyTorch.
-        seconds: time for the rounds of one benchmark.
+        device: auto (cuda if present), cuda or cpu.
+        threads: PyTorch's CPU threads.
+        seconds: time for the rounds of each benchmark.
     """
 
     what: str = "all"
@@ -143,17 +143,17 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """The whole job on data that ships with the installed libraries.
+    """Run the whole job on data that is bundled with the installed libraries.
 
     Args:
         out: folder for images, runs and the report.
         seeds: repetitions, for mean and spread.
-        first_seed: seed of the first.
+        first_seed: seed of the first repetition.
         pretrain_epochs: epochs on the glyphs.
-        finetune_epochs: epochs of each arm over its union.
+        finetune_epochs: epochs of each arm over its training images.
         shots: labeled images per class of the few-shot runs.
         trials: draws per few-shot figure.
-        num_glyphs: images of the source set.
+        num_glyphs: images in the source.
     """
 
     out: str = "runs/demo"

@@ -1,4 +1,4 @@
-"""From the words of the command line to configurations, and from a parser's complaint to one clear line."""
+"""From the words of the command line to configurations, and from the parser's errors to one clear line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, 
     from jsonargparse import ArgumentParser
 
     class Parser(ArgumentParser):
-        """Raises instead of printing its whole usage: the message alone is shown."""
+        """Raises instead of printing its whole usage, so that only the message is shown."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise UsageError(message) from ex
@@ -44,7 +44,9 @@ def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, 
         command = COMMANDS[name]
         summary = command.summary[0].upper() + command.summary[1:]
         child = Parser(description=f"{summary}.", epilog=f"Example: {command.example}")
-        child.add_argument("--config", action="config", help="YAML file of options; later options win")
+        child.add_argument(
+            "--config", action="config", help="YAML file of options; later options override earlier ones"
+        )
         if command.positional is not None:
             _add_positional(child, command)
         child.add_class_arguments(command.config, skip={command.positional} if command.positional else set())
@@ -54,7 +56,7 @@ def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, 
 
 
 def _add_positional(parser: Any, command: Command) -> None:
-    """Take one option of the dataclass by its place, with the help of its docstring."""
+    """Make one option of the dataclass positional, with the help from its docstring."""
     option = next(field for field in fields(command.config) if field.name == command.positional)
     text = option_texts(command.config).get(option.name, "")
     if option.default is MISSING:
@@ -64,7 +66,7 @@ def _add_positional(parser: Any, command: Command) -> None:
 
 
 def one_line(error: Exception, command: Command | None) -> str:
-    """A parser's complaint as one line that names the key and what is allowed."""
+    """The parser's error as one line that names the option and what is allowed."""
     text = " ".join(str(error).split())
     if command is None:
         wrong = re.search(r"invalid choice: '([^']*)'", text)
@@ -110,19 +112,19 @@ def one_line(error: Exception, command: Command | None) -> str:
 
 
 def words(options: Mapping[str, Any], command: Command) -> list[str]:
-    """Python values as the words of the command line that say the same; those of a file of options yield to the others."""
+    """Python values as the equivalent words of the command line; values in a file of options come first, so others win."""
     flags: list[str] = []
-    placed: list[str] = []
+    positional: list[str] = []
     for name, value in sorted(_flat(options), key=lambda option: option[0] != "config"):
         if name == command.positional:
-            placed += value if isinstance(value, list) else [value]
+            positional += value if isinstance(value, list) else [value]
         else:
             flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
-    return [*map(str, placed), *flags]
+    return [*map(str, positional), *flags]
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, plain value) of each option; paths are texts."""
+    """(dotted name, plain value) of each option; paths become strings."""
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
@@ -135,15 +137,15 @@ def _plain(value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, list | tuple | set | range):
         return [_plain(item) for item in value]
-    # Numbers of NumPy and torch are numbers.
+    # NumPy and torch scalars become Python numbers.
     return value.item() if hasattr(value, "item") else value
 
 
 def normalized(arguments: Sequence[str], command: Command | None) -> list[str]:
-    """Arguments as the parser takes them.
+    """Arguments in the form that the parser takes.
 
-    ``--max-steps`` is ``--max_steps``; a bare ``--runtime.compile`` is true; items of a list or a pair with commas
-    between need no brackets.
+    ``--max-steps`` means ``--max_steps``; a bare ``--runtime.compile`` means true; a comma-separated list or pair needs no
+    brackets.
     """
     types = {} if command is None else option_types(command.config)
     given = list(arguments)
@@ -155,7 +157,7 @@ def normalized(arguments: Sequence[str], command: Command | None) -> list[str]:
             continue
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
-        name = f"{name}_" if f"{name}_" in types else name  # where the name is a word of Python
+        name = f"{name}_" if f"{name}_" in types else name  # if the name is a Python keyword
         kind = types.get(name)
         if kind is bool and not equals:
             positional = command is not None and command.positional is not None

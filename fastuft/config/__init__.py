@@ -1,7 +1,7 @@
-"""The options of fastuft: trees of frozen dataclasses, standard library only.
+"""The options of fastuft: trees of frozen dataclasses that need only the standard library.
 
-Field docstrings are shown by ``--help``. The values that a field may have stand in its annotation, combinations of fields
-in ``__post_init__``, so that an impossible configuration is refused before any work starts.
+``--help`` shows the field docstrings. A field's annotation holds its allowed values, and ``__post_init__`` checks
+combinations of fields, so an impossible configuration is refused before any work starts.
 """
 
 from fastuft.config.checks import (

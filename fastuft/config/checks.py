@@ -1,7 +1,7 @@
-"""Checks of option values, read from the annotations of the dataclasses that hold them.
+"""Checks of option values, read from the annotations of their dataclasses.
 
-``Literal`` states the allowed values; ``Annotated`` with a `Range`, `Span` or `NonEmptyPath` states the rest, for the
-members of lists too. The parser reads the same annotations, so a rule stands once.
+``Literal`` states the allowed values; ``Annotated`` with a `Range`, `Span` or `NonEmptyPath` states the rest, also for the
+members of lists. The parser reads the same annotations, so each rule is stated once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_range(
 
 @dataclass(frozen=True)
 class Range:
-    """A number from ``low`` to ``high``; ``low`` itself is left out with ``low_open``."""
+    """A number from ``low`` to ``high``; ``low_open`` excludes ``low`` itself."""
 
     low: float
     high: float = math.inf
@@ -47,7 +47,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Span:
-    """A pair of numbers, above 0, in order, at most ``top``."""
+    """A pair of numbers above 0, in ascending order, at most ``top``."""
 
     top: float = math.inf
 
@@ -59,12 +59,12 @@ class Span:
 
 @dataclass(frozen=True)
 class NonEmptyPath:
-    """A path, or a list of paths, none of them empty: an empty one would mean the working directory."""
+    """A path or a list of paths, none of them empty, because an empty path would mean the working directory."""
 
     def check(self, name: str, value: str | list[str]) -> None:
         if any(not path.strip() for path in as_paths(value)):
             raise ValueError(
-                f"{name}={value!r} holds an empty path; name a folder or file, '.' for the working directory"
+                f"{name}={value!r} contains an empty path; name a folder or file ('.' is the working directory)"
             )
 
 
@@ -133,7 +133,7 @@ def check_values(config: object, group: str = "") -> None:
 
     Args:
         config: instance of a dataclass.
-        group: name of the group that the fields are options of, as in ``optim.lr``; empty at the top.
+        group: the group that the fields belong to, such as ``optim`` in ``optim.lr``; empty at the top.
 
     Raises:
         ValueError: names the option, its value and what is allowed.

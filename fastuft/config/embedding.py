@@ -1,4 +1,4 @@
-"""Options of embeddings and of search in them."""
+"""Options of embedding images and of searching the embeddings."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from fastuft.config.training import DataConfig
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """Features of images by a checkpoint, as a file.
+    """Write a checkpoint's features of images to a file.
 
     Args:
         images: folders, list files or images.
-        checkpoint: exported backbone, run folder, or any checkpoint ``init`` takes.
+        checkpoint: exported backbone, run folder, or any checkpoint that ``init`` takes.
         out: file to write: .npz, or .parquet (needs the extra fastuft[parquet]).
-        arch: network of a checkpoint that does not say it.
-        stem: stem of a checkpoint that does not say it.
-        init_key: which of several backbones in the checkpoint, by its prefix there (encoder_k, teacher); none takes the one
-            that takes gradients.
-        init_channels: what its first convolution takes; auto is RGB or what the layout says, bgr and gray are converted.
+        arch: the network, if the checkpoint does not name it.
+        stem: the stem, if the checkpoint does not name it.
+        init_key: prefix of one of several backbones in the checkpoint (encoder_k, teacher); none takes the one that was
+            trained by gradients.
+        init_channels: channels of its first convolution; auto is RGB or what the layout says, bgr and gray are converted.
         size: side of the network's input, pixels; 0 takes the network's own.
         resize: shorter side before the center crop; 0 means size * 256 / 224.
         batch_size: images per batch.
-        part_size: images per part that is kept on the way; the same command goes on after the last whole part.
+        part_size: images per part; parts are saved along the way, and the same command continues after the last whole one.
         on_bad_file: error names the file and stops; skip leaves it out and counts it.
-        suffixes: of image files in folders, as data.suffixes of a run.
+        suffixes: suffixes of image files in folders, as in data.suffixes of a run.
         device: auto, cuda or cpu.
         precision: auto is bf16 on a GPU and fp32 on a CPU.
         loader: dali, torch or auto.
-        threads: decoding threads; 0 takes the processors of this process.
+        threads: decoding threads; 0 takes the processors available to this process.
     """
 
     images: list[str]
@@ -60,14 +60,14 @@ class EmbedConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """The images whose features are nearest to those of a query, by cosine similarity.
+    """Find the images whose features are nearest to those of a query, by cosine similarity.
 
     Args:
         query: images to look for, or a folder of them.
-        in_: file of embeddings that `fastuft embed` wrote.
+        in_: file of embeddings written by `fastuft embed`.
         top: images to print for each query.
-        checkpoint: the one that made the embeddings, where it has moved.
-        suffixes: of image files in folders, as data.suffixes of a run.
+        checkpoint: the checkpoint that made the embeddings, if it has moved.
+        suffixes: suffixes of image files in folders, as in data.suffixes of a run.
     """
 
     query: list[str]

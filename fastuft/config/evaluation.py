@@ -21,16 +21,16 @@ from fastuft.config.training import DataConfig
 
 @dataclass(frozen=True)
 class FewShotConfig:
-    """Finetuning of the backbone with a new classifier on a few labeled images (the paper's main metric).
+    """Finetuning the backbone with a new classifier on a few labeled images (the paper's main metric).
 
     Args:
-        shots: labeled images per class, a run for each number; empty leaves the runs out.
+        shots: labeled images per class, with one run per number; empty skips the runs.
         epochs: passes over the labeled images.
         lr: learning rate of the new classifier.
         backbone_lr: learning rate of the backbone.
         batch_size: largest batch; fewer images make one batch.
-        crop_scale: area range of the random resized crop; (1, 1) leaves the crop out (small images).
-        flip_p: probability of the horizontal flip; 0 leaves it out (digits, letters).
+        crop_scale: area range of the random resized crop; (1, 1) turns it off (small images).
+        flip_p: probability of the horizontal flip; 0 turns it off (digits, letters).
     """
 
     shots: list[AtLeast1] = field(default_factory=lambda: [1, 2, 4, 8])
@@ -49,15 +49,15 @@ class FewShotConfig:
 class SemiConfig:
     """FixMatch (Sohn et al. 2020): a few labeled images, and all training images without their labels.
 
-    Learning rates, crop and flip are those of few-shot finetuning.
+    It uses the learning rates, crop and flip of few-shot finetuning.
 
     Args:
-        shots: labeled images per class, a run for each number; empty leaves the runs out.
+        shots: labeled images per class, with one run per number; empty skips the runs.
         epochs: passes over the unlabeled images.
         batch_size: labeled images per step.
-        ratio: unlabeled images for each labeled one of a step; a smaller set makes one step an epoch.
-        threshold: confidence from which the guess of the weak view is a label.
-        weight: of the unlabeled loss.
+        ratio: unlabeled images per labeled image in a step; with a smaller set, an epoch has one step.
+        threshold: confidence from which the weak view's prediction is used as a label.
+        weight: weight of the unlabeled loss.
     """
 
     shots: list[AtLeast1] = field(default_factory=list)
@@ -76,7 +76,7 @@ class ClusteringConfig:
     """K-means on the features, with as many clusters as classes.
 
     Args:
-        restarts: independent starts; the solution of lowest inertia is kept.
+        restarts: independent starts, of which the solution with the lowest inertia is kept.
     """
 
     restarts: AtLeast1 = 5
@@ -90,8 +90,8 @@ class MapConfig:
     """The t-SNE map of the features.
 
     Args:
-        points: images on the map; 0 leaves it out.
-        perplexity: of t-SNE; few images lower it to (N - 1) / 3.
+        points: images on the map; 0 skips it.
+        perplexity: perplexity of t-SNE, lowered to (N - 1) / 3 for few images.
     """
 
     points: AtLeast0 = 1000
@@ -106,30 +106,30 @@ class EvalConfig:
     """Evaluation of one backbone on folders of images (Li et al. 2021, Section 4).
 
     Args:
-        checkpoint: exported backbone, run folder, or any checkpoint ``init`` takes.
-        train: training folder; with class sub-folders the labeled metrics are computed.
+        checkpoint: exported backbone, run folder, or any checkpoint that ``init`` takes.
+        train: training folder; with class folders, the labeled metrics are computed.
         test: test folder with the same classes.
         source: source folder, for forgetting and drift.
         before: checkpoint to compare with (usually the initialization).
         out: folder for eval.json and report.html.
-        arch: network of a checkpoint that does not say it.
-        stem: stem of a checkpoint that does not say it.
-        init_key: which of several backbones in the checkpoint, by its prefix there (encoder_k, teacher); none takes the one
-            that takes gradients.
-        init_channels: what its first convolution takes; auto is RGB or what the layout says, bgr and gray are converted.
-        before_key: as init_key, of ``before``.
-        size: network input side, pixels; null takes the training crop of a run folder, else what the network was made for.
+        arch: the network, if the checkpoint does not name it.
+        stem: the stem, if the checkpoint does not name it.
+        init_key: prefix of one of several backbones in the checkpoint (encoder_k, teacher); none takes the one that was
+            trained by gradients.
+        init_channels: channels of its first convolution; auto is RGB or what the layout says, bgr and gray are converted.
+        before_key: like init_key, for ``before``.
+        size: side of the network's input, pixels; null takes the training crop of a run folder, else the network's own.
         resize: shorter side before the center crop; 0 means size * 256 / 224.
         batch_size: images per batch.
-        trials: draws and starts behind each mean.
+        trials: draws or starts behind each mean.
         fewshot: few-shot finetuning.
         semi: FixMatch.
         clustering: K-means.
         map: the t-SNE map.
-        gallery: query images of the report's gallery; 0 leaves it out.
+        gallery: query images in the report's gallery; 0 skips it.
         on_bad_file: error names the file and stops; skip leaves it out and counts it.
-        suffixes: of image files in folders, as data.suffixes of a run.
-        cache: folder that keeps features by content hash; none keeps nothing.
+        suffixes: suffixes of image files in folders, as in data.suffixes of a run.
+        cache: folder that stores features by content hash; none stores nothing.
         seed: seed of draws and K-means.
         device: auto, cuda or cpu.
         precision: auto is bf16 on a GPU and fp32 on a CPU.

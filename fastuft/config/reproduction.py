@@ -17,7 +17,7 @@ DATASETS: tuple[Dataset, ...] = get_args(Dataset)
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """Pretrained checkpoints; a missing one is trained on the source where the scale has a recipe for it.
+    """Pretrained checkpoints; a missing one is trained on the source if the scale has a recipe for it.
 
     Args:
         unsupervised_resnet50: MoCoV2 ResNet-50, 800 epochs (Tables 1, 2, 5, 6).
@@ -36,20 +36,20 @@ class ReproduceConfig:
 
     Args:
         out: folder for runs, evaluations and tables; finished parts are kept.
-        tables: which tables; text is the forgetting of the source.
-        figure: which figures.
-        datasets: which target data sets.
-        data: folder of the data sets as published; the tiny scale makes its own.
-        source: source set, in class folders or .tar shards; by default DATA/imagenet/train.
-        forgetting: labeled source images that are clustered; by default all of the source.
+        tables: the tables to make; text is the forgetting of the source.
+        figure: the paper's figures to plot.
+        datasets: the target data sets.
+        data: folder with the data sets as published; the tiny scale makes its own.
+        source: source images, in class folders or .tar shards; by default DATA/imagenet/train.
+        forgetting: labeled source images to cluster; by default the whole source.
         weights: pretrained checkpoints.
-        scale: paper, or tiny: the same grid on embedded images, on a CPU.
-        trials: draws and starts per figure.
-        seeds: trainings per backbone; trials multiply.
-        processes: processes of each training on this machine, one per GPU.
-        stage: pretrain (pretrained backbones only), runs (trainings and evaluations), tables (from what is there), all.
-        task: index of this task in a job array, which shares the work of a stage.
-        tasks: tasks of the job array.
+        scale: paper, or tiny: the same grid on bundled images, on a CPU.
+        trials: draws or starts per figure.
+        seeds: trainings per backbone, each with all trials.
+        processes: processes per training on this machine, one per GPU.
+        stage: pretrain (only pretrained backbones), runs (trainings and evaluations), tables (from existing results), or all.
+        task: index of this task in a job array that shares the work of a stage.
+        tasks: number of tasks in the job array.
         dry_run: print the plan and stop.
         rate: training images per second that `fastuft bench step` measured; the plan then shows hours.
         loader: dali, torch or auto.

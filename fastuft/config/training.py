@@ -1,8 +1,8 @@
 """Options of a training run.
 
-One tree describes a run completely: the command line builds it, the run folder keeps it as ``config.yaml``, and loading
-that file gives the same run again. Numbers default to the paper's recipe for unsupervised finetuning (lr 0.015, batch 256,
-200 epochs, K = 65536, tau = 0.2); the command line and ``fastuft.finetune`` leave those of ``AUTO_OPTIONS`` to the run.
+One tree describes a run completely: the command line builds it, the run folder stores it as ``config.yaml``, and loading
+that file repeats the run. Defaults are the paper's recipe for unsupervised finetuning (learning rate 0.015, batch size 256,
+200 epochs, K = 65536, tau = 0.2); the command line and ``fastuft.finetune`` leave ``AUTO_OPTIONS`` to the run.
 """
 
 from __future__ import annotations
@@ -62,18 +62,17 @@ class ModelConfig:
     Args:
         arch: resnet18 | resnet34 | resnet50 | resnet101, resnet_tiny (the demo's three-block network),
             bit_resnet50 | bit_resnet101 (ResNet-v2 with GroupNorm and weight standardization), or timm:NAME.
-        stem: imagenet (7x7, stride 2, max-pool) or small (3x3, no max-pool; stride 1, resnet_tiny's 2); never inferred.
+        stem: imagenet (7x7, stride 2, max-pool) or small (3x3, no max-pool; stride 1, or 2 in resnet_tiny); never inferred.
         head_dim: width D of the embedding.
         bn: batch statistics of the encoders; auto is split on one device (plain with ``recipe: auto``) and shuffle on
-            several, frozen keeps those of ``init``.
-            Networks without BatchNorm ignore it.
-        bn_group: images in one statistics group of ``split``; must divide the batch of one device.
-        pool: features of a ViT: own (as the network or the checkpoint has it), cls (the class token) or mean (of the
-            patch tokens; class and register tokens left out).
-        drop_path: rate of stochastic depth in the query encoder's last block, from 0 in the first; the key encoder drops
-            nothing.
-        freeze_patch: leave a ViT's patch projection as it is (Chen, Xie and He 2021: its gradient is what makes contrastive
-            training of ViTs unstable).
+            several; frozen keeps those of ``init``. Networks without BatchNorm ignore it.
+        bn_group: images per group in ``split``; must divide the batch of one device.
+        pool: features of a ViT: own (as in the network or the checkpoint), cls (the class token) or mean (of the patch
+            tokens, without class and register tokens).
+        drop_path: rate of stochastic depth in the query encoder's last block, rising from 0 in the first; the key encoder
+            drops nothing.
+        freeze_patch: do not train a ViT's patch projection, whose gradient makes contrastive training of ViTs unstable
+            (Chen, Xie and He 2021).
     """
 
     arch: str = "resnet50"
@@ -105,8 +104,8 @@ class MethodConfig:
         mix: how the mixed query of Eq. 5 is made.
         mix_weight: w in L = L_q + w L_m.
         mix_only: train on L_m alone (about 2/3 of the cost).
-        alpha: lambda ~ Beta(alpha, alpha).
-        mix_per: one lambda and box for the whole batch, or one per pair.
+        alpha: parameter of lambda ~ Beta(alpha, alpha).
+        mix_per: one lambda and box per batch, or per pair.
     """
 
     temperature: Positive = 0.2
@@ -128,7 +127,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """The random views of one training image (MoCoV2's list; ``fastuft.data.SMALL_IMAGES`` suits 32 px).
+    """The random views of a training image (as in MoCoV2; ``fastuft.data.SMALL_IMAGES`` suits 32 px).
 
     Args:
         size: side of the square crop, pixels.
@@ -139,11 +138,11 @@ class AugmentConfig:
         saturation: jitter strength.
         hue: jitter strength.
         jitter_p: probability of the color jitter.
-        grayscale_p: probability of dropping the color.
+        grayscale_p: probability of conversion to gray.
         blur_sigma: range of the Gaussian blur's sigma, pixels.
         blur_p: probability of the blur.
         flip_p: probability of the horizontal flip.
-        rotation: rotation drawn from +-rotation degrees; 0 leaves the operator out.
+        rotation: rotations are drawn from +-rotation degrees; 0 turns them off.
     """
 
     size: AutoSide = 224
@@ -169,23 +168,23 @@ class DataConfig:
     """Streams of training images.
 
     Args:
-        batch_size: global batch, images per step over all ranks.
-        replay_fraction: share of the source set that joins training (sparse source data replaying).
+        batch_size: global batch size: images per step over all ranks.
+        replay_fraction: share of the source that joins training (sparse source data replaying).
         replay_seed: seed of the one fixed draw of that share.
-        replay_mode: union (one shuffled pass over target and replay) or balanced (fixed source share a batch).
-        replay_share: source share of each batch when ``replay_mode`` is balanced.
+        replay_mode: union (one shuffled pass over target and replayed images) or balanced (a fixed source share per batch).
+        replay_share: source share of each batch if ``replay_mode`` is balanced.
         replay_cache: folder to copy the drawn source images to once (fast local disk).
-        loader: dali, torch, or auto (DALI when installed, otherwise the PyTorch loader, said in one line).
-        threads: decoding threads; 0 derives it from the machine.
+        loader: dali, torch, or auto (DALI if installed, otherwise the PyTorch loader; one line says so).
+        threads: decoding threads; 0 derives the number from the machine.
         prefetch: batches prepared ahead.
         hw_decoder_load: share of JPEGs given to the GPU's hardware decoder.
-        on_bad_file: error names the file and stops; skip replaces it by a good one and counts it.
-        drop_last: leave out the last partial batch of an epoch (needed with ``split`` statistics).
-        max_megapixels: largest image in megapixels that is decoded at all.
-        read_timeout: seconds that reading one file may take; one that takes longer counts as bad.
-        readers: threads that read images ahead of the decoder; 0 takes 16, and 64 where they come over a network.
-        suffixes: of images in folders and shards, in any case; what else Pillow decodes may be named (.tif, .gif), and
-            "" for names without one.
+        on_bad_file: error names the file and stops; skip replaces it with a good one and counts it.
+        drop_last: drop the last partial batch of an epoch (required by ``split`` statistics).
+        max_megapixels: size of the largest image that is decoded, in megapixels.
+        read_timeout: seconds that reading one file may take; a file that takes longer counts as bad.
+        readers: threads that read images ahead of the decoder; 0 uses 16, or 64 if they come over a network.
+        suffixes: suffixes of images in folders and shards, in any case; others that Pillow decodes may be added (.tif,
+            .gif), and "" for names without a suffix.
     """
 
     batch_size: AutoAtLeast2 = 256
@@ -214,20 +213,20 @@ class OptimConfig:
     """Optimizer and schedule.
 
     Args:
-        preset: whose values the options have that are not given: those of a family (resnet, vit, convnext), auto by
+        preset: source of the values of options that are not given: a family (resnet, vit, convnext), auto by
             ``model.arch``, or none for the paper's. The command line and ``fastuft.finetune`` fill them in; a configuration
-            made in Python has what it was made with (``fastuft.config.preset_options`` tells them).
-        lr: learning rate at the configured batch; see ``scale_lr``.
-        scale_lr: multiply ``lr`` by batch_size / 256 (linear scaling, off by default).
-        momentum: of SGD and LARS.
-        betas: decay of AdamW's two averages.
-        weight_decay: of SGD and LARS on the gradient, of AdamW on the weights themselves.
-        decay_norms: decay norms, biases, position embeddings and tokens too, as MoCo does; LARS never does.
-        layer_decay: rate of a layer over that of the next; the head has the whole rate. 1 gives all the same.
-        epochs: passes over the union.
+            made in Python keeps its own values (see ``fastuft.config.preset_options``).
+        lr: learning rate for the configured batch size; see ``scale_lr``.
+        scale_lr: multiply ``lr`` by batch_size / 256 (linear scaling; off by default).
+        momentum: momentum of SGD and LARS.
+        betas: decay rates of AdamW's two averages.
+        weight_decay: weight decay: on the gradient in SGD and LARS, on the weights in AdamW.
+        decay_norms: also decay norms, biases, position embeddings and tokens, as MoCo does; LARS never does.
+        layer_decay: learning rate of a layer relative to the next layer's; the head has the full rate. 1 gives equal rates.
+        epochs: passes over target and replayed images.
         schedule: cosine to zero over all steps, or constant.
         warmup_epochs: linear warm-up from zero.
-        head_warmup_epochs: epochs at the start that train the head alone.
+        head_warmup_epochs: epochs at the start that train only the head.
         clip_grad: largest gradient norm; 0 is off.
         optimizer: sgd, adamw, lars (needs timm), or apex_fused_sgd (needs NVIDIA's apex).
     """
@@ -260,19 +259,19 @@ class RuntimeConfig:
     """How the run uses the machine.
 
     Args:
-        device: auto (cuda when present), cuda or cpu.
+        device: auto (cuda if present), cuda or cpu.
         precision: auto is bf16 on a GPU and fp32 on a CPU; fp16 uses a GradScaler.
         compile: torch.compile the encoders.
-        checkpoint_activations: compute each block's activations again in the backward pass instead of keeping them: less
-            memory, about a third more time.
-        deterministic: bit-exact reruns on a GPU, at some cost; a CPU run always is.
+        checkpoint_activations: recompute each block's activations in the backward pass instead of storing them, which takes
+            less memory and about a third more time.
+        deterministic: bit-exact reruns on a GPU, at some cost; runs on a CPU always are.
         log_every: steps between metric rows.
-        save_every: steps between checkpoints; 0 saves once an epoch.
-        keep_last: newest checkpoints kept.
-        keep_every: also keep each checkpoint whose step is a multiple of this; 0 keeps none.
+        save_every: steps between checkpoints; 0 saves once per epoch.
+        keep_last: how many of the newest checkpoints to keep.
+        keep_every: also keep checkpoints whose step is a multiple of this; 0 keeps no others.
         tensorboard: write TensorBoard events beside metrics.jsonl.
-        wandb: log to Weights & Biases when it is installed.
-        timeout: seconds after which processes that wait for a lost one give up.
+        wandb: log to Weights & Biases if it is installed.
+        timeout: seconds after which ranks that wait for a lost rank give up.
     """
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -294,11 +293,11 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Optional evaluation while training.
+    """Optional evaluation during training.
 
     Args:
-        train: labeled folder used as retrieval gallery.
-        test: labeled folder whose images query the gallery.
+        train: labeled folder that is the gallery of retrieval.
+        test: labeled folder whose images are the queries.
         source: source folder whose clustering is watched (forgetting).
         every_epochs: epochs between evaluations; 0 is off.
     """
@@ -319,11 +318,11 @@ class WatchConfig:
 
 @dataclass(frozen=True)
 class VerdictConfig:
-    """Looks at the features while finetuning, and the verdict without labels that they give.
+    """Looks at the features during finetuning, and the verdict without labels that they lead to.
 
     Args:
-        looks: looks over the run, beside the one at its start; 0 leaves the verdict out.
-        images: of the fixed sample that is looked at, of the target and of the source each.
+        looks: looks during the run, besides the one at its start; 0 turns the verdict off.
+        images: images of the fixed sample, from the target and from the source each.
     """
 
     looks: AtLeast0 = 5
@@ -340,17 +339,16 @@ class TrainConfig:
     Args:
         target: unlabeled images: a folder, a list file (.txt), or several of them as '[a, b]'.
         out: run folder.
-        init: checkpoint to start from: a file, a folder of transformers or a run (docs/checkpoints.md lists the layouts);
-            none starts at random.
-        init_key: which of several backbones in ``init``, by its prefix there (encoder_k, teacher); none takes the one
-            that takes gradients.
-        init_channels: what its first convolution takes; auto is RGB or what the layout says, bgr and gray are converted.
+        init: checkpoint to start from: a file, a transformers folder or a run (docs/checkpoints.md lists the layouts);
+            none starts with random weights.
+        init_key: prefix of one of several backbones in ``init`` (encoder_k, teacher); none takes the one that was trained
+            by gradients.
+        init_channels: channels of its first convolution; auto is RGB or what the layout says, bgr and gray are converted.
         allow_missing: patterns of backbone tensors that ``init`` may lack.
-        source: source images for replaying: a folder, a list file, or several as '[a, b]'; none trains on the target
-            alone.
+        source: source images for replaying: a folder, a list file, or several as '[a, b]'; none trains only on the target.
         seed: seed of initialization, order and augmentation.
-        resume: no starts afresh and refuses a folder that holds a run; auto goes on from the newest good
-            checkpoint in ``out`` or starts afresh; a path names the checkpoint.
+        resume: no starts a new run and refuses a folder that has one; auto continues from the newest whole checkpoint in
+            ``out``, or starts a new run; a path names the checkpoint.
         recipe: what becomes of options that are auto: auto chooses them for the data and the machine and says why, paper takes
             the paper's.
         max_steps: stop after this many steps (the schedule still spans all epochs).
@@ -363,8 +361,8 @@ class TrainConfig:
         data: the streams.
         optim: the optimizer.
         runtime: the machine.
-        watch: evaluation while training.
-        verdict: looks without labels while finetuning.
+        watch: evaluation during training.
+        verdict: looks without labels during finetuning.
     """
 
     target: Paths
@@ -398,12 +396,12 @@ class TrainConfig:
         for name, default in (("init_key", None), ("init_channels", "auto"), ("allow_missing", [])):
             if self.init is None and getattr(self, name) != default:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} says how to take a checkpoint and there is none; set init, or leave "
+                    f"{name}={getattr(self, name)!r} says how to read a checkpoint, but there is none; set init, or leave "
                     f"{name} out"
                 )
         if "judged" in (self.select, self.stop) and (self.init is None or not self.verdict.looks):
             raise ValueError(
-                f"select={self.select!r} and stop={self.stop!r}: a verdict compares with the start; set init and "
+                f"select={self.select!r}, stop={self.stop!r}: a verdict compares with the start; set init and "
                 "verdict.looks, or use select last and stop never"
             )
         if self.data.replay_mode == "balanced" and not as_paths(self.source):

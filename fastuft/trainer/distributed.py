@@ -1,4 +1,4 @@
-"""Processes of one run: ranks from torchrun's environment, the exchange of key views, agreement to stop."""
+"""The processes of one run: ranks from torchrun's environment, the exchange of key views, agreement to stop."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fastuft.randomness import keyed_generator
 # Renamed in torch 2.13, where the old name warns.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Ranks without work of their own wait this long for the main one's evaluation; a dead process is noticed at once.
+# Idle ranks wait this long for the main rank's evaluation; a dead process is noticed immediately.
 _LONG_WAIT = timedelta(hours=12)
 
 
 class LostRankError(RuntimeError):
-    """Another process died, fell silent or went astray; the message names the step and the last good checkpoint."""
+    """Another process died, fell silent or diverged; the message names the step and the last good checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Ranks:
     """This process among the others.
 
     Args:
-        rank: of this process.
-        world_size: processes.
-        device: of this process.
-        control: CPU group for agreements, None for a single process.
-        joined: whether this program joined the process group, and so is to leave it.
+        rank: rank of this process.
+        world_size: number of processes.
+        device: device of this process.
+        control: CPU group for agreements, or None for a single process.
+        joined: whether this program joined the process group, and so must leave it.
     """
 
     rank: int
@@ -53,7 +53,7 @@ class Ranks:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; all ranks get the same answer."""
+        """Whether the flag is set on any rank; all ranks get the same answer."""
         if self.control is None:
             return flag
         value = torch.tensor([int(flag)])
@@ -69,13 +69,13 @@ class Ranks:
         return values
 
     def wait_for_main(self) -> None:
-        """Hold the other ranks until the main one arrives, however long its work takes."""
+        """Make the other ranks wait until the main one arrives, however long its work takes."""
         if self.control is not None:
             dist.monitored_barrier(self.control, timeout=_LONG_WAIT)
 
 
 class StopVote:
-    """Agreement to stop. With several ranks the answer is one step old, so that no host waits for another in a step."""
+    """Agreement to stop. With several ranks, the answer is one step old, so that no host waits for another in a step."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -83,7 +83,7 @@ class StopVote:
         self._outcome = False
 
     def __call__(self, flag: bool) -> bool:
-        """Cast this step's vote; True on every rank alike once any rank has voted so."""
+        """Cast this step's vote; True on every rank once any rank has voted to stop."""
         if self.ranks.control is None:
             return flag
         stop = self.finish()
@@ -93,10 +93,10 @@ class StopVote:
         return stop
 
     def settle(self) -> None:
-        """Wait until every rank has cast the last vote, whose outcome is still the next call's.
+        """Wait until every rank has cast the last vote; the next call still returns its outcome.
 
-        To be called before the host waits for a GPU: a lost process fails this wait with an error, while a wait for a
-        collective that it never joined would not end.
+        Call it before the host waits for a GPU: if a process is lost, this wait fails with an error, while a wait for a
+        collective that the process never joined would not end.
         """
         if self._pending is not None:
             work, value = self._pending
@@ -119,15 +119,15 @@ def start_ranks(device: str, timeout: float) -> Ranks:
         timeout: seconds after which a collective gives up on a lost process.
 
     Raises:
-        ValueError: cuda asked for where there is none, or more processes than devices on this machine.
+        ValueError: ``cuda`` on a machine without CUDA, or more processes than devices on this machine.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     where = choose_device(device, option="runtime.device", index=local)
     cuda = where.type == "cuda"
     if cuda and local >= torch.cuda.device_count():
         raise ValueError(
-            f"LOCAL_RANK={local} but torch sees {torch.cuda.device_count()} CUDA devices; start as many processes a "
-            "machine as it has devices"
+            f"LOCAL_RANK={local} but torch sees only {torch.cuda.device_count()} CUDA devices; start at most one process per "
+            "device"
         )
     if cuda:
         torch.cuda.set_device(where)
@@ -137,27 +137,27 @@ def start_ranks(device: str, timeout: float) -> Ranks:
     wait = timedelta(seconds=timeout)
     joined = not dist.is_initialized()
     if joined:
-        # A named device makes NCCL connect at once, on that device: what cannot connect fails here and not in a step.
+        # A named device makes NCCL connect immediately, so a failure to connect appears here and not in a step.
         options: dict[str, Any] = {"device_id": where} if cuda else {}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **_meeting_place(wait), **options)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait, **_rendezvous_options(wait), **options)
     control = dist.new_group(backend="gloo", timeout=wait)
     return Ranks(dist.get_rank(), world_size, where, control, joined)
 
 
-def times_started_anew() -> int:
-    """How often torchrun has brought the ranks back after it had lost one (``--max-restarts``)."""
+def restart_count() -> int:
+    """How often torchrun has restarted the ranks after losing one (``--max-restarts``)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def _meeting_place(wait: timedelta) -> dict[str, Any]:
-    """Where the ranks find one another. torchrun keeps its store over a restart, with the addresses of ranks that are gone:
-    ranks that were started anew write theirs under other keys.
+def _rendezvous_options(wait: timedelta) -> dict[str, Any]:
+    """How the ranks find each other. torchrun keeps its store across restarts, with the addresses of ranks that are gone,
+    so restarted ranks write theirs under other keys.
     """
-    anew = times_started_anew()
-    if not anew:
+    restarts = restart_count()
+    if not restarts:
         return {}
     store, rank, world_size = next(iter(rendezvous("env://", timeout=wait)))
-    return {"store": PrefixStore(f"restart {anew}", store), "rank": rank, "world_size": world_size}
+    return {"store": PrefixStore(f"restart {restarts}", store), "rank": rank, "world_size": world_size}
 
 
 def stop_ranks(ranks: Ranks, *, failed: bool = False) -> None:
@@ -165,10 +165,10 @@ def stop_ranks(ranks: Ranks, *, failed: bool = False) -> None:
 
     Args:
         ranks: the processes.
-        failed: an error ends the run. On GPUs the group is then aborted, not destroyed: a kernel that waits for a lost
-            process never ends, and destroying the group would wait for it. The process is to end afterwards.
+        failed: whether an error ends the run. On GPUs, the group is then aborted, not destroyed: a kernel that waits for a
+            lost process never ends, and destroying the group would wait for it. The process must exit afterwards.
 
-    Not tested without several GPUs: that the abort returns while such a kernel hangs.
+    That the abort returns while such a kernel hangs has not been tested on several GPUs.
     """
     if not ranks.joined or not dist.is_initialized():
         return
@@ -181,12 +181,11 @@ def stop_ranks(ranks: Ranks, *, failed: bool = False) -> None:
 
 @contextmanager
 def naming_lost_ranks(ranks: Ranks, describe: Any) -> Iterator[None]:
-    """Turn a failed collective into a LostRankError; ``describe()`` says where the run stood and how to go on.
+    """Turn a failed collective into a LostRankError; ``describe()`` says how far the run was and how to continue.
 
-    On a CPU gloo raises here as soon as a process is lost. On GPUs the votes on the CPU group do, at the next step or before
-    the next wait for the device; a process that is lost between its vote and the end of its kernels is seen by NCCL's
-    watchdog alone, which ends this process after ``runtime.timeout`` with a message of its own. Not tested without several
-    GPUs.
+    On a CPU, gloo raises as soon as a process is lost. On GPUs, the votes on the CPU group do, at the next step or before the
+    next wait for the device. If a process is lost between its vote and the end of its kernels, only NCCL's watchdog notices;
+    it ends this process after ``runtime.timeout`` with its own message. This has not been tested on several GPUs.
     """
     try:
         yield
@@ -202,7 +201,7 @@ def naming_lost_ranks(ranks: Ranks, describe: Any) -> Iterator[None]:
 
 
 def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
-    """Rows of all ranks [W b, D] in rank order."""
+    """The rows of all ranks [W b, D], in rank order."""
     if ranks.world_size == 1:
         return rows
     gathered = rows.new_empty((ranks.world_size * len(rows), *rows.shape[1:]))
@@ -211,16 +210,16 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
 
 
 def upload(value: Tensor, device: torch.device) -> Tensor:
-    """A small host tensor on the device, without waiting for it."""
+    """Copy a small host tensor to the device without waiting for it."""
     return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
 
 
 class KeyShuffle:
     """Hides from BatchNorm which keys belong to which queries (MoCo's ShuffleBN, for any number of processes).
 
-    One permutation of the global batch, drawn from (seed, epoch, step) on every rank alike, decides which rank and which
-    statistics group encodes which key view: the groups are the same however many processes share the batch. Views travel
-    once (all-to-all, on gloo as on NCCL); the keys are gathered anyway, for the queue, and put back in order there.
+    One permutation of the global batch, drawn from (seed, epoch, step) and equal on every rank, decides which rank and which
+    statistics group encodes each key view, so the groups do not depend on the number of processes. Views are exchanged once
+    (all-to-all, with gloo as with NCCL); the keys are gathered for the queue anyway, and put back in order there.
 
     Args:
         ranks: the processes.
@@ -232,7 +231,7 @@ class KeyShuffle:
         self.seed = seed
 
     def permutation(self, epoch: int, step: int, images: int) -> np.ndarray:
-        """int64 [images]: place p of the shuffled global batch holds image permutation[p]."""
+        """int64 [images]: row i of the shuffled global batch is image permutation[i]."""
         return keyed_generator(self.seed, "key shuffle", epoch, step).permutation(images)
 
     def scatter(self, views: Tensor, permutation: np.ndarray) -> Tensor:
@@ -242,19 +241,17 @@ class KeyShuffle:
         if size == 1:
             return rows[self._index(permutation)].permute(0, 3, 1, 2)
         wanted = permutation.reshape(size, local)
-        outgoing = [places[places // local == rank] - rank * local for places in wanted]
+        outgoing = [index[index // local == rank] - rank * local for index in wanted]
         incoming = [np.flatnonzero(wanted[rank] // local == source) for source in range(size)]
         sent = rows[self._index(np.concatenate(outgoing))].contiguous()
         received = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(
-            received, sent, [len(places) for places in incoming], [len(places) for places in outgoing]
-        )
+        dist.all_to_all_single(received, sent, [len(index) for index in incoming], [len(index) for index in outgoing])
         back = np.empty(local, np.int64)
         back[np.concatenate(incoming)] = np.arange(local)
         return received[self._index(back)].permute(0, 3, 1, 2)
 
     def restore(self, keys: Tensor, permutation: np.ndarray) -> Tensor:
-        """Gathered keys of the shuffled batch [B, D], in the images' order."""
+        """The gathered keys of the shuffled batch [B, D], in the order of the images."""
         inverse = np.empty_like(permutation)
         inverse[permutation] = np.arange(len(permutation))
         return keys[self._index(inverse)]

@@ -1,4 +1,4 @@
-"""Numbers that stopped being finite end a run before they are saved."""
+"""A run whose numbers are no longer finite ends before they are saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_losses(losses: Tensor, last_step: int, checkpoints: Checkpoints) -> No
     """Check the losses [ranks, steps] of the steps up to ``last_step``.
 
     Raises:
-        NonFiniteLossError: one is not finite; the first such step is named.
+        NonFiniteLossError: one is not finite; the message names the first such step.
     """
     bad = (~losses.T.isfinite()).nonzero().tolist()
     if bad:
@@ -29,7 +29,7 @@ def check_weights(learner: Learner, step: int, checkpoints: Checkpoints) -> None
     """Check the weights and the queue of all ranks; the host waits for the device.
 
     Raises:
-        NonFiniteLossError: a number in them is not finite.
+        NonFiniteLossError: a value is not finite.
     """
     bad = ranks_without_finite_weights(learner)
     if bad:
@@ -39,5 +39,5 @@ def check_weights(learner: Learner, step: int, checkpoints: Checkpoints) -> None
 def _error(what: str, checkpoints: Checkpoints) -> NonFiniteLossError:
     return NonFiniteLossError(
         f"{what}; the last good checkpoint is {checkpoints.last_good()}. Lower optim.lr, set optim.clip_grad, or use "
-        "runtime.precision=fp32, and go on with resume=auto"
+        "runtime.precision=fp32, and continue with resume=auto"
     )

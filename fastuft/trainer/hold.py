@@ -1,4 +1,4 @@
-"""The run folder belongs to one run at a time: its main rank holds it for all of them."""
+"""The run folder belongs to one run at a time; the main rank holds it for all ranks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def hold(folder: RunFolder, ranks: Ranks) -> Iterator[RunLock | None]:
     """Hold ``folder`` until the block ends; every rank takes part, and the main one gets the lock.
 
     Raises:
-        FolderInUseError: another run works in the folder; on every rank alike.
-        OSError: the folder cannot be made or written.
+        FolderInUseError: another run works in the folder; raised on every rank.
+        OSError: the folder cannot be created or written.
     """
     lock, failure = None, None
     with ExitStack() as stack:

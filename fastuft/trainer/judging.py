@@ -1,4 +1,4 @@
-"""Looks at the features while finetuning, the verdict they give, and the weights that are exported for it."""
+"""Looks at the features during finetuning, the verdict that they lead to, and the choice of exported weights."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Exported = Literal["judged", "start", "last"]
 
 @dataclass(frozen=True)
 class Judgment:
-    """The verdict of a run and what follows from it.
+    """The verdict of a run and its consequences.
 
     Args:
-        verdict: what the looks say.
-        exported: whose weights ``backbone.safetensors`` holds: start, judged or last.
-        looks: all of them, the start's first.
-        seconds: that the looks of this part of the run took.
+        verdict: the verdict on the looks.
+        exported: which weights ``backbone.safetensors`` has: start, judged or last.
+        looks: all looks, of which the first is the start.
+        seconds: time spent on looks since the run was started or resumed.
     """
 
     verdict: Verdict
@@ -44,8 +44,8 @@ class Judgment:
     def line(self) -> str:
         """One plain line for the terminal."""
         step = self.verdict.step
-        whose = {"last": "of the last step", "start": "of the start, unchanged,", "judged": f"of step {step}"}
-        return f"{self.verdict.line()}. The weights {whose[self.exported]} are exported."
+        which = {"last": "of the last step", "start": "of the start (unchanged)", "judged": f"of step {step}"}
+        return f"{self.verdict.line()}. Exported: the weights {which[self.exported]}."
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the run's summary."""
@@ -61,18 +61,18 @@ class Judgment:
 
 
 class Judge:
-    """Looks of one run; lives on the main rank alone.
+    """The looks of one run; exists only on the main rank.
 
-    With ``select: last`` the exported backbone is that of the last step, as without a verdict. With ``select: judged`` it
-    follows the verdict, and the last step's stands beside it.
+    With ``select: last``, the exported backbone is that of the last step, as without a verdict. With ``select: judged``, it
+    follows the verdict, and the last step's is saved beside it.
 
     Args:
         config: the run.
         folder: its folder.
         manifest: its images.
-        recorder: writes a row for each look; rows from before a resume are taken over.
-        device: where the backbone is.
-        last_step: at which the run ends.
+        recorder: writes a row per look; its rows from before a resume are used too.
+        device: device of the backbone.
+        last_step: the step at which the run ends.
     """
 
     def __init__(
@@ -101,22 +101,22 @@ class Judge:
         self._start: dict[str, Tensor] | None = _read_features(folder.start_features_file) if self.looks else None
 
     def missed(self, step: int) -> bool:
-        """Whether a look is due at this step that was not taken: the start's, or one that a kill came before."""
+        """Whether the look that is due at this step was not taken, as at the start or after a kill."""
         known = {look.step for look in self.looks}
         return due(self.config, step, self.last_step) and step not in known and (step == 0 or 0 in known)
 
     @property
     def enough(self) -> bool:
-        """Whether the rule says to stop, and may."""
+        """Whether the rule says to stop and is allowed to."""
         return self.config.stop == "judged" and should_stop(self.looks)
 
     def look(self, backbone: Backbone, progress: Progress) -> bool:
-        """Look at the features of the weights that were just saved; whether the rule says to stop.
+        """Look at the features of the current weights; returns whether the rule says to stop.
 
         Raises:
-            OSError: the disk refused.
+            OSError: a file could not be written.
         """
-        if progress.global_step and not self.looks:  # a run that went on from a time without looks has no start
+        if progress.global_step and not self.looks:  # resumed from a run without looks, so there is no start
             return False
         began = time.perf_counter()
         features = self._images().features(backbone, self.device)
@@ -158,7 +158,7 @@ class Judge:
                 older.unlink(missing_ok=True)
 
     def _export(self) -> Exported:
-        """Put the weights that the verdict so far asks for in the place that others read."""
+        """Export the weights that the verdict so far selects."""
         verdict = judge(self.looks)
         choices: dict[str, tuple[Exported, Path]] = {
             "better": ("judged", self.folder.judged_file(verdict.step)),
@@ -166,13 +166,13 @@ class Judge:
             "collapsed": ("start", self.folder.start_file),
         }
         exported, file = choices.get(verdict.outcome, ("last", self.folder.last_file))
-        if not file.exists():  # removed, or of a step that is ahead of the one the run was resumed from
+        if not file.exists():  # removed, or from a step after the one that the run resumed from
             exported, file = "last", self.folder.last_file
         _copy(file, self.folder.backbone_file)
         return exported
 
     def finish(self) -> Judgment | None:
-        """The run's judgment; None without a look at its start."""
+        """The run's judgment, or None without a look at its start."""
         if not self.looks:
             return None
         # Stopped before its first step, a run has saved nothing that could be exported.

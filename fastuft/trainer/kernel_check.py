@@ -1,9 +1,9 @@
-"""Fused kernels against their portable paths on the chip at hand, once before their first use.
+"""Compares the fused kernels with their portable paths on the current chip, once before their first use.
 
-Each probe runs one operation on small inputs twice, fused and portable; a kernel that raises or differs by more than
-rounding is not used by this process. It takes milliseconds once the kernels are compiled.
+Each probe runs one operation twice on small inputs, fused and portable. A kernel that raises an error or differs by more
+than rounding is not used by this process. The check takes milliseconds once the kernels are compiled.
 
-``python -m fastuft.trainer.kernel_check`` prints what it finds as JSON, for a process that must survive a crash of it.
+``python -m fastuft.trainer.kernel_check`` prints its findings as JSON, for a caller that must survive a crash.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastuft.model import BatchNorm, grouped_batch_norm, grouped_channels
 from fastuft.trainer.distributed import Ranks
 from fastuft.trainer.learner import Learner
 
-# Largest difference over the largest magnitude: a few units in the last place, and what a sum reorders.
+# Largest difference divided by the largest magnitude: a few units in the last place, plus the reordering of sums.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 _GROUP = 4
 
@@ -63,11 +63,11 @@ def uses_of(learner: Learner) -> Uses:
 
 @dataclass(frozen=True)
 class Probe:
-    """An operation whose kernel is compared.
+    """An operation whose kernel is checked.
 
     Args:
         kernel: its name in :mod:`fastuft.fused`.
-        run: makes its inputs, the same at each call, and returns what the operation gives.
+        run: makes the inputs, the same at each call, and returns the results of the operation.
     """
 
     kernel: str
@@ -76,12 +76,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found.
+    """The result of a comparison.
 
     Args:
         kernel: its name.
-        chip: the device.
-        reason: why it may not be used, or None.
+        chip: name of the device.
+        reason: why the kernel may not be used, or None.
     """
 
     kernel: str
@@ -146,7 +146,7 @@ def compare(probe: Probe, tolerance: float) -> str | None:
     """Why the kernel of a probe may not be used, or None."""
     try:
         found = probe.run()
-    except Exception as error:  # whatever a compiler, a launch or a driver raises: the run goes on without the kernel
+    except Exception as error:  # whatever a compiler, a launch or a driver raises: the run continues without the kernel
         return f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     with fused.without(probe.kernel):
         expected = probe.run()
@@ -157,7 +157,7 @@ def compare(probe: Probe, tolerance: float) -> str | None:
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest deviation over the largest magnitude; infinite where one is not finite."""
+    """Largest deviation divided by the largest magnitude; infinite if a value is not finite."""
     found, expected = found.double(), expected.double()
     deviation = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     return deviation if deviation == deviation else float("inf")
@@ -166,16 +166,16 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 def check_kernels(
     candidates: Sequence[Probe], dtype: torch.dtype, chip: str, gather: Callable[[object], list[dict[str, str]]]
 ) -> list[Verdict]:
-    """Compare every candidate and refuse those that fail on any process.
+    """Check every candidate and refuse those that fail on any process.
 
     Args:
-        candidates: what is compared.
-        dtype: of the inputs.
+        candidates: the probes to run.
+        dtype: dtype of the inputs.
         chip: name of the device, for the message.
-        gather: what each process found, from what this one did.
+        gather: returns the findings of all processes, given those of this one.
 
     Returns:
-        Those that are refused, the same on every process.
+        The verdicts on refused kernels, the same on every process.
     """
     own = {probe.kernel: reason for probe in candidates if (reason := compare(probe, TOLERANCE[dtype]))}
     common: dict[str, str] = {}
@@ -196,7 +196,7 @@ def check_before_training(ranks: Ranks, uses: Uses, say: Callable[[str], None]) 
 
 
 def main(device: torch.device, chip: str) -> None:
-    """Print, as JSON, what every kernel is like at the dtypes of training."""
+    """Print the verdict on every kernel at the dtypes of training, as JSON."""
     verdicts = []
     kinds = [Uses(dtype, 128, dtype, (96,)) for dtype in TOLERANCE] + [Uses(torch.bfloat16, 128, FP8)]
     for uses in kinds:

@@ -1,4 +1,4 @@
-"""What a training step works on: encoders, queue, optimizer, and how they are put together from a configuration."""
+"""What a training step works on: encoders, queue and optimizer, and how they are built from a configuration."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from fastuft.trainer.parameter_groups import parameter_groups
 
 # Renamed in torch 2.13, where the old name warns.
 _renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-# BatchNorm's running statistics are each rank's own.
+# Each rank has its own running statistics of BatchNorm.
 _OWN_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _renamed else "broadcast_buffers": False}
 
-# BatchNorm mode in use; none for networks without BatchNorm.
+# The BatchNorm mode in use; none for networks without BatchNorm.
 UsedBatchNorm = Literal["none", "plain", "split", "shuffle", "sync", "frozen"]
 
 
@@ -48,15 +48,15 @@ class Learner:
 
     Args:
         moco: query and key encoder.
-        query: the query encoder as it is called: itself, or compiled, or wrapped for several processes.
-        key: the key encoder as it is called.
+        query: the query encoder in callable form: itself, compiled, or wrapped for several processes.
+        key: the key encoder in callable form.
         queue: negatives.
-        optimizer: of the query encoder.
+        optimizer: optimizer of the query encoder.
         scaler: for float16; disabled otherwise.
         method: the loss.
         ranks: the processes.
-        shuffle: exchange of key views; None where BatchNorm leaks nothing or is plain by choice.
-        mix_group: images among which mixing pairs stay.
+        shuffle: exchange of key views; None if BatchNorm leaks nothing, or is plain by choice.
+        mix_group: number of consecutive images within which mixing pairs are formed.
         autocast: precision of the encoders' forward passes.
         bn: BatchNorm mode in use.
         precision: fp32, bf16 or fp16.
@@ -81,12 +81,12 @@ class Learner:
     seed: int = 0
 
     def without_reduction(self) -> AbstractContextManager[Any]:
-        """Gradients stay local: they are reduced once a step, in the last backward pass."""
+        """Keep gradients local: they are reduced once per step, in the last backward pass."""
         return self.query.no_sync() if isinstance(self.query, DistributedDataParallel) else nullcontext()
 
     @torch.no_grad()
     def encode_keys(self, views: Tensor, epoch: int, step: int) -> Tensor:
-        """Keys of the global batch [B, D] in the images' order, the same on every rank."""
+        """The keys of the global batch [B, D] in the order of the images, the same on every rank."""
         if self.shuffle is None:
             with self.autocast():
                 return gather_rows(self.key(views), self.ranks)
@@ -96,17 +96,17 @@ class Learner:
         return self.shuffle.restore(gather_rows(keys, self.ranks), permutation)
 
     def own_rows(self, rows: Tensor, count: int) -> Tensor:
-        """This rank's [count, D] of rows of the global batch."""
+        """This rank's rows [count, D] of the global batch."""
         return rows[self.ranks.rank * count :][:count]
 
     def mix_(self, images: Tensor, epoch: int, step: int) -> Tensor:
-        """Eq. 5 in place, within groups of ``mix_group`` images: image i of a group meets the group's last but i.
+        """Eq. 5 in place, within groups of ``mix_group`` images: image i of a group pairs with image size - 1 - i.
 
-        The draws are functions of (seed, epoch, step) with ``mix_per: batch``, and of the group's place in the global
-        batch too with ``pair``: the same for any number of processes.
+        The draws are functions of (seed, epoch, step) and, with ``mix_per: pair``, of the group's index in the global batch,
+        so they do not depend on the number of processes.
 
         Returns:
-            lambda [b], the share that each image keeps of itself. An odd group's middle image keeps all.
+            lambda [b], the share of itself that each image keeps. The middle image of an odd group keeps all.
         """
         size = min(self.mix_group, len(images))  # the last batch of an epoch may be smaller
         groups, half = len(images) // size, size // 2
@@ -129,20 +129,20 @@ class Learner:
         region = region.expand(groups, *region.shape[1:]).flatten(0, 1).contiguous()
         mix_(images, upload(region, images.device), size)
         kept = torch.stack(lams)
-        kept = torch.cat([kept, torch.ones(len(kept), size % 2), kept.flip(1)], 1)  # both of a pair keep the same share
+        kept = torch.cat([kept, torch.ones(len(kept), size % 2), kept.flip(1)], 1)  # both images of a pair keep it
         return upload(kept.expand(groups, size).flatten(), images.device)
 
     def partners(self, keys: Tensor) -> Tensor:
-        """Keys of each image's partner in the mix [b, D]."""
+        """The key [b, D] of each image's partner in mixing."""
         groups: Tensor = keys.unflatten(0, (-1, min(self.mix_group, len(keys))))
         return groups.flip(1).flatten(0, 1)
 
 
 def resolve_bn(config: TrainConfig, world_size: int, backbone: nn.Module) -> UsedBatchNorm:
-    """BatchNorm mode of a run: ``auto`` is split on one device and shuffle on several; none without BatchNorm.
+    """The BatchNorm mode of a run: ``auto`` is split on one device and shuffle on several; none without BatchNorm.
 
     Raises:
-        ValueError: a local batch that does not divide into groups, or a mode that needs several devices on one.
+        ValueError: the local batch does not divide into groups, or the mode needs several devices and there is one.
     """
     if not has_batchnorm(backbone):
         return "none"
@@ -159,41 +159,41 @@ def resolve_bn(config: TrainConfig, world_size: int, backbone: nn.Module) -> Use
         raise ValueError("model.bn='sync' needs several CUDA devices; use split on one device, shuffle elsewhere")
     if mode == "frozen" and config.init is None:
         raise ValueError(
-            "model.bn='frozen' keeps the statistics of a pretrained network and there is none; set init, or use auto"
+            "model.bn='frozen' keeps the statistics of a pretrained network, but there is none; set init, or use auto"
         )
     if mode == "shuffle" and world_size == 1:
         raise ValueError(
-            "model.bn='shuffle' exchanges images between processes and there is one; use auto, or split on one device"
+            "model.bn='shuffle' exchanges images between processes, but there is only one; use auto or split"
         )
     return mode
 
 
 def local_batch(config: TrainConfig, world_size: int) -> int:
-    """Images of one process per step.
+    """Images per process per step.
 
     Raises:
-        ValueError: a global batch that does not divide, or too few images of one process to mix.
+        ValueError: the global batch does not divide, or a process has too few images to mix.
     """
     batch = config.data.batch_size
     if batch % world_size:
         raise ValueError(
-            f"data.batch_size={batch} is the batch over all processes and does not divide over {world_size}; "
+            f"data.batch_size={batch} is the batch over all processes, and it does not divide over {world_size}; "
             f"choose a multiple of {world_size}"
         )
     if config.method.mix != "none" and batch // world_size < 2:
         raise ValueError(
-            f"data.batch_size={batch} leaves one image for each of {world_size} processes, which has no partner to mix "
+            f"data.batch_size={batch} leaves one image for each of {world_size} processes, so it has no partner to mix "
             f"with; choose at least {2 * world_size}, or method.mix=none"
         )
     return batch // world_size
 
 
 def set_up_device(config: TrainConfig, device: torch.device) -> None:
-    """Choose between the fastest and the reproducible kernels of a GPU; a CPU's are reproducible."""
+    """Choose between the fastest and the reproducible kernels of a GPU; those of a CPU are reproducible."""
     if device.type != "cuda":
         return
     if config.runtime.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not reproducible
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses cuBLAS
     torch.use_deterministic_algorithms(config.runtime.deterministic)
     torch.backends.cudnn.deterministic = config.runtime.deterministic
     torch.backends.cudnn.benchmark = not config.runtime.deterministic
@@ -220,18 +220,18 @@ def _prepare(encoder: Encoder, config: TrainConfig) -> None:
 def build_learner(
     config: TrainConfig, ranks: Ranks, *, resumed: Traits | None = None
 ) -> tuple[Learner, InitReport | None]:
-    """The learner of a run at its start, the same weights on every rank.
+    """The learner of a run at its start, with the same weights on every rank.
 
     Args:
         config: the run.
         ranks: the processes.
-        resumed: traits of the network of a resumed run, which has its own weights; None takes those of ``config.init``.
+        resumed: traits of the network of a resumed run, which has its own weights; None uses ``config.init``.
 
     Returns:
-        (learner, what became of the tensors of ``config.init`` or None).
+        (learner, the report on the tensors of ``config.init``, or None).
 
     Raises:
-        ValueError: batch, BatchNorm mode, optimizer or checkpoint that cannot work.
+        ValueError: the batch, BatchNorm mode, optimizer or checkpoint cannot work.
     """
     local, device = local_batch(config, ranks.world_size), ranks.device
     set_up_device(config, device)
@@ -268,7 +268,7 @@ def build_learner(
         dtype=queue_dtype(config.method.queue_dtype, precision, device),
         gather_distributed=False,  # keys come from all ranks already, in the order that their shuffle restores
     ).to(device)
-    # From here on draws (a timm backbone's dropout) may differ between ranks.
+    # From here on, draws (such as the dropout of a timm backbone) may differ between ranks.
     torch.manual_seed(keyed_seed(config.seed, "rank", ranks.rank))
     query: nn.Module = moco.query_encoder
     key: nn.Module = moco.key_encoder

@@ -1,4 +1,4 @@
-"""A learner's whole state: taken from all ranks, checked, put back on as many ranks or on another number."""
+"""A learner's whole state: collected from all ranks, checked, restored on the same or another number of ranks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _BACKBONE = "query_encoder.backbone."
 
 
 def state_of(learner: Learner) -> dict[str, Any]:
-    """Tensors, numbers and lists that :func:`restore` puts back; every rank takes part and gets the same.
+    """The tensors, numbers and lists that :func:`restore` restores; every rank takes part and gets the same.
 
-    BatchNorm's buffers and the generators differ between ranks, so every rank's are kept; ``model`` holds the mean of
-    the running statistics, which is what another number of ranks goes on with.
+    BatchNorm's buffers and the generators differ between ranks, so those of every rank are saved; ``model`` has the mean of
+    the running statistics, with which another number of ranks continues.
     """
     ranks = learner.ranks
     buffers = ranks.gather_objects({name: value.cpu() for name, value in learner.moco.named_buffers()})
@@ -36,7 +36,7 @@ def state_of(learner: Learner) -> dict[str, Any]:
 
 
 def restore(learner: Learner, state: dict[str, Any]) -> None:
-    """Make the learner what it was; bit-exactly on the same number of ranks."""
+    """Restore the learner, bit-exactly on the same number of ranks."""
     ranks = learner.ranks
     learner.moco.load_state_dict(state["model"])
     if len(state["rank_buffers"]) == ranks.world_size:
@@ -60,7 +60,7 @@ def ranks_without_finite_weights(learner: Learner) -> list[int]:
 
 
 def queues_agree(learner: Learner) -> bool:
-    """Whether all ranks hold the same queue, bit by bit, by its checksum. The host waits for the device."""
+    """Whether all ranks have the same queue, bit by bit, by its checksum. The host waits for the device."""
     if learner.ranks.world_size == 1:
         return True
     checksum = hashlib.sha256()
@@ -70,7 +70,7 @@ def queues_agree(learner: Learner) -> bool:
 
 
 def backbone_of(learner: Learner, state: dict[str, Any]) -> Backbone:
-    """The query encoder's backbone, with the running statistics of ``state`` where ranks have their own."""
+    """The query encoder's backbone, with the running statistics of ``state`` if ranks have their own."""
     backbone = learner.moco.query_encoder.backbone
     if learner.ranks.world_size == 1:
         return backbone
@@ -81,7 +81,7 @@ def backbone_of(learner: Learner, state: dict[str, Any]) -> Backbone:
 
 
 def _mean_over_ranks(buffers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Running statistics of the whole batch, from those of each rank's share."""
+    """The running statistics of the whole batch, from those of each rank's share."""
     if len(buffers) == 1:
         return buffers[0]
     return {

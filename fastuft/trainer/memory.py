@@ -1,4 +1,4 @@
-"""Settings whose tensors no machine of this size can hold are refused before memory is asked for."""
+"""Settings whose tensors cannot fit into this machine are refused before they are allocated."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastuft.trainer.distributed import Ranks
 
 
 def check_memory(config: TrainConfig, ranks: Ranks) -> None:
-    """Check that the queue, and the views of one rank, fit into the whole memory of the device that holds them.
+    """Check that the queue and the views of one rank each fit into the whole memory of their device.
 
-    These two grow with single options without bound. It is a bound from below: what fits here may still be too much beside
-    the network.
+    A single option can make either of them arbitrarily large. This is a lower bound: what passes may still be too much
+    together with the network.
 
     Raises:
-        ValueError: one does not fit; the message says how much it takes and how much there is.
+        ValueError: one does not fit; the message says how much it needs and how much there is.
     """
     method, data, size = config.method, config.data, config.augment.size
     width = torch.finfo(DTYPES[resolve_precision(config.runtime.precision, ranks.device)]).bits // 8
@@ -35,5 +35,5 @@ def check_memory(config: TrainConfig, ranks: Ranks) -> None:
         2 * images * 3 * size * size * width * data.prefetch,
         f"augment.size={size} with {images} images per process (data.batch_size={data.batch_size}), two views each and "
         f"data.prefetch={data.prefetch}",
-        "choose smaller views, a smaller batch, or fewer batches ahead",
+        "choose smaller views, a smaller batch, or fewer prefetched batches",
     )

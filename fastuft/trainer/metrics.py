@@ -18,12 +18,12 @@ from fastuft.trainer.step import RECORD
 
 
 class StepMetrics:
-    """Figures and times of the steps since the last row; figures stay on the device until a row is made of them.
+    """Figures and times of the steps since the last row; figures stay on the device until a row is made.
 
     Args:
         ranks: the processes.
         batch_size: images per step over all ranks.
-        steps: steps per row, at most.
+        steps: largest number of steps per row.
     """
 
     def __init__(self, ranks: Ranks, batch_size: int, steps: int) -> None:
@@ -33,18 +33,18 @@ class StepMetrics:
         self.restart()
 
     def restart(self) -> None:
-        """The next row begins here."""
+        """Begin the next row."""
         self._filled, self._waited, self._since = 0, 0.0, time.perf_counter()
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; the wait for it is counted."""
+        """The next batch; the time spent waiting is counted."""
         before = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - before
         return batch
 
     def add(self, figures: Tensor) -> None:
-        """The figures [len(RECORD)] of one step, without waiting for the device."""
+        """Add the figures [len(RECORD)] of one step, without waiting for the device."""
         self._rows[self._filled].copy_(figures)
         self._filled += 1
 
@@ -54,12 +54,12 @@ class StepMetrics:
         return self._filled == len(self._rows)
 
     def row(self, progress: Progress, lr: float, checkpoints: Checkpoints) -> dict[str, Any]:
-        """The mean over the steps since the last row and over ranks; only here the host waits for the device.
+        """The mean over the steps since the last row and over ranks; the host waits for the device only here.
 
         Raises:
-            NonFiniteLossError: a loss is not finite; the message names the last good of ``checkpoints``.
+            NonFiniteLossError: a loss is not finite; the message names the last good checkpoint.
         """
-        parts = self.parts.read()  # waits for the device, whose time the next line counts
+        parts = self.parts.read()  # waits for the device, whose time the next line includes
         steps, seconds = self._filled, time.perf_counter() - self._since
         by_rank = torch.stack(self.ranks.gather_objects(self._rows[:steps].cpu()))  # [ranks, steps, figures]
         check_losses(by_rank[:, :, 0], progress.global_step, checkpoints)

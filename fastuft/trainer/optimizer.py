@@ -15,10 +15,10 @@ from fastuft.trainer.parameter_groups import Parameters
 
 
 class ChannelsLastSGD(torch.optim.SGD):
-    """torch's fused SGD for a CPU, without the copies that its kernel makes of what is not contiguous.
+    """torch's fused SGD for a CPU, without the copies that its kernel makes of tensors that are not contiguous.
 
-    Weights in channels_last are such; with two axes moved they are contiguous, and the update is elementwise. Takes half the
-    time over a ResNet-18. State and its layout are torch's.
+    Weights in channels_last are not contiguous; with permuted axes they are, and the update is elementwise. It takes half the
+    time on a ResNet-18. The state and its layout are torch's.
     """
 
     @torch.no_grad()

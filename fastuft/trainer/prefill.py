@@ -18,14 +18,14 @@ _SAY_EVERY = 5.0  # seconds
 def prefill(
     learner: Learner, stream: TrainStream, manifest: Manifest, stop: Callable[[], bool], say: Callable[[str], None]
 ) -> bool:
-    """Fill the queue with keys of training images: random rows are useless as negatives for a trained network.
+    """Fill the queue with keys of training images, because random rows are useless negatives for a trained network.
 
     Args:
-        learner: whose queue is filled.
+        learner: its queue is filled.
         stream: the images.
-        manifest: what ``stream`` draws from.
-        stop: called after each batch, on every rank; whether to stop.
-        say: takes a line for the person; how far it is, and how long it takes still.
+        manifest: the list of images that ``stream`` draws from.
+        stop: called after each batch on every rank; returns whether to stop.
+        say: prints a line for the user about the progress and the time left.
 
     Returns:
         Whether ``stop`` ended it.
@@ -33,15 +33,15 @@ def prefill(
     size = missing = learner.method.queue_size
     if missing > len(manifest) and learner.ranks.is_main:
         warnings.warn(
-            f"method.queue_size={missing} exceeds the {len(manifest)} training images: the queue holds several "
-            "keys of each, among them an image's own older ones; a smaller queue avoids it",
+            f"method.queue_size={missing} exceeds the {len(manifest)} training images, so the queue has several keys of "
+            "each image, and an image meets its own older keys as negatives; a smaller queue avoids this",
             stacklevel=2,
         )
     began = last = time.monotonic()
     for views in stream.prefill(missing):
         with torch.no_grad(), learner.autocast():
             keys = gather_rows(learner.key(views), learner.ranks)
-        # Batches are encoded whole and cut only here: statistics groups are the same on any number of ranks.
+        # Batches are encoded whole and cut only here, so statistics groups are the same on any number of ranks.
         learner.queue.enqueue_(keys[:missing])
         missing -= len(keys)
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar or plain lines."""
+"""The output of a run: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _SLOW = 20.0  # seconds of the first row from which its rate is believed
 
 
 def check_writers(runtime: RuntimeConfig) -> None:
-    """Before any work starts, and on every rank alike.
+    """Check that the chosen writers are installed, on every rank before any work starts.
 
     Raises:
-        ValueError: Weights & Biases asked for and not installed.
+        ValueError: Weights & Biases was chosen and is not installed.
     """
     if runtime.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("runtime.wandb=True needs wandb; pip install wandb, or leave it off")
 
 
 class Recorder:
-    """Writes on the main rank; silent elsewhere. ``earlier`` holds the rows of the run's part before it was resumed.
+    """Writes on the main rank and is silent on others. ``earlier`` has the rows from before the run was resumed.
 
     Args:
         folder: the run folder.
-        runtime: which writers are wanted.
+        runtime: which writers to use.
         enabled: whether this is the main rank.
-        total_steps: of the run, for the bar.
-        resumed_step: step of the checkpoint that the run goes on from, 0 at its start. Later rows are dropped from
-            metrics.jsonl, because they come again.
+        total_steps: steps of the run, for the progress bar.
+        resumed_step: step of the checkpoint that the run resumes from, or 0. Later rows are dropped from metrics.jsonl,
+            because they will be written again.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Recorder:
         self.earlier: list[dict[str, Any]] = []
         if not enabled:
             return
-        # A run that starts again from nothing keeps no row, the evaluation before its first step included.
+        # A run that begins again keeps no rows, not even the evaluation before its first step.
         self.earlier = [row for row in folder.read_metrics() if row["step"] <= resumed_step] if resumed_step else []
         folder.write_metrics(self.earlier)
         self._path = folder.metrics_file
@@ -82,27 +82,27 @@ class Recorder:
         missing = None
         if importlib.util.find_spec("tensorboard") is None:
             missing = "TensorBoard is not installed"
-        elif not str(folder).isprintable():  # holds bytes that are not characters
-            missing = "TensorBoard cannot write to a folder of this name"
+        elif not str(folder).isprintable():  # it has bytes that are not characters
+            missing = "TensorBoard cannot write to a folder with this name"
         if missing is not None:
-            self.say(f"{missing}: metrics go to metrics.jsonl alone.")
+            self.say(f"{missing}: metrics go only to metrics.jsonl.")
             return None
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
     def _wandb_id(self, folder: Path) -> str:
-        """The same for all parts of a run that is resumed."""
+        """An id that stays the same when a run is resumed."""
         path = folder / "wandb_id.txt"
         if not path.exists():
             path.write_text(uuid.uuid4().hex + "\n", encoding="utf-8")
         return path.read_text(encoding="utf-8").strip()
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row of metrics: ``kind``, ``step`` and figures, or mappings of them.
+        """Write one row of metrics: ``kind``, ``step`` and figures, or mappings of figures.
 
         Raises:
-            OSError: the disk refused; rows without a checkpoint behind them are dropped on resume anyway.
+            OSError: it could not be written; rows after the last checkpoint are dropped on resume anyway.
         """
         if not self.enabled:
             return
@@ -110,7 +110,7 @@ class Recorder:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         except OSError as error:
-            remedy = f"{error.strerror}; free the disk and go on with resume=auto"
+            remedy = f"{error.strerror}; free some disk space and continue with resume=auto"
             raise OSError(error.errno, remedy, str(self._path)) from error
         figures = dict(_figures(row["kind"], row))
         if self._board is not None:
@@ -120,7 +120,7 @@ class Recorder:
             self._wandb.log(figures, step=row["step"])
 
     def progress(self, row: dict[str, Any]) -> None:
-        """Show one row of training metrics: on the bar, or as a line now and then."""
+        """Show one row of training metrics on the progress bar, or as a line now and then."""
         if not self.enabled:
             return
         self._estimate(row)
@@ -155,7 +155,7 @@ class Recorder:
         )
 
     def say(self, text: str) -> None:
-        """A line for the person, once, on the main rank."""
+        """Print a line for the user, once, on the main rank."""
         if not self.enabled:
             return
         with self._terminal():
@@ -167,7 +167,7 @@ class Recorder:
     def close(self) -> None:
         if not self.enabled:
             return
-        with suppress(OSError):  # a full disk was told of when the row was written
+        with suppress(OSError):  # a full disk was reported when the row was written
             self._file.close()
         if self._board is not None:
             self._board.close()
@@ -179,7 +179,7 @@ class Recorder:
 
     @contextmanager
     def _terminal(self) -> Iterator[None]:
-        """A terminal that is gone takes the bar with it, and nothing else."""
+        """If the terminal is gone, drop the progress bar and continue."""
         try:
             yield
         except OSError:
@@ -193,7 +193,7 @@ def _duration(seconds: float) -> str:
 
 
 def _figures(prefix: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(path, value) of each figure of a row."""
+    """(path, value) of each figure in a row."""
     for name, value in row.items():
         if isinstance(value, dict):
             yield from _figures(f"{prefix}/{name}", value)
@@ -202,7 +202,7 @@ def _figures(prefix: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 class PartTimes:
-    """Where the time of a step goes: device events on a GPU, the clock on a CPU; read only when metrics are written."""
+    """The times of a step's parts: device events on a GPU, the clock on a CPU; read only when metrics are written."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -216,11 +216,11 @@ class PartTimes:
         return event
 
     def start(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         self._marks.append(("", self._now()))
 
     def mark(self, part: str) -> None:
-        """What was issued since the last mark belongs to ``part``."""
+        """Count the work issued since the last mark as ``part``."""
         self._marks.append((part, self._now()))
 
     def read(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The configuration that a run really has: what was left to the program is replaced by what it chose."""
+"""The configuration that a run really has: what was left to the program is replaced with what it chose."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fastuft.trainer.learner import Learner
 def resolved_config(
     config: TrainConfig, learner: Learner, loading: Loading, init_report: Mapping[str, Any] | None
 ) -> TrainConfig:
-    """The configuration with ``auto`` and 0 replaced by what is in use.
+    """The configuration with ``auto`` and 0 replaced by the values in use.
 
     Those are device, precision, BatchNorm mode, loader, threads, and of the checkpoint that the run began from its channels and
     its pooling.
 
     Args:
-        config: as it was given.
-        learner: what was built of it.
-        loading: how its images are loaded on this rank.
-        init_report: what became of the checkpoint that the run began from, or None.
+        config: the configuration as it was given.
+        learner: the learner built from it.
+        loading: how images are loaded on this rank.
+        init_report: the report on the checkpoint that the run started from, or None.
     """
     bn = config.model.bn
     if bn == "auto":
@@ -43,6 +43,6 @@ def resolved_config(
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """A configuration as its file reads: nested mappings, lists for tuples."""
+    """A configuration as it is read from a file: nested mappings, with lists for tuples."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return values

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is the same run."""
+"""Which checkpoint a run resumes from, and whether it is the same run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fastuft.runfolder import CheckpointError, RunFolder, load_checkpoint
-from fastuft.trainer.distributed import Ranks, times_started_anew
+from fastuft.trainer.distributed import Ranks, restart_count
 
-# What must be the same for a checkpoint's state to mean the same in the resumed run.
+# Settings that must be unchanged, because a checkpoint's state would otherwise mean something else.
 _FIXED = {
     "model.arch",
     "model.stem",
@@ -28,7 +28,7 @@ _FIXED = {
     "seed",
     "content_hash",
 }
-# What may differ without a word: it changes nothing of what is learned.
+# Settings that may change without a warning, because they do not affect what is learned.
 _FREE = (
     "out",
     "resume",
@@ -45,22 +45,22 @@ _FREE = (
 
 
 def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, Any] | None:
-    """State to go on from, or None for a folder that holds no run yet.
+    """The state to resume from, or None for a folder without a run.
 
     Args:
         resume: no, auto (the newest whole checkpoint in ``folder``), or a checkpoint's path.
-        folder: the run's.
-        ranks: the processes, which must all find the same.
+        folder: the run folder.
+        ranks: the processes, which must all find the same checkpoint.
 
-    Processes that torchrun has started anew after a failure go on from what the folder holds, whatever ``resume`` says.
+    Processes that torchrun restarted after a failure resume from the folder, whatever ``resume`` says.
 
     Raises:
-        ValueError: the folder holds a run and ``resume`` is no or another run's checkpoint, or weights and no checkpoint and
-            it is auto; or ``resume`` is older than what the folder holds.
+        ValueError: ``resume`` is no or another run's checkpoint and the folder has a run; it is auto and the folder has
+            weights but no checkpoint; or it is older than a checkpoint in the folder.
         CheckpointError: no checkpoint is whole, or the processes see different ones.
     """
     out, state = str(folder.path), None
-    if times_started_anew() and (resume == "no" or folder.checkpoints.all()):
+    if restart_count() and (resume == "no" or folder.checkpoints.all()):
         resume = "auto"
     if resume == "auto":
         newest = folder.checkpoints.newest(load_checkpoint)
@@ -70,12 +70,12 @@ def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, A
         if newest.reasons and state is None:
             raise CheckpointError(
                 f"resume='auto': no checkpoint in {folder.checkpoints.folder} is whole: {newest.reasons[0]}; move the run "
-                "away to start afresh"
+                "away to start a new one"
             )
         if state is None and folder.has_weights:
             raise ValueError(
-                f"resume='auto': out={out!r} holds an exported backbone and no checkpoint to go on from, and a new run would "
-                "write over it; bring the checkpoints back, choose another out with init set to the backbone, or move it away"
+                f"resume='auto': out={out!r} has an exported backbone but no checkpoint to continue from, and a new run would "
+                "overwrite it; restore the checkpoints, choose another out with init set to the backbone, or move it away"
             )
     elif resume != "no":
         state = load_checkpoint(Path(resume))
@@ -91,7 +91,7 @@ def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, A
                 "checkpoints away"
             )
     elif folder.has_weights:
-        raise ValueError(f"out={out!r} holds a run already; go on with resume=auto, or choose another folder")
+        raise ValueError(f"out={out!r} already has a run; continue it with resume=auto, or choose another folder")
     steps = ranks.gather_objects(None if state is None else state["global_step"])
     if len(set(steps)) > 1:
         raise CheckpointError(
@@ -104,20 +104,20 @@ def find_checkpoint(resume: str, folder: RunFolder, ranks: Ranks) -> dict[str, A
 def check_same_run(
     state: dict[str, Any], config: dict[str, Any], given: dict[str, Any], content_hash: str, *, main: bool
 ) -> None:
-    """Compare a checkpoint's configuration with the one it is to go on with.
+    """Compare a checkpoint's configuration with the current one.
 
-    What the program chose may change with the machine, and naming what it chose changes nothing: of a setting that may
-    change, one is said only if it differs both as it was given and as it is used.
+    What the program chooses may differ between machines, and stating its choice explicitly changes nothing. So a setting that
+    may change causes a warning only if both the given value and the value in use differ.
 
     Args:
-        state: the checkpoint's.
-        config: as it is used, as nested mappings.
-        given: as it was given.
-        content_hash: of the training images.
-        main: whether to warn of other settings that change what is learned.
+        state: the checkpoint's state.
+        config: the current configuration as it is used, as nested mappings.
+        given: the current configuration as it was given.
+        content_hash: digest of the training images.
+        main: whether to warn about changed settings that affect what is learned.
 
     Raises:
-        ValueError: images or settings without which the state means something else.
+        ValueError: images or settings have changed, so the state would mean something else.
     """
     before = {**_flat(json.loads(state["config"])), "content_hash": state["content_hash"]}
     now = {**_flat(config), "content_hash": content_hash}
@@ -136,7 +136,7 @@ def check_same_run(
         if not name.startswith(_FREE) and given_before.get(name) != given_now.get(name)
     ]
     if said and main:
-        warnings.warn(f"the run goes on with other settings than it began with: {', '.join(said)}", stacklevel=2)
+        warnings.warn(f"the run continues with settings that have changed: {', '.join(said)}", stacklevel=2)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

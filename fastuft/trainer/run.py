@@ -38,16 +38,16 @@ from fastuft.trainer.summary import headline, start_text, summary_of
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """Outcome of :func:`train`.
+    """The outcome of :func:`train`.
 
     Args:
         run_dir: the run folder.
-        steps: steps done over the whole run.
-        finished: False when a signal or ``max_steps`` ended it early; an end by the verdict (``stop: judged``) counts.
+        steps: completed steps of the whole run.
+        finished: False if a signal or ``max_steps`` ended it early; True if the verdict did (``stop: judged``).
         interrupted: name of the signal that ended it, or None.
         metrics: the last row of training metrics.
         bad_files: files that were skipped.
-        judgment: the verdict without labels, on the main rank; None where none was asked for.
+        judgment: the verdict without labels, on the main rank; None if there is none.
     """
 
     run_dir: Path
@@ -61,11 +61,11 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True)
 class Callbacks:
-    """Functions that a run calls on every rank alike; what they raise ends the run.
+    """Functions that a run calls on every rank; an exception that they raise ends the run.
 
     Args:
-        on_step: after each step. It must not wait for the device if the run is to keep its speed.
-        on_epoch: after each epoch, with the last row of training metrics.
+        on_step: called after each step. To keep the run fast, it must not wait for the device.
+        on_epoch: called after each epoch with the last row of training metrics.
     """
 
     on_step: Callable[[Progress], None] | None = None
@@ -73,20 +73,20 @@ class Callbacks:
 
 
 def train(config: TrainConfig, callbacks: Callbacks | None = None) -> RunResult:
-    """Run (or go on with) the training that ``config`` describes, on the ranks that torchrun started.
+    """Run or resume the training that ``config`` describes, on the ranks that torchrun started.
 
     Writes ``config.yaml`` (beside it ``config_given.yaml``, with ``auto`` as it was given), ``manifest.json``,
     ``metrics.jsonl``, ``checkpoints/``, ``backbone.safetensors`` and ``summary.json`` into ``config.out``, which no other run
-    may use meanwhile. SIGTERM, SIGUSR1, SIGINT and SIGHUP save within a step and end the run, which then leaves
-    ``stopped.json``; their handlers are what they were when it returns.
+    may use meanwhile. On SIGTERM, SIGUSR1, SIGINT or SIGHUP, the run saves within a step, writes ``stopped.json`` and ends;
+    the signal handlers are restored when it returns.
 
     Raises:
-        ValueError: a configuration, folder, checkpoint or file that cannot work; nothing was trained.
+        ValueError: a configuration, folder, checkpoint or file cannot work; nothing was trained.
         NonFiniteLossError: the loss became NaN or infinite; no checkpoint was written after it.
         CheckpointError: a checkpoint could not be read or written.
         FolderInUseError: another run works in the folder.
         FolderLostError: the folder was removed while the run worked in it.
-        LostRankError: another process of the run died, fell silent for ``runtime.timeout`` seconds, or holds another
+        LostRankError: another process of the run died, was silent for ``runtime.timeout`` seconds, or has a different
             queue.
     """
     check_writers(config.runtime)
@@ -106,7 +106,7 @@ def train(config: TrainConfig, callbacks: Callbacks | None = None) -> RunResult:
 
 
 class _Run:
-    """The life of one run: its parts put together, then ``go``; ``closing`` puts an end to them."""
+    """The life of one run: assembles its parts, then ``go``; ``closing`` closes them."""
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ class _Run:
         return RunResult(self.folder.path, steps, finished, interrupted, self.last_row, len(bad_files), self.judgment)
 
     def _start(self) -> str | None:
-        """What comes before the first step, and an evaluation that the run was stopped before."""
+        """Everything before the first step, and an evaluation that was due when the run was stopped."""
         progress, config = self.progress, self.config
         check_before_training(self.ranks, uses_of(self.learner), self.recorder.say)
         missed = self.judge is not None and self.judge.missed(progress.global_step)
@@ -274,7 +274,7 @@ class _Run:
         return None
 
     def _epoch(self, metrics: StepMetrics) -> bool:
-        """Train to the end of the epoch, or to the run's last step; whether to stop."""
+        """Train to the end of the epoch or to the run's last step; returns whether to stop."""
         learner, stream, callbacks = self.learner, self.stream, self.callbacks
         batches = iter(stream.epoch(self.progress.epoch, self.progress.step))
         while True:
@@ -290,7 +290,7 @@ class _Run:
             stop = self._stop()
             watched = ended and watch.due(self.config.watch, progress.epoch + 1)
             looked = judging.due(self.config, progress.global_step, self.limit)
-            # Where the verdict selects, it selects among what is saved.
+            # If the verdict selects weights, it selects from those that are saved.
             save = stop or watched or (looked and self.config.select == "judged") or self._save_due(ended)
             if save or looked or ended or metrics.full:
                 self.vote.settle()
@@ -325,7 +325,7 @@ class _Run:
         return lr
 
     def _stop(self) -> bool:
-        """Whether the ranks have agreed to stop; all of them ask after each step."""
+        """Whether the ranks have agreed to stop; all of them call this after each step."""
         return self.vote(self.signals.received is not None)
 
     def _signal(self) -> str:
@@ -340,7 +340,7 @@ class _Run:
         self.recorder.progress(row)
 
     def _look(self) -> bool:
-        """Look at the features on the main rank while the others wait; whether to stop afterwards."""
+        """Look at the features on the main rank while the others wait; returns whether to stop afterwards."""
         wanted = False
         if self.judge is not None:
             wanted = self.judge.look(self.learner.moco.query_encoder.backbone, self.progress)
@@ -350,7 +350,7 @@ class _Run:
         return stopped or self.judged_enough
 
     def _watch(self) -> bool:
-        """Evaluate on the main rank while the others wait; whether to stop afterwards."""
+        """Evaluate on the main rank while the others wait; returns whether to stop afterwards."""
         if self.ranks.is_main:
             backbone = self.learner.moco.query_encoder.backbone
             figures = watch.evaluate(backbone, self.config, self.ranks.device)

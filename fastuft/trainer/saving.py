@@ -16,18 +16,18 @@ from fastuft.trainer.learner_state import backbone_of, queues_agree, state_of
 
 
 class Saver:
-    """Writes what the run can go on from.
+    """Writes the checkpoints from which the run can resume.
 
     Args:
-        folder: the run's.
-        lock: of the folder; None on all ranks but the main one.
-        learner: its learner.
-        runtime: how many checkpoints are kept.
-        config: the configuration as nested mappings, part of each checkpoint.
-        given: the same as it was given, likewise.
-        content_hash: digest of the training images, likewise.
-        init_report: what became of the tensors of ``init``, likewise.
-        backbone_file: where the backbone is exported to at each save.
+        folder: the run folder.
+        lock: the lock on the folder; None except on the main rank.
+        learner: the run's learner.
+        runtime: how many checkpoints to keep.
+        config: the configuration as nested mappings; part of each checkpoint.
+        given: the configuration as it was given; part of each checkpoint.
+        content_hash: digest of the training images; part of each checkpoint.
+        init_report: the report on the tensors of ``init``; part of each checkpoint.
+        backbone_file: the file to export the backbone to at each save.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Saver:
         }
 
     def save(self, progress: Progress) -> None:
-        """Checkpoint and exported backbone, once the weights are known to be finite and the queues to agree.
+        """Write a checkpoint and the exported backbone, after checking that weights are finite and queues agree.
 
         Raises:
             NonFiniteLossError: the weights are not finite.
-            LostRankError: the ranks hold different queues.
-            CheckpointError: the disk refused.
+            LostRankError: the ranks have different queues.
+            CheckpointError: a file could not be written.
             FolderLostError: the run folder is gone.
         """
         ranks = self.learner.ranks
@@ -87,13 +87,13 @@ class Saver:
         except OSError as error:
             raise CheckpointError(
                 f"{path} could not be written ({error.strerror}); the last good checkpoint is "
-                f"{checkpoints.last_good()}. Free the disk and go on with resume=auto."
+                f"{checkpoints.last_good()}. Free some disk space and continue with resume=auto."
             ) from error
 
 
 def where(progress: Progress, folder: RunFolder) -> str:
-    """Where a run stood, and how to go on, for a message."""
+    """How far a run was and how to continue, for a message."""
     return (
-        f"at step {progress.global_step}; the last good checkpoint is {folder.checkpoints.last_good()}. Go on with "
+        f"at step {progress.global_step}; the last good checkpoint is {folder.checkpoints.last_good()}. Continue with "
         "resume=auto, on any number of processes"
     )

@@ -1,4 +1,4 @@
-"""Learning rate over a run."""
+"""The learning rate over a run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fastuft.config import OptimConfig
 
 
 def base_lr(optim: OptimConfig, batch_size: int) -> float:
-    """The configured rate; with ``scale_lr`` it is meant for batch 256 and scales linearly with the batch."""
+    """The configured learning rate; with ``scale_lr`` it is for batch size 256 and scales linearly with the batch size."""
     return optim.lr * batch_size / 256 if optim.scale_lr else optim.lr
 
 
 def lr_at(step: int, total_steps: int, steps_per_epoch: int, optim: OptimConfig, batch_size: int) -> float:
-    """Rate of a step: linear warm-up over ``warmup_epochs``, then cosine to zero over all steps, or constant."""
+    """The learning rate of a step: linear warm-up over ``warmup_epochs``, then cosine to zero over all steps, or constant."""
     peak = base_lr(optim, batch_size)
     warmup = optim.warmup_epochs * steps_per_epoch
     if step < warmup:

@@ -1,4 +1,4 @@
-"""Preemption: the first signal asks the run to save and stop, a second one of the same kind kills it."""
+"""Preemption: the first signal makes the run save and stop; a second signal of the same kind kills it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-EXIT_PREEMPTED = 85  # exit status of a run that was asked to stop and saved its state; schedulers requeue on it
+EXIT_PREEMPTED = 85  # exit status of a run that was asked to stop and saved a checkpoint; schedulers requeue on it
 
 
 def under_torchelastic() -> bool:
-    """Whether torchrun's agent started this process: it takes any status but 0 for a failure, and starts the ranks anew."""
+    """Whether torchrun's agent started this process; it takes any status but 0 for a failure and restarts the ranks."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class StopSignals:
-    """While active, SIGTERM, SIGUSR1, SIGINT and SIGHUP set ``received`` instead of ending the process.
+    """While active, makes SIGTERM, SIGUSR1, SIGINT and SIGHUP set ``received`` instead of ending the process.
 
-    A SIGHUP that is ignored from the start stays so: ``nohup`` means that the run outlives its terminal.
+    If SIGHUP is already ignored, it stays ignored: ``nohup`` means that the run outlives its terminal.
     """
 
     _signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)

@@ -12,7 +12,7 @@ from fastuft.data import Batch
 from fastuft.loss import LossOptions, info_nce_with_terms, mixed_info_nce_with_terms
 from fastuft.trainer.learner import Learner
 
-# Columns of one row of the step's record, in order.
+# The figures of a step, in order.
 RECORD = ("loss", "loss_q", "loss_m", "loss_alignment", "loss_distribution")
 
 
@@ -22,11 +22,11 @@ def train_step(learner: Learner, batch: Batch, mark: Callable[[str], None], *, h
     Args:
         learner: encoders, queue, optimizer, method.
         batch: this rank's views; ``batch.query`` is mixed in place.
-        mark: called with the name of each part when it has been issued.
-        head_only: whether the backbone's weights stay as they are.
+        mark: called with the name of each part after it has been issued.
+        head_only: whether the backbone's weights stay unchanged.
 
     Returns:
-        [len(RECORD)] float32 on the device: this rank's figures, before the update.
+        This rank's figures before the update, [len(RECORD)] float32 on the device.
     """
     method, x_q = learner.method, batch.query  # [b, 3, H, W]
     tau, negatives = LossOptions(method.temperature), learner.queue  # of K keys
@@ -57,7 +57,7 @@ def train_step(learner: Learner, batch: Batch, mark: Callable[[str], None], *, h
         mark("backward")
     if head_only:
         for parameter in learner.moco.query_encoder.backbone.parameters():
-            parameter.grad = None  # the optimizer passes over it: neither momentum nor decay moves it
+            parameter.grad = None  # the optimizer skips it: neither momentum nor decay moves it
     if learner.clip_grad:
         learner.scaler.unscale_(learner.optimizer)
         nn.utils.clip_grad_norm_(learner.moco.query_encoder.parameters(), learner.clip_grad)

@@ -1,4 +1,4 @@
-"""What is said of a run before its first step, and what is written of it after its last."""
+"""The headline of a run before its first step, and its summary after the last."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from fastuft.trainer.recipe import Choice
 
 
 def headline(config: TrainConfig, manifest: Manifest, total_steps: int, start: str) -> str:
-    """Images, steps and start of a run in one line."""
+    """The images, steps and start of a run in one line."""
     counts = f"{manifest.num_target} target and {manifest.num_source} replayed images"
     return f"{config.out}: {counts}, {total_steps} steps of {config.data.batch_size}; {start}"
 
 
 def start_text(init_report: dict[str, Any] | None) -> str:
-    """What a run that is not resumed starts from.
+    """What a run starts from if it is not resumed.
 
     Args:
-        init_report: what became of the tensors of ``init``; None without it.
+        init_report: the report on the tensors of ``init``, or None.
     """
     if init_report is None:
         return "random initialization"
     matched, ignored = len(init_report["matched"]), len(init_report["ignored"])
     head = "its head" if init_report["head_loaded"] else "a fresh head"
-    others = f"; also there: {', '.join(init_report['others'])}, --init_key takes it" if init_report["others"] else ""
+    others = f"; --init_key can choose {', '.join(init_report['others'])}" if init_report["others"] else ""
     return (
         f"{init_report['path']}, {init_report['layout']} ({matched} tensors matched, {ignored} ignored, {head}{others})"
     )
@@ -54,19 +54,19 @@ def summary_of(
     judged_enough: bool,
     choices: list[Choice],
 ) -> dict[str, Any]:
-    """What came of a run, as plain values.
+    """The outcome of a run, as plain values.
 
     Args:
         config: the run's configuration.
-        learner: what was trained.
+        learner: the trained learner.
         manifest: the training images.
-        progress: how far the run has come.
-        total_steps: how far it was to come.
+        progress: the progress of the run.
+        total_steps: the steps of the whole run.
         interrupted: name of the signal that ended it, or None.
-        bad_files: path -> reason of each file that was skipped.
-        init_report: what became of the tensors of ``init``.
+        bad_files: the reason for each skipped file, by its path.
+        init_report: the report on the tensors of ``init``.
         metrics: the last row of training metrics.
-        judgment: the verdict without labels; None where none was asked for.
+        judgment: the verdict without labels, or None.
         judged_enough: whether the verdict ended the run early.
         choices: what the recipe chose when this part of the run began.
     """

@@ -1,4 +1,4 @@
-"""Evaluation while training: retrieval where labels are given, clustering of the source (forgetting)."""
+"""Evaluation during training: retrieval if there are labels, and clustering of the source (forgetting)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def wanted(watch: WatchConfig) -> bool:
 
 
 def due(watch: WatchConfig, epochs_done: int) -> bool:
-    """Whether this epoch's end is one to look at."""
+    """Whether an evaluation is due after this many epochs."""
     return wanted(watch) and epochs_done % watch.every_epochs == 0
 
 
@@ -48,9 +48,10 @@ def folders(config: TrainConfig) -> dict[str, Images]:
 
 
 def evaluate(backbone: Backbone, config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """Figures of the query encoder's backbone as fractions: ``retrieval``, ``source_clustering``.
+    """Figures of the query encoder's backbone, as fractions: ``retrieval``, ``source_clustering``.
 
-    One that has no value (the features of all images are the same) is left out: training goes on, and its verdict tells.
+    A figure without a value (the features of all images are the same) is left out: training continues, and the verdict will
+    say so.
     """
 
     def features(images: Images) -> tuple[torch.Tensor, torch.Tensor]:

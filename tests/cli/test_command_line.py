@@ -345,7 +345,7 @@ def test_a_run_repeats_from_its_saved_configuration(images, tmp_path, capsys):
     assert main(["pretrain", "--config", str(first / "config.yaml"), "--out", str(again)]) == 0
     assert losses(first) == losses(again) and len(losses(first)) == 2
     capsys.readouterr()
-    assert "holds a run already" in refused(capsys, "pretrain", "--config", str(first / "config.yaml"))
+    assert "already has a run" in refused(capsys, "pretrain", "--config", str(first / "config.yaml"))
     arguments = ["--init", str(first), "--target", str(images), "--out", str(tuned), *SMALL, "--max-steps", "1"]
     assert main(["finetune", *arguments]) == 0
     saved = yaml.safe_load((tuned / "config.yaml").read_text())

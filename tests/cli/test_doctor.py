@@ -108,7 +108,7 @@ def test_every_missing_part_and_problem_has_a_remedy(machine):
     [
         (lambda m: setattr(m, "torch", None), "torch", "not installed"),
         (lambda m: setattr(m, "torch", m.make_torch("2.9.1", cuda=None, gpus=())), "torch", ">= 2.11"),
-        (lambda m: m.installed.pop("safetensors"), "packages", "lacking safetensors"),
+        (lambda m: m.installed.pop("safetensors"), "packages", "missing: safetensors"),
         (lambda m: m.installed.update(numpy="1.9.3"), "packages", "numpy 1.9.3 < 1.26"),
         (lambda m: m.installed.update(triton="3.5.1"), "triton", ">= 3.6"),
         (lambda m: m.installed.update({"nvidia-dali-cuda130": "1.52.0"}), "DALI", "nvidia-dali-cuda130>=2.0"),
@@ -215,7 +215,7 @@ def test_without_packaging_the_missing_comparison_is_reported(machine, monkeypat
     machine.installed |= {"numpy": "1.9.3"}
     del machine.installed["packaging"]
     found = machine.findings()["packages"]
-    assert found.state == "problem" and found.found == "lacking packaging; versions not compared"
+    assert found.state == "problem" and found.found == "missing: packaging; versions not compared"
 
 
 def test_json(machine, capsys):

@@ -96,7 +96,7 @@ def test_the_run_folder_tells_the_run(job):
 
 def test_the_run_refuses_a_second_start_and_resumes(job):
     error = fastuft("finetune", "--config", job.run / "config.yaml", status=2)
-    assert "holds a run already" in error and "Traceback" not in error
+    assert "already has a run" in error and "Traceback" not in error
     assert "8 steps" in fastuft("finetune", "--config", job.run / "config.yaml", "--resume", "auto")
 
 

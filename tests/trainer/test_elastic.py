@@ -86,7 +86,7 @@ def test_a_run_goes_on_by_itself_after_a_rank_was_killed(run):
     finally:
         end(agent)
     assert agent.returncode == 0, output
-    assert "resumed at step 3" in output and "holds a run already" not in output
+    assert "resumed at step 3" in output and "already has a run" not in output
     assert_finished(config, 2)
 
 

@@ -199,7 +199,7 @@ def test_a_killed_rank_stops_the_others_and_another_number_goes_on(tiny, tmp_pat
     )
     assert killed == -9 and survivor == 1
     assert "lost contact with another process at step 5; the last good checkpoint is" in output
-    assert "step_00000003.pt. Go on with resume=auto, on any number of processes" in output
+    assert "step_00000003.pt. Continue with resume=auto, on any number of processes" in output
     result = train(dataclasses.replace(config, resume="auto"))
     assert result.finished and result.steps == 8
     assert len(losses(result.run_dir)) == 8

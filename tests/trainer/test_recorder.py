@@ -53,7 +53,7 @@ def test_tensorboard_gets_every_figure(tmp_path):
 def test_missing_tensorboard_is_said(tmp_path, monkeypatch, capsys):
     without(monkeypatch, "tensorboard")
     recorder(tmp_path, tensorboard=True).close()
-    assert "TensorBoard is not installed: metrics go to metrics.jsonl alone" in capsys.readouterr().out
+    assert "TensorBoard is not installed: metrics go only to metrics.jsonl" in capsys.readouterr().out
 
 
 def test_wandb_gets_every_figure_and_knows_a_resumed_run(tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_full_disk_is_named(tmp_path):
     writer = recorder(tmp_path)
     writer._file.close()
     with Path("/dev/full").open("w") as writer._file:  # every write there finds no space
-        message = r"No space left on device; free the disk .*resume=auto: '.*metrics\.jsonl'"
+        message = r"No space left on device; free some disk space .*resume=auto: '.*metrics\.jsonl'"
         with pytest.raises(OSError, match=message):
             writer.write(row(1))
         writer.close()

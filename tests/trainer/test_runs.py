@@ -82,7 +82,7 @@ def test_the_saved_configuration_names_what_was_chosen_and_what_was_given(tiny):
 def test_naming_what_was_chosen_is_not_another_setting(tiny, first):
     train(tiny(max_steps=1, model=first))
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the run goes on with other settings")
+        warnings.filterwarnings("error", message="the run continues with settings that have changed")
         train(tiny(max_steps=2, resume="auto", model={} if first else {"bn": "split"}))
     with pytest.warns(UserWarning, match=r"model\.bn 'split' -> 'plain'"):
         train(tiny(max_steps=3, resume="auto", model={"bn": "plain"}))
@@ -193,7 +193,7 @@ def test_resume_names_a_checkpoint(tiny, tmp_path):
 
 def test_a_folder_with_a_run_is_refused(tiny):
     train(tiny(max_steps=1))
-    with pytest.raises(ValueError, match=r"holds a run already; go on with resume=auto"):
+    with pytest.raises(ValueError, match=r"already has a run; continue it with resume=auto"):
         train(tiny(max_steps=1))
 
 
@@ -212,7 +212,7 @@ def test_rows_of_a_start_that_saved_nothing_do_not_come_twice(tiny):
         ({"model": {"bn_group": 12}}, "model.bn_group=12 does not divide the batch of one device, 16"),
         ({"data": {"drop_last": False}}, "drop_last=False"),
         ({"model": {"bn": "sync"}}, "needs several CUDA devices"),
-        ({"model": {"bn": "shuffle"}}, "exchanges images between processes and there is one"),
+        ({"model": {"bn": "shuffle"}}, "exchanges images between processes, but there is only one"),
         ({"optim": {"optimizer": "apex_fused_sgd"}}, "unrelated web toolkit"),
         ({"model": {"pool": "cls"}}, "model.pool='cls' is for ViTs, and resnet_tiny has no tokens"),
         ({"model": {"drop_path": 0.1}}, "model.drop_path=0.1 is not available for resnet_tiny"),
@@ -367,8 +367,8 @@ def test_weights_without_a_checkpoint_are_not_written_over(tiny, left):
     folder.backbone_file.rename(folder.path / left)
     content = (folder.path / left).read_bytes()
     for resume, reason in (
-        ("auto", "holds an exported backbone and no checkpoint to go on"),
-        ("no", "holds a run already"),
+        ("auto", "has an exported backbone but no checkpoint to continue from"),
+        ("no", "already has a run"),
     ):
         with pytest.raises(ValueError, match=reason):
             train(tiny(max_steps=1, resume=resume))
@@ -441,7 +441,7 @@ def test_watching_features_that_are_all_the_same_leaves_the_figures_out(tiny, fo
         ({"train": "class0", "test": ""}, r"watch\.train='.*' has only one class folder \('one'\)"),
         ({"source": "class0"}, r"watch\.source='.*' has only one class folder"),
         ({"train": "", "test": "class0"}, r"test has class folders that train lacks: 'one'"),
-        ({"train": "", "test": "class0/one"}, "has no class sub-folders"),
+        ({"train": "", "test": "class0/one"}, "has no class folders"),
     ],
 )
 def test_what_cannot_be_watched_is_said_before_anything_else(tiny, folders, tmp_path, watch, reason):
@@ -607,7 +607,7 @@ def test_a_spoilt_newest_checkpoint_is_said_and_the_one_before_is_gone_on_from(t
     assert_same_state(final(whole), final(result.run_dir))
     for _, path in RunFolder(result.run_dir).checkpoints.all():
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: .*move the run away to start afresh"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole: .*move the run away to start a new one"):
         train(dataclasses.replace(config, resume="auto"))
 
 
