@@ -10,7 +10,7 @@ _said: set[str] = set()
 
 
 def note(text: str) -> None:
-    """Say a line on standard error, once per process and by the first rank only."""
+    """Print a line on standard error, once per process and on the first rank only."""
     if text not in _said and os.environ.get("RANK", "0") == "0":
         _said.add(text)
         say(text, error=True)

@@ -1,4 +1,4 @@
-"""Images from files to normalized views: manifest, order, random numbers, decoding backends, streams."""
+"""From image files to normalized views: manifest, order, random numbers, decoding backends, streams."""
 
 from fastuft.data.bad import BadFile, BadImageError, write_bad_list
 from fastuft.data.decoding import image_size, open_rgb, verify_files

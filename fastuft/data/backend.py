@@ -21,11 +21,11 @@ class Request:
     """One batch to make.
 
     Args:
-        step: which batch of the pass it is.
+        step: index of the batch in its pass.
         images: the encoded files [n].
-        index: int64 [n] which files of the stream they are.
-        views: parameters of each view of them, in order; regions are of the upright images.
-        strong: what is done to the last view after its crop, where the spec has a strong view.
+        index: indices of the files in the stream, int64 [n].
+        views: parameters of each view, in order; regions refer to the upright images.
+        strong: parameters of the last view after its crop, if the spec has a strong view.
     """
 
     step: int
@@ -37,18 +37,18 @@ class Request:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """How views are made.
+    """How to make views.
 
     Args:
         size: side of the result, pixels.
         num_views: views of each image.
         color: whether the color jitter is part of the pipeline.
-        blur: whether the blur is.
-        rotation: whether the rotation is.
+        blur: whether the blur is part of it.
+        rotation: whether the rotation is part of it.
         batch_size: largest batch.
-        loading: where the views are wanted, in which form, and by what.
+        loading: device, format and loader of the views.
         largest: (width, height) to reserve memory for in a GPU's hardware decoder; larger images still work.
-        strong: RandAugment and Cutout of the last view; None has no strong view.
+        strong: RandAugment and Cutout of the last view; None makes no strong view.
     """
 
     size: int
@@ -63,12 +63,12 @@ class ViewSpec:
 
 
 class DecodeError(RuntimeError):
-    """Making the requests under way failed, most often because one image cannot be decoded."""
+    """Making the current requests failed, usually because one image cannot be decoded."""
 
     def __init__(self, requests: Sequence[Request], cause: BaseException) -> None:
         paths = [printable(image.path) for request in requests for image in request.images]
         named = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
-        super().__init__(f"{cause}\nThe images under way were: {named}")
+        super().__init__(f"{cause}\nIt happened while decoding: {named}")
         self.requests = list(requests)
 
 
@@ -76,21 +76,21 @@ class Backend(Protocol):
     """Makes views from requests."""
 
     def run(self, requests: Iterator[Request]) -> Iterator[tuple[Request, list[Tensor]]]:
-        """(request, [one [n, 3, size, size] channels_last tensor per view]) for each request, in order.
+        """(request, [one [n, 3, size, size] channels_last tensor per view]) per request, in order.
 
         Raises:
-            DecodeError: with the requests among whose images the undecodable one is.
+            DecodeError: an image cannot be decoded; the error has the requests that may contain it.
         """
         ...
 
     def understands(self, image: EncodedImage) -> bool:
-        """Whether this backend's decoder reads the same from a file's header as we do."""
+        """Whether this backend's decoder reads the same size from a file's header as we do."""
         ...
 
     def decodes(self, images: Sequence[EncodedImage]) -> list[bool]:
-        """Which images this backend decodes, each tried alone."""
+        """Which images this backend can decode, each tried alone."""
         ...
 
     def close(self) -> None:
-        """Give back threads and memory."""
+        """Release threads and memory."""
         ...

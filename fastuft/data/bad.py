@@ -1,4 +1,4 @@
-"""Files that cannot be used: how they are named, reported and listed."""
+"""Bad files: how they are named, reported and listed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastuft.names import printable
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file that cannot be used, and why."""
+    """A file that cannot be used, and the reason."""
 
     path: str
     reason: str
@@ -37,5 +37,5 @@ class BadImageError(ValueError):
 
 
 def write_bad_list(path: str | Path, bad: Sequence[BadFile]) -> None:
-    """Write bad files as lines of path, tab, reason; a path is shown as in messages, so that one file is one line."""
+    """Write one line per bad file: path, tab, reason; paths are escaped as in messages, so each is on one line."""
     write_whole(Path(path), "".join(f"{printable(entry.path)}\t{entry.reason}\n" for entry in bad).encode())

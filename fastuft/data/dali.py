@@ -1,4 +1,4 @@
-"""The DALI backend: one pipeline function, decoding on the CPU or on the GPU ("mixed") as the device says."""
+"""The DALI backend: one pipeline function that decodes on the CPU or on the GPU ("mixed"), depending on the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TWIST = ("brightness", "contrast", "saturation", "hue")
 
 
 def _used(spec: ViewSpec) -> list[str]:
-    """Names of the view parameters that the pipeline takes, in order."""
+    """The names of the view parameters that the pipeline takes, in order."""
     names = ["roi_start", "roi_end"]
     names += ["angle"] if spec.rotation else []
     names += ["twisted", *_TWIST] if spec.color else []
@@ -31,7 +31,7 @@ def _used(spec: ViewSpec) -> list[str]:
     return [*names, "flip"]
 
 
-# auto_aug's own operators use older names, which warn on every build of a pipeline.
+# auto_aug's own operators use older names, which cause a warning whenever a pipeline is built.
 _filter, _equalize = (getattr(fn, name, None) or getattr(fn.experimental, name) for name in ("filter", "equalize"))
 
 
@@ -50,22 +50,22 @@ _STRONG = ("op", "magnitude_bin", "negate", "erase_start", "erase_shape")
 
 
 def _operator(name: str) -> Any:
-    """DALI's operator of a RandAugment name, with the range of magnitudes that both loaders have."""
+    """DALI's operator for a RandAugment name, with the range of magnitudes that both loaders use."""
     low, high, signed = RANGES[name]
     operator = _RENAMED[name] if name in _RENAMED else getattr(augmentations, name)
     return operator if low == high else operator.augmentation(mag_range=(low, high), randomly_negate=signed)
 
 
 def _strong(x: Any, spec: ViewSpec, drawn: dict[str, Any]) -> Any:
-    """RandAugment and Cutout of uint8 images [size, size, 3]."""
+    """RandAugment and Cutout on uint8 images [size, size, 3]."""
     assert spec.strong is not None
     operators = [_operator(name) for name in spec.strong.ops]
-    for place in range(spec.strong.num_ops):
+    for number in range(spec.strong.num_ops):
         x = select(
             operators,
-            drawn["op"][place],
+            drawn["op"][number],
             x,
-            magnitude_bin=signed_bin(drawn["magnitude_bin"][place], random_sign=drawn["negate"][place]),
+            magnitude_bin=signed_bin(drawn["magnitude_bin"][number], random_sign=drawn["negate"][number]),
             num_magnitude_bins=BINS,
             fill_value=FILL,
             shape=[spec.size, spec.size],
@@ -74,46 +74,46 @@ def _strong(x: Any, spec: ViewSpec, drawn: dict[str, Any]) -> Any:
 
 
 def _decoded(encoded: Any, spec: ViewSpec) -> Any:
-    """Upright RGB [H, W, 3] uint8 of a file's bytes, on the device that decodes."""
+    """Upright RGB [H, W, 3] uint8 from a file's bytes, on the device that decodes."""
     options: dict[str, Any] = {"device": "cpu"}
     if spec.loading.device.type == "cuda":
-        # The chroma upsampling of the CPU decoder: pixels then differ between devices by rounding only.
+        # The chroma upsampling of the CPU decoder, so that pixels differ between devices only by rounding.
         load = spec.loading.hw_decoder_load
         options = {"device": "mixed", "hw_decoder_load": load, "jpeg_fancy_upsampling": True}
         width, height = spec.largest
         if width and load > 0:
             options |= {"preallocate_width_hint": width, "preallocate_height_hint": height}
-    # Of metadata there is one tag of ours at most; see :class:`fastuft.data.feed.Feed`.
+    # The only metadata is at most one tag of our own; see :class:`fastuft.data.feed.Feed`.
     return fn.decoders.image(encoded, output_type=types.RGB, **options)
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True)
 def _view_pipeline(source: Any, spec: ViewSpec) -> Any:
-    """Bytes -> decode once -> for each view: crop and resize, rotate, color, blur where drawn, flip and normalize."""
+    """Bytes -> decode once -> per view: crop and resize, rotate, color and blur if drawn, flip and normalize."""
     used = _used(spec)
     strong = _STRONG if spec.strong is not None else ()
     count = 1 + len(used) * spec.num_views + len(strong)
-    # Requests are held until their views are there; a GPU may still read them then.
+    # On a CPU, requests are held until their views are ready; a GPU might still be reading them then.
     held = spec.loading.device.type == "cpu"
     encoded, *inputs = fn.external_source(source=source, num_outputs=count, batch=True, no_copy=held)
     image = _decoded(encoded, spec)
-    # DALI knows no bfloat16; half precision is finer there (views stay within +-3) and half the traffic of a GPU.
+    # DALI has no bfloat16. For views, which are within +-3, float16 is more precise, and it halves the traffic on a GPU.
     half = spec.loading.dtype == torch.float16 or (
         spec.loading.dtype == torch.bfloat16 and spec.loading.device.type == "cuda"
     )
     outputs = []
     for view in range(spec.num_views):
-        drawn = {name: inputs[view * len(used) + place] for place, name in enumerate(used)}
+        drawn = {name: inputs[view * len(used) + i] for i, name in enumerate(used)}
         roi = {"roi_start": drawn["roi_start"], "roi_end": drawn["roi_end"]}
         x = fn.resize(image, **roi, size=[spec.size, spec.size], interp_type=types.INTERP_LINEAR)
         if spec.rotation:
             x = fn.rotate(x, angle=drawn["angle"], keep_size=True, fill_value=0)
         if spec.strong is not None and view == spec.num_views - 1:
             rest = inputs[spec.num_views * len(used) :]
-            x = _strong(x, spec, {name: rest[place] for place, name in enumerate(strong)})
-        # The outer conditions below are Python's, about the pipeline; the inner ones DALI's, about each sample.
-        # Samples that drew neither jitter nor grayscale, or no blur, skip the operator: the dearest on a CPU, where
-        # they also cost half as much again when they round their results to bytes.
+            x = _strong(x, spec, {name: rest[i] for i, name in enumerate(strong)})
+        # The outer conditions below are evaluated by Python, for the pipeline; the inner ones by DALI, for each sample.
+        # Samples without jitter and grayscale, or without blur, skip the operator. These two cost most on a CPU, and half
+        # as much again if they round their results to bytes.
         if spec.color:
             if drawn["twisted"]:
                 x = fn.color_twist(x, **{name: drawn[name] for name in _TWIST}, dtype=types.FLOAT)
@@ -144,12 +144,12 @@ def _decode_pipeline(source: Any, spec: ViewSpec) -> Any:
 
 
 class DaliBackend:
-    """Views by a DALI pipeline that is built once and fed request by request."""
+    """Makes views with a DALI pipeline that is built once and fed request by request."""
 
     def __init__(self, spec: ViewSpec) -> None:
         self.spec = spec
         self._requests: Iterator[Request] = iter(())
-        self._under_way: deque[tuple[Request, list[Any]]] = deque()  # with what DALI reads
+        self._under_way: deque[tuple[Request, list[Any]]] = deque()  # with the arrays that DALI reads
         self._failure: BaseException | None = None
         self._device_id: int | None = None
         if spec.loading.device.type == "cuda":
@@ -177,7 +177,7 @@ class DaliBackend:
             request = next(self._requests)
         except StopIteration:
             raise
-        except BaseException as error:  # DALI would wrap it; run() raises it as it was
+        except BaseException as error:  # DALI would wrap it; run() raises it unchanged
             self._failure = error
             raise StopIteration from error
         arrays = self._arrays(request)
@@ -193,7 +193,7 @@ class DaliBackend:
 
     def run(self, requests: Iterator[Request]) -> Iterator[tuple[Request, list[Tensor]]]:
         """See :class:`fastuft.data.backend.Backend`."""
-        if not self._fresh:  # an earlier run was left before its end: what was made ahead belongs to it
+        if not self._fresh:  # an earlier run was abandoned, and the prefetched batches belong to it
             self._build()
         self._fresh = False
         self._requests = requests
@@ -208,7 +208,7 @@ class DaliBackend:
                 if self._failure is not None:
                     raise self._failure from None
                 return
-            except RuntimeError as error:  # a failed pipeline does not run again: the next run builds another
+            except RuntimeError as error:  # a failed pipeline cannot run again, so the next run builds a new one
                 raise DecodeError([request for request, _ in self._under_way], error) from error
             request, _ = self._under_way.popleft()
             yield request, [self._to_torch(result) for result in results]
@@ -216,12 +216,12 @@ class DaliBackend:
     def _next(self) -> Any:
         if self._device_id is None:
             return self._pipeline.run()
-        # Results are ordered on the consumer's stream: the host does not wait for them. By position: DALI takes keywords
-        # for inputs of the pipeline.
+        # Results are ordered on the consumer's stream, so the host does not wait for them. The argument is positional
+        # because DALI takes keywords for inputs of the pipeline.
         return self._pipeline.run(torch.cuda.current_stream(self._device_id))
 
     def _to_torch(self, result: Any) -> Tensor:
-        # The dynamic executor hands out buffers that it does not write again while they are held.
+        # The dynamic executor does not overwrite buffers that are still held.
         tensor = torch.utils.dlpack.from_dlpack(result.as_tensor()).permute(0, 3, 1, 2)
         dtype = self.spec.loading.dtype
         return tensor if tensor.dtype == dtype else tensor.to(dtype)
@@ -229,7 +229,7 @@ class DaliBackend:
     def understands(self, image: EncodedImage) -> bool:
         """See :class:`fastuft.data.backend.Backend`.
 
-        DALI's decoder ends the process when a header among others' cannot be parsed, so its parser is asked before.
+        DALI's decoder kills the process if it cannot parse a header in a batch, so its parser is asked beforehand.
         """
         try:
             stream = nvimgcodec.CodeStream(image.data)
@@ -240,7 +240,7 @@ class DaliBackend:
     def decodes(self, images: Sequence[EncodedImage]) -> list[bool]:
         """See :class:`fastuft.data.backend.Backend`."""
         results: list[bool] = []
-        while len(results) < len(images):  # a failed pipeline does not run again
+        while len(results) < len(images):  # a failed pipeline cannot run again
             contents = iter([np.frombuffer(image.data, np.uint8) for image in images[len(results) :]])
             pipeline = _decode_pipeline(
                 contents,

@@ -1,4 +1,4 @@
-"""Telling unusable images before a decoder sees them, and decoding by Pillow."""
+"""Detecting bad images before a decoder sees them, and decoding with Pillow."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# ``max_megapixels`` says how large images may be; Pillow's own warning would only be in the way.
+# ``max_megapixels`` limits the size of images; Pillow's own warning would only be noise.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """A file's bytes and what they say of themselves."""
+    """A file's bytes and their header."""
 
     path: str
     data: bytes
@@ -43,11 +43,11 @@ class EncodedImage:
 
 
 def read_image(path: str, max_megapixels: float = MAX_MEGAPIXELS) -> EncodedImage:
-    """A file's bytes after cheap checks of them.
+    """A file's bytes after cheap checks.
 
     Raises:
-        BadImageError: it cannot be read, is not an image whatever its name says, is larger than ``max_megapixels``, or
-            of an extreme aspect. Whether the end is missing is left to :func:`check_whole`.
+        BadImageError: the file cannot be read, is not an image whatever its name, is larger than ``max_megapixels``, or has
+            an extreme aspect. A missing end is left to :func:`check_whole`.
     """
     data = read_bytes(path)
     try:
@@ -63,36 +63,36 @@ def read_image(path: str, max_megapixels: float = MAX_MEGAPIXELS) -> EncodedImag
 
 
 def _other_header(path: str, data: bytes) -> Header:
-    """The header of a format that only Pillow decodes, for files whose names do not claim another format."""
+    """The header of a format that only Pillow decodes, unless the file's name claims another format."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             (width, height), kind = image.size, image.format
-    except Exception as error:  # whatever a damaged file makes a parser do
-        raise BadImageError(path, "holds no image") from error
+    except Exception as error:  # whatever a parser raises for a damaged file
+        raise BadImageError(path, "is not an image") from error
     if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES:
         raise BadImageError(path, f"is a {kind} file, which is not among JPEG, PNG, WebP and BMP")
     return Header("other", width, height)
 
 
 def check_whole(image: EncodedImage) -> None:
-    """Look for the end of a file whose format marks it; where it is missing, only decoding tells.
+    """Check that a file has an end marker, if its format has one; without it, decoding decides.
 
     Raises:
-        BadImageError: the file is cut off.
+        BadImageError: the file is truncated.
     """
     if not image.header.whole:
         try:
             decode_rgb(image)
         except BadImageError as error:
-            reason = f"is cut off ({len(image.data)} bytes, no end marker)"
+            reason = f"is truncated ({len(image.data)} bytes, no end marker)"
             raise BadImageError(image.path, reason) from error
 
 
 def decode_rgb(image: EncodedImage) -> Image.Image:
-    """Upright RGB by Pillow: the first frame, transparency dropped, 16 bits cut to 8.
+    """Upright RGB by Pillow: the first frame, with transparency dropped and 16 bits reduced to 8.
 
-    Pillow sees the bytes without metadata, and turns nothing: the header decides. (Formats that Pillow alone decodes
-    are left to it entirely.)
+    Pillow gets the bytes without metadata and does not rotate anything: the header decides. (Formats that only Pillow
+    decodes are left to it entirely.)
 
     Raises:
         BadImageError: it cannot be decoded.
@@ -107,13 +107,13 @@ def decode_rgb(image: EncodedImage) -> Image.Image:
             pixels = pixels.convert("RGB")
         if pixels.size != (header.width, header.height):
             raise ValueError(f"{pixels.width} x {pixels.height} pixels, not {header.width} x {header.height}")
-    except Exception as error:  # whatever a damaged file makes a decoder do
+    except Exception as error:  # whatever a decoder raises for a damaged file
         raise BadImageError(image.path, f"cannot be decoded ({error or type(error).__name__})") from error
     return pixels.transpose(_UPRIGHT[header.orientation]) if header.orientation > 1 else pixels
 
 
 def recoded(image: EncodedImage) -> EncodedImage:
-    """The same pixels in a form that every decoder reads.
+    """The same pixels in a format that every decoder reads.
 
     Raises:
         BadImageError: it cannot be decoded.
@@ -157,14 +157,14 @@ def verify_files(
 
     Args:
         paths: files to check.
-        decode: also decode each image (slower, finds damage inside).
-        workers: threads; 0 derives it from the machine.
-        max_megapixels: larger images count as bad, megapixels.
+        decode: also decode each image (slower; finds damaged pixels).
+        workers: threads; 0 derives the number from the machine.
+        max_megapixels: larger images count as bad.
         timeout: seconds that one file may take.
-        progress: called with 1 for each file that is done.
+        progress: called with 1 after each file.
 
     Returns:
-        The bad files, in the order given.
+        The bad files, in the given order.
     """
 
     def check(path: str) -> None:
@@ -189,7 +189,7 @@ def verify_files(
 
 
 def reason_of(error: Exception) -> str:
-    """Why a file is bad, of whatever was raised while it was read."""
+    """Why a file is bad, given the exception that was raised while it was read."""
     if isinstance(error, BadImageError):
         return error.reason
     return f"cannot be read ({error or type(error).__name__})"

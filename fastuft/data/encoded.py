@@ -1,7 +1,7 @@
-"""What an encoded image says of itself: its format, its size, and how it is to be turned.
+"""The header of an encoded image: its format, size and orientation.
 
-One reading of the bytes decides for every decoder. The orientation comes from the EXIF tag alone; a damaged tag means
-upright. No other metadata is looked at.
+The bytes are parsed once, and the result holds for every decoder. The orientation comes from the EXIF tag alone; a damaged
+tag means upright. Other metadata is ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Format = Literal["JPEG", "PNG", "WebP", "BMP", "other"]  # other: what only Pillow decodes
+Format = Literal["JPEG", "PNG", "WebP", "BMP", "other"]  # other: formats that only Pillow decodes
 
 _ORIENTATION, _SHORT = 0x0112, 3  # EXIF tag and its type
 _EXIF_PREFIX = b"Exif\0\0"
@@ -33,15 +33,15 @@ class DamagedHeaderError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What an encoded image says of itself.
+    """The header of an encoded image.
 
     Args:
-        format: of the file.
-        width: as stored, pixels.
-        height: as stored, pixels.
-        orientation: EXIF's 1 to 8; 1 is upright.
-        whole: whether the end is there, for formats that mark it.
-        described: whether there are metadata that some decoder may take an orientation from.
+        format: format of the file.
+        width: stored width, pixels.
+        height: stored height, pixels.
+        orientation: EXIF's orientation, 1 to 8; 1 is upright.
+        whole: whether the file has an end marker, for formats that have one.
+        described: whether it has metadata that some decoder may take an orientation from.
     """
 
     format: Format
@@ -61,7 +61,7 @@ def read_header(data: bytes) -> Header | None:
     """The header of a JPEG, PNG, WebP or BMP file; None for anything else.
 
     Raises:
-        DamagedHeaderError: one of those formats, and the header makes no sense.
+        DamagedHeaderError: it has one of those formats, but its header makes no sense.
     """
     parse = _parser_of(data)
     if parse is None:
@@ -71,7 +71,7 @@ def read_header(data: bytes) -> Header | None:
     except (struct.error, IndexError) as error:
         raise DamagedHeaderError("ends within its header") from error
     if header.width < 1 or header.height < 1:
-        raise DamagedHeaderError(f"says that it has {header.width} x {header.height} pixels")
+        raise DamagedHeaderError(f"claims {header.width} x {header.height} pixels")
     return header
 
 
@@ -88,7 +88,7 @@ def _parser_of(data: bytes) -> Callable[[bytes], Header] | None:
 
 
 def orientation_of(exif: bytes) -> int:
-    """EXIF's orientation, 1 to 8, from a block of tags (a TIFF structure); 1 where it is missing or damaged."""
+    """EXIF's orientation, 1 to 8, from a block of tags (a TIFF structure); 1 if it is missing or damaged."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     try:
         if order is None:
@@ -101,17 +101,17 @@ def orientation_of(exif: bytes) -> int:
                 entry_is_whole = entry + 12 <= len(exif)
                 return value if kind == _SHORT and values == 1 and 1 <= value <= 8 and entry_is_whole else 1
     except struct.error:
-        pass  # cut off
+        pass  # truncated
     return 1
 
 
 def plain(data: bytes, header: Header, *, orientation: int = 1) -> bytes:
-    """The same image without anything that only describes it, so that decoders cannot stumble over that.
+    """The same image without metadata, so that decoders cannot trip over it.
 
     Args:
         data: the file.
         header: its header.
-        orientation: what decoders are to find in EXIF's tag, the only one there is then; 1 writes none.
+        orientation: value of the only EXIF tag to write, for decoders; 1 writes none.
     """
     exif = _exif(orientation) if orientation > 1 else b""
     if header.format == "JPEG":
@@ -144,17 +144,17 @@ def plain(data: bytes, header: Header, *, orientation: int = 1) -> bytes:
 
 
 def _exif(orientation: int) -> bytes:
-    """A block with the one tag."""
+    """An EXIF block with only this tag."""
     return b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, _ORIENTATION, _SHORT, 1, orientation, 0, 0)
 
 
 def _exif_orientation(block: bytes) -> int:
-    """The orientation in a block that may begin with EXIF's name, once."""
+    """The orientation in a block that may begin with EXIF's prefix."""
     return orientation_of(block.removeprefix(_EXIF_PREFIX))
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end) of each segment; the last is the start of scan with everything behind it.
+    """(marker, start, end) of each segment; the last one is the start of scan with everything after it.
 
     Raises:
         IndexError, struct.error: the file ends before the scan.
@@ -193,14 +193,14 @@ def _jpeg(data: bytes) -> Header:
             if orientation is None and data[start + 4 : start + 10] == _EXIF_PREFIX:
                 orientation = orientation_of(data[start + 10 : end])
         elif marker == 0xDA:
-            # Writers append bytes, telephones films of any length, behind the end marker.
+            # Some writers append bytes after the end marker; phones append whole videos.
             whole = data.rfind(b"\xff\xd9", start) > start
             return Header("JPEG", width, height, orientation or 1, whole, described)
     raise AssertionError("segments end with the scan")
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, end) of each chunk, with its length and checksum; the last may be cut off."""
+    """(name, start, end) of each chunk, including its length and checksum; the last may be truncated."""
     at = 8
     while at + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, at)
@@ -225,7 +225,7 @@ def _png(data: bytes) -> Header:
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, end) of each chunk; end leaves out the byte that makes lengths even."""
+    """(name, start, end) of each chunk; end excludes the byte that pads odd lengths."""
     at = 12
     while at + 8 <= len(data):
         name, length = struct.unpack_from("<4sI", data, at)
@@ -248,7 +248,7 @@ def _webp(data: bytes) -> Header:
             (bits,) = struct.unpack_from("<I", data, start + 9)
             width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     declared = int.from_bytes(data[4:8], "little") + 8
-    whole = declared <= len(data) + 1  # some writers leave out the last byte that makes lengths even
+    whole = declared <= len(data) + 1  # some writers omit the last padding byte
     return Header("WebP", width, height, orientation, whole, described)
 
 

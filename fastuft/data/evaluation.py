@@ -1,4 +1,4 @@
-"""The evaluation stream: each image once, in order, its center crop."""
+"""The evaluation stream: the center crop of each image, once and in order."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fastuft.memory import refuse_beyond, total_memory
 
 
 class EvalStream(ImageStream):
-    """Images in order: shorter side to ``resize``, center crop of ``size``, normalized; the last partial batch is kept.
+    """Images in order: shorter side resized to ``resize``, center crop of ``size``, normalized. The last partial batch is kept.
 
-    Where bad files are to be skipped they are left out: batches hold fewer images then.
+    If bad files are skipped, they are left out, and batches have fewer images.
 
     Args:
         paths: files.
         labels: their labels, or None.
-        loading: how images are loaded.
+        loading: how to load images.
         size: side of the crop, pixels.
-        resize: shorter side the crop is taken from; 0 means size * 256 / 224.
+        resize: shorter side before the crop; 0 means size * 256 / 224.
         batch_size: images per batch.
 
     Raises:
@@ -62,7 +62,7 @@ class EvalStream(ImageStream):
         """(images [b, 3, size, size], labels int64 [b] or None).
 
         Raises:
-            BadImageError: a bad file, unless they are to be skipped; it names the file and the remedy.
+            BadImageError: a file is bad and bad files are not skipped; the message names it and the remedy.
         """
         for _, index, (images,) in self._pass(0, np.arange(len(self.paths)), range(len(self))):
             yield images, None if self.labels is None else self.labels[index]

@@ -1,4 +1,4 @@
-"""From files to batches of views: reads each file ahead of the decoder, and deals with the bad ones."""
+"""From files to batches of views: reads files ahead of the decoder and handles bad ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MANY_BAD = 0.5  # share of bad files at which skipping stops making sense
 
 
 def make_backend(spec: ViewSpec) -> Backend:
-    """The backend that ``spec.loading.loader`` names."""
+    """The backend named by ``spec.loading.loader``."""
     if resolve_loader(spec.loading.loader) == "dali":
         from fastuft.data.dali import DaliBackend
 
@@ -45,11 +45,11 @@ def make_backend(spec: ViewSpec) -> Backend:
 
 @dataclass(frozen=True)
 class Replacing:
-    """How good files take the places of bad ones that are skipped.
+    """How bad files that are skipped are replaced with good ones.
 
     Args:
-        seed: of the draw.
-        pools: ranges of files; a file is replaced by one of its own range, one that is in none by any.
+        seed: seed of the draw.
+        pools: ranges of files; a file is replaced with one from its own range, or with any if it is in none.
     """
 
     seed: int
@@ -61,10 +61,10 @@ class Pass:
     """One pass over the files.
 
     Args:
-        epoch: part of the key of everything drawn.
-        order: files by position.
-        positions: the positions of a step's batch.
-        draw: parameters of the views of images of the given sizes [n, 2] (width, height) at the given positions.
+        epoch: part of the key of all draws.
+        order: the files by position.
+        positions: returns the positions of a step's batch.
+        draw: draws the parameters of views for images with the given sizes [n, 2] (width, height) at given positions.
     """
 
     epoch: int
@@ -76,24 +76,24 @@ class Pass:
 class Feed:
     """Batches of views of a list of files.
 
-    A pool of threads reads the files of the batches ahead. Each file is looked at when it is read (see
-    :func:`fastuft.data.decoding.read_image`), and the bytes that were looked at are those that are decoded: a region
-    is always one of the image at hand. Decoders find no orientation but ours: other metadata are taken out. A file
-    whose size is not what it was is bad. Where decoding fails all the same, the culprit is found by decoding the images
-    under way one by one, and the batches that were not handed out yet are made again. What the loader's decoder refuses
-    and Pillow reads (DALI: some files with odd metadata) is not bad: it is decoded without its metadata, or by Pillow.
+    A pool of threads reads the files of the next batches. Each file is checked when it is read (see
+    :func:`fastuft.data.decoding.read_image`), and the bytes that were checked are the bytes that are decoded, so a region
+    always fits its image. Decoders find only the orientation that we read, because other metadata is removed. A file whose
+    size has changed is bad. If decoding fails nevertheless, the current images are decoded one by one to find the bad one,
+    and batches that were not yet delivered are made again. A file that the loader's decoder refuses but Pillow reads (with
+    DALI, some files with unusual metadata) is not bad: it is decoded without its metadata, or by Pillow.
 
     Args:
         paths: files.
-        spec: how views are made.
-        replacing: what takes the place of skipped files; None leaves them out.
+        spec: how to make views.
+        replacing: how to replace skipped files; None leaves them out.
     """
 
     def __init__(self, paths: Sequence[str], spec: ViewSpec, replacing: Replacing | None = None) -> None:
         self.paths = paths
         self._loading = spec.loading
         self._replacing = replacing
-        self._known = np.zeros((len(paths), 3), np.int64)  # width, height, bytes of files that were read before
+        self._known = np.zeros((len(paths), 3), np.int64)  # width, height and bytes of files read before
         self._bad: dict[int, str] = {}
         self._stripped: set[int] = set()  # files whose metadata the decoder does not understand
         self._recoded: set[int] = set()  # files that Pillow decodes for it
@@ -106,16 +106,16 @@ class Feed:
 
     @property
     def bad_files(self) -> list[BadFile]:
-        """Files found bad so far, in their order."""
+        """The bad files found so far, in order."""
         with self._lock:
             return [BadFile(self.paths[index], reason) for index, reason in sorted(self._bad.items())]
 
     def batches(self, one_pass: Pass, steps: range) -> Iterator[tuple[Request, list[Tensor]]]:
-        """(request, views) of each step; steps that are left without any image are passed over.
+        """(request, views) of each step; steps without any image left are skipped.
 
         Raises:
-            BadImageError: a bad file, unless they are to be skipped.
-            ValueError: most of the files are bad.
+            BadImageError: a file is bad and bad files are not skipped.
+            ValueError: too many files are bad.
         """
         first = steps.start
         while first < steps.stop:
@@ -129,7 +129,7 @@ class Feed:
                 self._settle(error)
 
     def _requests(self, one_pass: Pass, steps: range) -> Generator[Request]:
-        """The requests of the steps; a thread makes one while the batches before it are decoded and used."""
+        """The requests of the steps; a thread makes each one while the batches before it are decoded and used."""
         under_way: deque[tuple[int, Positions, Reading[int, EncodedImage]]] = deque()
         following = iter(steps)
 
@@ -178,15 +178,15 @@ class Feed:
         return Request(step, images, index, views, strong)
 
     def _accept(self, index: int, found: EncodedImage | Exception) -> EncodedImage | None:
-        """The image, or None for a bad file, which is noted."""
+        """The image, or None for a bad file, which is recorded."""
         if isinstance(found, EncodedImage):
             return found
         self._mark(index, reason_of(found))
         return None
 
     def _replacement(self, index: int, epoch: int, position: int) -> tuple[int, EncodedImage]:
-        """A good file in place of a bad one: the first of a sequence drawn by (seed, epoch, position), so that all
-        ranks and restarts take the same.
+        """A good file to replace a bad one: the first good one in a sequence drawn from (seed, epoch, position), which is
+        the same on all ranks and after restarts.
         """
         assert self._replacing is not None
         pool = self._pool_of(index)
@@ -200,12 +200,12 @@ class Feed:
                     return index, image
 
     def _read(self, index: int) -> EncodedImage:
-        """A file's bytes, looked at, in a form that the backend's decoder takes."""
+        """A file's bytes, checked, in a form that the backend's decoder takes."""
         image = read_image(self.paths[index], self._loading.max_megapixels)
         state = np.array([*image.header.size, len(image.data)], np.int64)
         if self._known[index, 0] and not np.array_equal(self._known[index], state):
             before, now = ("{} x {} pixels in {} bytes".format(*each) for each in (self._known[index], state))
-            raise BadImageError(image.path, f"has changed since it was read first (was {before}, is {now})")
+            raise BadImageError(image.path, f"has changed since it was first read (was {before}, is {now})")
         if image.header.described or index in self._stripped:
             image = _described_by_us(image)
         if not self._known[index, 0]:
@@ -239,14 +239,14 @@ class Feed:
             )
 
     def _settle(self, error: DecodeError) -> None:
-        """Find the files behind a decoder's failure; the next request leaves them out or has Pillow decode them."""
+        """Find the files that made a decoder fail; later requests leave them out or have Pillow decode them."""
         under_way: dict[int, EncodedImage] = {}
         for request in error.requests:
             under_way |= dict(zip(request.index.tolist(), request.images, strict=True))
         decodes = self._backend.decodes(list(under_way.values()))
         culprits = [each for each, good in zip(under_way.items(), decodes, strict=True) if not good]
         if not culprits or any(index in self._recoded for index, _ in culprits):
-            raise error  # no file's fault
+            raise error  # not the fault of a file
         for index, image in culprits:
             try:
                 decode_rgb(image)
@@ -257,16 +257,16 @@ class Feed:
 
     def _leave_to_pillow(self, index: int) -> None:
         if not self._recoded:
-            note(f"{printable(self.paths[index])}: DALI does not decode it; Pillow does, as for all such files")
+            note(f"{printable(self.paths[index])}: DALI cannot decode it, so Pillow decodes it and all files like it")
         self._recoded.add(index)
 
     def close(self) -> None:
-        """Give back threads and memory."""
+        """Release threads and memory."""
         self._pool.close()
         self._backend.close()
 
 
 def _described_by_us(image: EncodedImage) -> EncodedImage:
-    """The image with no other metadata than the orientation that we read."""
+    """The image with no metadata except the orientation that we read."""
     data = plain(image.data, image.header, orientation=image.header.orientation)
     return EncodedImage(image.path, data, image.header)

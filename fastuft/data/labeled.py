@@ -21,13 +21,13 @@ class LabeledTrainStream(ImageStream):
     Args:
         paths: files.
         labels: their labels.
-        loading: how images are loaded.
-        augment: crop and flip are taken from it; color, blur and rotation as they stand there.
+        loading: how to load images.
+        augment: the random views.
         batch_size: images per batch; the last partial batch is kept.
         seed: seed of order and views.
 
     Raises:
-        ValueError: no images, or labels of another length than paths.
+        ValueError: no images, or not one label per path.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class LabeledTrainStream(ImageStream):
         """(images [b, 3, size, size], labels int64 [b]) of one shuffled pass.
 
         Raises:
-            BadImageError: a bad file, unless they are to be skipped; it names the file and the remedy.
+            BadImageError: a file is bad and bad files are not skipped; the message names it and the remedy.
         """
         order = shuffled(self.seed, epoch, len(self.paths))
         for _, index, (images,) in self._pass(epoch, order, range(len(self))):

@@ -94,5 +94,5 @@ class LeftOut:
             parts.append(f"{self.others.total()} other files ({', '.join(named)}{more})")
         parts += [f"{number} x the folder {name}" for name, number in sorted(self.junk.items())]
         if parts:
-            hint = "; data.suffixes names what else is an image" if self.others else ""
+            hint = "; add other suffixes of images to data.suffixes" if self.others else ""
             note(f"'{printable(place)}': {images} images; left out: {', '.join(parts)}{hint}")

@@ -1,4 +1,4 @@
-"""Finding image files: folders at any depth, list files, single files."""
+"""Finding image files: in folders of any depth, in list files, or one by one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SCANNERS = min(32, 4 * (os.cpu_count() or 1))  # threads that wait for the file
 
 @dataclass
 class _Scan:
-    """What a folder holds."""
+    """The contents of a folder."""
 
     files: list[str] = field(default_factory=list)
     folders: dict[str, int] = field(default_factory=dict)  # and the modification time of each
@@ -100,16 +100,16 @@ def list_images(paths: str | Sequence[str], suffixes: Sequence[str] = IMAGE_SUFF
 
 
 def labeled_folder(path: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> tuple[Sequence[str], list[int], list[str]]:
-    """Images of class sub-folders; those that lie beside the sub-folders are left out, which is said.
+    """The images in class folders; images beside these folders are left out, and one line says so.
 
     An image that links lead to from several classes is one of the first alone, as in :func:`find_images`. In shards,
     classes are the members' folders, or what ``.cls`` files beside them say.
 
     Returns:
-        (paths, labels, class names): classes are the sub-folders in sorted order, images of a class at any depth.
+        (paths, labels, class names): classes are the sorted sub-folders, with the images inside them at any depth.
 
     Raises:
-        ValueError: no class sub-folders, or one without images.
+        ValueError: no class folders, or a class folder without images.
     """
     if is_place(path):
         return _labels_said(path, find_images(path, suffixes))
@@ -122,7 +122,7 @@ def labeled_folder(path: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> tuple
     if found is not None and not found.only_files:
         return _labels_said(path, found)
     if found is None or not names:
-        raise ValueError(f"'{printable(path)}' has no class sub-folders; labels need one sub-folder per class")
+        raise ValueError(f"'{printable(path)}' has no class folders; labels need one sub-folder per class")
     of_class: dict[str, list[str]] = {name: [] for name in names}
     for file, name in zip(found, found.names(), strict=True):
         first, inside, _ = name.partition(os.sep)
@@ -130,12 +130,12 @@ def labeled_folder(path: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> tuple
             of_class[first].append(file)
     if empty := [name for name in names if not of_class[name]]:
         raise ValueError(
-            f"'{printable(os.path.join(root, empty[0]))}' holds no images of its own (expected are files ending in "
-            f"{' '.join(suffixes)}); each sub-folder of '{printable(path)}' is a class, remove those without"
+            f"'{printable(os.path.join(root, empty[0]))}' has no images of its own (expected files ending in "
+            f"{' '.join(suffixes)}); each sub-folder of '{printable(path)}' is a class, so remove those without images"
         )
     paths = [file for name in names for file in of_class[name]]
     if beside := len(found) - len(paths):
-        note(f"'{printable(root)}': {beside} images beside the class sub-folders are left out")
+        note(f"'{printable(root)}': {beside} images beside the class folders are left out")
     labels = [label for label, name in enumerate(names) for _ in of_class[name]]
     return paths, labels, names
 
@@ -173,8 +173,8 @@ def _read_folder(folder: str, is_image: IsImage) -> tuple[list[tuple[str, bool]]
                     others.others[os.path.splitext(entry.name)[1].lower()] += 1
     except OSError as error:
         raise ValueError(
-            f"the folder '{printable(folder)}' cannot be read ({error.strerror or error}); mend its permissions, or move it "
-            "out of the images"
+            f"the folder '{printable(folder)}' cannot be read ({error.strerror or error}); fix its permissions, or move it "
+            "away from the images"
         ) from error
     return inner, found, others
 
@@ -187,9 +187,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _scan_folder(root: str, suffixes: tuple[str, ...]) -> _Scan:
-    """Everything below ``root``; folders are read by several threads.
+    """Scan everything below ``root`` with several threads.
 
-    Links are followed; a folder that is reached by several ways is read once.
+    Links are followed; a folder that can be reached in several ways is read once.
     """
     scan = _Scan()
     is_image = image_names(suffixes)
@@ -227,24 +227,24 @@ def _cache_file(root: str, suffixes: tuple[str, ...]) -> Path | None:
 
 
 def _scan_cached(root: str, suffixes: tuple[str, ...]) -> _Scan:
-    """As ``_scan_folder``; a large tree is scanned again only when one of its folders has changed."""
-    place = _cache_file(root, suffixes)
-    if place is not None:
+    """Like ``_scan_folder``, but a large tree is scanned again only if one of its folders has changed."""
+    cache = _cache_file(root, suffixes)
+    if cache is not None:
         try:
-            known = json.loads(place.read_text(encoding="utf-8"))
+            known = json.loads(cache.read_text(encoding="utf-8"))
             left_out = LeftOut(Counter(known["left_out"]), Counter(known["junk"]))
             scan = _Scan(known["files"], known["folders"], left_out)
             if known["root"] == root and all(os.stat(f).st_mtime_ns == m for f, m in scan.folders.items()):
                 return scan
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # no cache, an unreadable one, or a folder that is gone: scan
+            pass  # no cache, an unreadable one, or a folder that no longer exists: scan
     scan = _scan_folder(root, suffixes)
-    if place is not None and len(scan.files) >= _SCAN_CACHE_FROM:
+    if cache is not None and len(scan.files) >= _SCAN_CACHE_FROM:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            cache.parent.mkdir(parents=True, exist_ok=True)
             content = {"root": root, "files": scan.files, "folders": scan.folders}
             content |= {"left_out": scan.left_out.others, "junk": scan.left_out.junk}
-            write_whole(place, json.dumps(content).encode(), flush=False)
+            write_whole(cache, json.dumps(content).encode(), flush=False)
         except OSError:
             pass  # the cache only saves time
     return scan

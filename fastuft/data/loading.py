@@ -1,4 +1,4 @@
-"""How images are loaded: where to, in which form, by what."""
+"""How to load images: device, format and loader."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Loader = Literal["auto", "dali", "torch"]
 Triple = tuple[float, float, float]
 CPU = torch.device("cpu")
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time, and of the period they are for
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time, and of the period that they refer to
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How the images of a stream are loaded.
+    """How to load the images of a stream.
 
     Args:
-        mean: of the network's inputs, for pixels in [0, 1].
-        std: likewise.
-        device: where the images are wanted; a CUDA device decodes there.
+        mean: mean of the network's inputs, for pixels in [0, 1].
+        std: their standard deviation.
+        device: device of the images; a CUDA device also decodes.
         dtype: float32, float16 or bfloat16.
         loader: auto, dali or torch.
-        threads: decoding threads; 0 takes the processors of this process.
-        prefetch: batches made ahead.
+        threads: decoding threads; 0 takes the processors available to this process.
+        prefetch: batches prepared ahead.
         hw_decoder_load: share of JPEGs for a GPU's hardware decoder.
         max_megapixels: largest image that is decoded.
         on_bad_file: error names the file and stops; skip goes on without it: training streams put a good one in its
@@ -65,7 +65,7 @@ class Loading:
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
     ) -> Loading:
-        """What a configuration says, for one network on one device."""
+        """The settings of a configuration, for one network on one device."""
         return cls(
             mean=mean,
             std=std,
@@ -83,13 +83,13 @@ class Loading:
 
     @property
     def num_threads(self) -> int:
-        """Threads to use; the processes of one machine, one per GPU, share its processors."""
+        """Threads to use; the processes of one machine (one per GPU) share its processors."""
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return self.threads or max(1, processors() // local_ranks)
 
 
 def processors() -> int:
-    """Processors that this process may use: those it may run on, at most its container's quota."""
+    """Processors available to this process: those that it may run on, up to its container's quota."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = _QUOTA.read_text(encoding="utf-8").split()
@@ -99,10 +99,10 @@ def processors() -> int:
 
 
 def resolve_loader(loader: Loader) -> Literal["dali", "torch"]:
-    """dali or torch; ``auto`` takes DALI where it is installed and says so, once, where it is not.
+    """dali or torch; ``auto`` takes DALI if it is installed, and otherwise says once that it is not.
 
     Raises:
-        ValueError: dali asked for where it is missing.
+        ValueError: ``dali``, but DALI is not installed.
     """
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if loader == "torch" or (loader == "auto" and not installed):

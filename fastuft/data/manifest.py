@@ -1,4 +1,4 @@
-"""The training set of a run: all target images and the fixed random share of the source (sparse data replaying)."""
+"""The training images of a run: the target, and a fixed random share of the source (sparse source data replaying)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Manifest:
     Args:
         paths: all images, target first: a tuple where all are files.
         num_target: how many of them are target.
-        source_total: images of the whole source set.
+        source_total: number of images in the whole source.
         fraction: share of the source that was drawn.
         seed: seed of the draw.
-        content_hash: digest of every file's name, relative to the folder or list that it was found by, and size: the same
-            for the same data under another root, behind a link, or read from a replay cache.
+        content_hash: digest of every file's size, and of its name relative to the folder or list that it was found through;
+            it is the same for the same data under another root, behind a link, or in a replay cache.
     """
 
     paths: Sequence[str]
@@ -58,7 +58,7 @@ class Manifest:
         replay_cache: str | None = None,
         suffixes: Sequence[str] = IMAGE_SUFFIXES,
     ) -> Manifest:
-        """Scan the folders and draw the replayed share, once and for all of a run.
+        """Scan the folders and draw the replayed share, which is fixed for the whole run.
 
         Args:
             target: folder, list file or several.
@@ -67,10 +67,10 @@ class Manifest:
                 or all.
             seed: seed of the draw.
             replay_cache: folder to copy the drawn images to; training then reads the copies.
-            suffixes: of image files in folders.
+            suffixes: suffixes of image files in folders.
 
         Raises:
-            ValueError: an empty or missing folder, a source that holds target images only, or a fraction out of [0, 1].
+            ValueError: a folder is empty or missing, the source has only target images, or the fraction is not in [0, 1].
         """
         if fraction is not None and not 0 <= fraction <= 1:
             raise ValueError(f"data.replay_fraction={fraction!r} is out of range; allowed: [0, 1]")
@@ -82,7 +82,7 @@ class Manifest:
             found = find_images(source, suffixes)
             left = _others(found, images)
             if not len(left):
-                raise ValueError(f"source={source!r} holds target images only; name the images of pretraining, or none")
+                raise ValueError(f"source={source!r} has only target images; name the images of pretraining, or none")
             total = len(left)
             fraction = min(1.0, num_target / total) if fraction is None else fraction
             count = max(1, round(fraction * total)) if fraction else 0
@@ -107,7 +107,7 @@ class Manifest:
 
     @property
     def is_source(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """bool [len]: which images are replayed source."""
+        """Which images are replayed source images, bool [len]."""
         return np.arange(len(self.paths)) >= self.num_target
 
     def summary(self) -> dict[str, Any]:
@@ -154,21 +154,21 @@ def _digest(names: Sequence[str], sizes: np.ndarray) -> str:
 
 
 def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
-    """Copy files to a local folder once; a copy that was broken off goes on where it stopped.
+    """Copy files to a local folder once; an interrupted copy continues where it stopped.
 
-    Each copy is read back and compared with what was read from the original, and only then noted in ``index.jsonl``
-    with the original's size and time. A later call keeps noted copies whose originals have not changed.
+    Each copy is read back and compared with the bytes of the original, and only then recorded in ``index.jsonl`` with the
+    original's size and modification time. A later call keeps recorded copies whose originals have not changed.
 
     Returns:
-        The copies' paths, in the order given; the originals' where those cannot be read.
+        The paths of the copies, in the given order; the path of the original if it cannot be read.
 
     Raises:
-        ValueError: a folder that cannot be written, or a copy that cannot be written or differs from its original.
+        ValueError: the folder or a copy cannot be written, or a copy differs from its original.
     """
-    place = Path(folder).expanduser().resolve()
-    index_path = place / "index.jsonl"
+    cache = Path(folder).expanduser().resolve()
+    index_path = cache / "index.jsonl"
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
         index_path.touch()
     except OSError as error:
         raise ValueError(
@@ -176,32 +176,32 @@ def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
             "or none"
         ) from error
     lock = threading.Lock()
-    # Of several ranks one copies, and the others find its copies.
-    with FileLock(place / ".lock"), open(index_path, "a+", buffering=1, encoding="utf-8", errors="replace") as index:
-        remove_leftovers(place)
+    # One of several ranks copies, and the others find its copies.
+    with FileLock(cache / ".lock"), open(index_path, "a+", buffering=1, encoding="utf-8", errors="replace") as index:
+        remove_leftovers(cache)
         index.seek(0)
         lines = index.read().split("\n")
-        if lines.pop():  # the last line was cut off
+        if lines.pop():  # the last line is truncated
             index.write("\n")
-        noted = _read_index(lines)
+        recorded = _read_index(lines)
 
         def copy(path: str) -> str:
             name = hashlib.blake2b(os.fsencode(path), digest_size=12).hexdigest()
-            target = place / (name + os.path.splitext(path)[1].lower())
+            target = cache / (name + os.path.splitext(path)[1].lower())
             try:
                 state = list(state_of(path))
-                length, *noted_state = noted.get(target.name, [-1])
-                if noted_state == state and target.exists() and target.stat().st_size == length:
+                length, *recorded_state = recorded.get(target.name, [-1])
+                if recorded_state == state and target.exists() and target.stat().st_size == length:
                     return str(target)
                 content = read_bytes(path)
             except (OSError, BadImageError):
-                return path  # an unreadable original is the streams' affair, under data.on_bad_file
+                return path  # the streams handle an unreadable original, according to data.on_bad_file
             try:
                 _write_compared(target, content)
             except OSError as error:
                 raise ValueError(
                     f"data.replay_cache={folder!r}: {printable(path)} cannot be copied ({error.strerror or error}); free "
-                    "space or mend the disk, and start again: what is copied stays"
+                    "some disk space or repair the disk, and start again: finished copies are kept"
                 ) from error
             with lock:
                 index.write(json.dumps([target.name, len(content), *state]) + "\n")
@@ -211,7 +211,7 @@ def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
 
 
 def _write_compared(target: Path, content: bytes) -> None:
-    """Write a file that is whole or not there, and read it back."""
+    """Write a file whole or not at all, and read it back."""
     with whole_file(target, flush=False) as partial:
         partial.write_bytes(content)
         if partial.read_bytes() != content:
@@ -220,12 +220,12 @@ def _write_compared(target: Path, content: bytes) -> None:
 
 def _read_index(lines: Sequence[str]) -> dict[str, list[int]]:
     """Name -> [size, size and time of the original] of finished copies; lines that were cut off are passed over."""
-    noted: dict[str, list[int]] = {}
+    recorded: dict[str, list[int]] = {}
     for line in lines:
         try:
             name, *numbers = json.loads(line)
             length, size, version = numbers if len(numbers) == 3 else (numbers[0], *numbers)  # older: copy and original
-            noted[name] = [length, size, version]
+            recorded[name] = [length, size, version]
         except (ValueError, TypeError, IndexError):
             continue
-    return noted
+    return recorded

@@ -1,4 +1,4 @@
-"""Which image stands where: the epoch's order is a pure function of (seed, epoch)."""
+"""The order of images in an epoch, a pure function of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Positions = np.ndarray[Any, np.dtype[np.int64]]
 class EpochPlan:
     """How target and replayed source images fill the batches of an epoch.
 
-    union: one shuffled pass over both. balanced: one shuffled pass over the target with ``source_rows`` source images
-    in every batch, which come from consecutive shuffled passes over the source; rows are shuffled within a batch, so
-    that pairs of rows are not always one of each. With ``drop_last`` the last partial batch is left out: a different
-    remainder each epoch.
+    union: one shuffled pass over both. balanced: one shuffled pass over the target, with ``source_rows`` source images in
+    every batch from consecutive shuffled passes over the source; rows are shuffled within a batch, so that mixing does not
+    always pair a target image with a source image. With ``drop_last``, the last partial batch is dropped, which is a
+    different remainder in each epoch.
 
     Args:
-        num_target: target images, manifest positions [0, num_target).
-        num_source: replayed source images, the positions after them.
+        num_target: number of target images, which are rows [0, num_target) of the manifest.
+        num_source: number of replayed source images, which are the rows after them.
         batch: global batch.
         mode: union or balanced.
-        share: source share of each batch, balanced only.
-        drop_last: leave out the last partial batch.
+        share: source share of each batch, if balanced.
+        drop_last: drop the last partial batch.
 
     Raises:
-        ValueError: balanced without source images, or fewer images than one batch takes.
+        ValueError: balanced without source images, or fewer images than a batch needs.
     """
 
     num_target: int
@@ -43,18 +43,18 @@ class EpochPlan:
     def __post_init__(self) -> None:
         if self.mode == "balanced" and self.num_source == 0:
             raise ValueError(
-                "data.replay_mode='balanced' needs source images and there are none; name a source folder, or set "
+                "data.replay_mode='balanced' needs source images, but there are none; name a source folder, or set "
                 "data.replay_mode to union"
             )
         if self.steps == 0:
             raise ValueError(
-                f"data.batch_size={self.batch} needs {self._pass_rows} images for one step and there are "
-                f"{self._pass_images}; choose a smaller batch, or set data.drop_last to false"
+                f"data.batch_size={self.batch} needs {self._pass_rows} images for one step, but there are only "
+                f"{self._pass_images}; choose a smaller batch size, or set data.drop_last to false"
             )
 
     @property
     def source_rows(self) -> int:
-        """Source images in each batch of balanced replay; at least one of either kind."""
+        """Source images in each batch of balanced replay; a batch has at least one image of each kind."""
         return min(max(round(self.share * self.batch), 1), self.batch - 1)
 
     @property
@@ -72,7 +72,7 @@ class EpochPlan:
         return whole + (rest > 0 and not self.drop_last)
 
     def order(self, seed: int, epoch: int) -> Positions:
-        """Manifest positions of one epoch in the order of training, int64 [images]."""
+        """Rows of the manifest in the order of one epoch, int64 [images]."""
         targets = keyed_generator(seed, "order", epoch).permutation(self._pass_images)
         if self.mode == "union":
             return targets[: self.steps * self.batch]
@@ -90,7 +90,7 @@ class EpochPlan:
         return np.concatenate(batches)
 
     def _source_rows_of(self, seed: int, epoch: int) -> Positions:
-        """Source images of a balanced epoch: they go on where the epoch before stopped, pass after pass."""
+        """Source images of a balanced epoch, which continue where the epoch before stopped, pass after pass."""
         rows = self.steps * self.source_rows
         first = epoch * rows
         passes = range(first // self.num_source, -(-(first + rows) // self.num_source))

@@ -1,4 +1,4 @@
-"""Bytes of files, read by a bounded pool of threads that a hanging file does not stop."""
+"""Reading files with a bounded pool of threads that a hanging file does not block."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _check_regular(path: str, mode: int) -> None:
 
 
 def _open(path: str) -> int:
-    """Open for reading; where the process has too many files open, wait for others of its threads to close theirs."""
+    """Open for reading; if the process has too many open files, wait until other threads close theirs."""
     give_up = time.monotonic() + READ_TIMEOUT
     while True:
         try:
@@ -82,14 +82,14 @@ def _open(path: str) -> int:
 
 
 class _Pending:
-    """In place of a result that is not there yet."""
+    """Stands for a result that is not available yet."""
 
 
 _PENDING = _Pending()
 
 
 class Reading(Generic[Item, Result]):
-    """A batch of files on their way: ``function(item)`` of each, or the exception that it raised, in order."""
+    """A batch of files being read: the result of ``function(item)`` for each, or the exception that it raised, in order."""
 
     def __init__(self, pool: ReaderPool, function: Callable[[Item], Result], items: Sequence[Item]) -> None:
         self._pool = pool
@@ -104,13 +104,13 @@ class Reading(Generic[Item, Result]):
             self._over.set()
 
     def work(self) -> bool:
-        """Take one file after the other until none is left; False when this thread was given up meanwhile."""
+        """Read one file after the other until none is left; False if this thread was given up meanwhile."""
         while (row := next(self._following)) < len(self.items):
             self._began[row] = time.monotonic()
             found: Result | Exception
             try:
                 found = self._function(self.items[row])
-            except Exception as error:  # whatever goes wrong with one file is that file's fault
+            except Exception as error:  # a failure concerns only its own file
                 found = error
             if not self._finish(row, found):
                 return False
@@ -127,7 +127,7 @@ class Reading(Generic[Item, Result]):
         return True
 
     def results(self) -> list[Result | Exception]:
-        """Wait for the results; a file that takes longer than the pool's limit is given up, with a TimeoutError."""
+        """Wait for the results; a file that takes longer than the pool's timeout is given up with a TimeoutError."""
         while not self._over.wait(min(1.0, self._pool.timeout / 4)):
             now = time.monotonic()
             for row, began in enumerate(self._began):
@@ -138,10 +138,10 @@ class Reading(Generic[Item, Result]):
 
 
 class ReaderPool:
-    """Threads that read files. One that hangs is given up and another takes its place; none keeps the process alive.
+    """Threads that read files. A thread that hangs is given up and replaced; no thread keeps the process alive.
 
     Args:
-        workers: threads.
+        workers: number of threads.
         timeout: seconds that reading one file may take.
     """
 
@@ -153,7 +153,7 @@ class ReaderPool:
         self._started = 0
 
     def read(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Reading[Item, Result]:
-        """Begin to read; see :class:`Reading`."""
+        """Start reading; see :class:`Reading`."""
         reading = Reading(self, function, items)
         wanted = min(self.workers, len(items))
         while self._started < wanted:
@@ -163,12 +163,12 @@ class ReaderPool:
         return reading
 
     def replace_thread(self, reading: Reading[Any, Any]) -> None:
-        """Have another thread go on with ``reading`` where one hangs."""
+        """Start another thread for ``reading``, because one hangs."""
         self._tasks.put(reading)
         self._start_thread()
 
     def close(self) -> None:
-        """Let the threads end when their work is done."""
+        """Let the threads exit when their work is done."""
         for _ in range(self._started):
             self._tasks.put(None)
         self._started = 0
@@ -185,7 +185,7 @@ class ReaderPool:
 def in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, *, chunk: int = 256
 ) -> Iterator[Result]:
-    """``map(function, items)`` by several threads, in order; a chunk is one task, so that millions of items fit."""
+    """``map(function, items)`` with several threads, in order; chunks are the tasks, so millions of items are fine."""
     source = iter(items)
 
     def on_chunk(some: list[Item]) -> list[Result]:

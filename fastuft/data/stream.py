@@ -1,4 +1,4 @@
-"""What all streams of images have in common."""
+"""The common base of all image streams."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from fastuft.randomness import keyed_generator
 
 
 class ImageStream(ABC):
-    """Batches of views of a list of files; a subclass says which rows a batch takes and what its views are.
+    """Batches of views of a list of files; a subclass decides which rows a batch has and what its views are.
 
     Args:
         paths: files.
-        augment: which operators the views need, and their size.
-        loading: how images are loaded.
-        batch_size: images per batch; the last one may hold fewer.
+        augment: the operators that the views need, and their size.
+        loading: how to load images.
+        batch_size: images per batch; the last batch may have fewer.
         num_views: views of each image.
         strong: RandAugment and Cutout of the last view.
         largest: (width, height) to reserve memory for in a GPU's decoder.
-        replacing: what takes the place of skipped files; None leaves them out.
+        replacing: how to replace skipped files; None leaves them out.
 
     Raises:
         ValueError: no files.
@@ -72,26 +72,26 @@ class ImageStream(ABC):
 
     @property
     def bad_files(self) -> list[BadFile]:
-        """Files skipped so far by this rank, with the reason."""
+        """Files that this rank has skipped so far, with reasons."""
         return self._feed.bad_files
 
     @abstractmethod
     def _draw(self, epoch: int, positions: Positions, sizes: np.ndarray) -> Drawn:
-        """Parameters of the views of images of these sizes at these positions of an epoch."""
+        """The parameters of views for images with these sizes at these positions of an epoch."""
 
     def _positions(self, step: int, count: int) -> Positions:
-        """Which of an epoch's ``count`` positions a step takes."""
+        """The positions of a step's batch, out of ``count`` positions in an epoch."""
         return np.arange(step * self.batch_size, min((step + 1) * self.batch_size, count))
 
     def _pass(self, epoch: int, order: Positions, steps: range) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-        """(step, int64 [b] files, views) of each step of one pass over the files in ``order``."""
+        """(step, int64 [b] files, views) for each step of one pass over the files in ``order``."""
 
         one_pass = Pass(epoch, order, lambda step: self._positions(step, len(order)), self._draw)
         for request, views in self._feed.batches(one_pass, steps):
             yield request.step, torch.from_numpy(request.index), views
 
     def close(self) -> None:
-        """Give back threads and memory."""
+        """Release threads and memory."""
         self._feed.close()
 
 
@@ -101,7 +101,7 @@ def shuffled(seed: int, epoch: int, count: int) -> Positions:
 
 
 def labels_of(paths: Sequence[str], labels: Sequence[int]) -> Tensor:
-    """Labels int64 [N] of the files.
+    """The labels of the files, int64 [N].
 
     Raises:
         ValueError: not one label per file.

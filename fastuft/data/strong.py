@@ -1,8 +1,8 @@
 """The strong view of consistency training: RandAugment and Cutout, with every number drawn on the host.
 
-Operators and ranges are those of FixMatch (Sohn et al. 2020, Table 12); a magnitude is drawn for each operator of each
-image, uniformly over its range. The DALI loader applies them by DALI's own ``auto_aug`` operators, the PyTorch loader by
-Pillow's; what is drawn is the same for both, for any number of threads, and after a restart.
+Operators and ranges are those of FixMatch (Sohn et al. 2020, Table 12); a magnitude is drawn uniformly over its range for
+each operator of each image. The DALI loader applies DALI's own ``auto_aug`` operators, the PyTorch loader Pillow's; the draws
+are the same for both, for any number of threads, and after a restart.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from fastuft.config import check_choice, check_range
 
-# (weakest, strongest magnitude, whether the sign is drawn too), in the units of the operator's parameter: a factor less
-# one, degrees, shares of the side, bits less, or a threshold.
+# (weakest magnitude, strongest magnitude, whether the sign is drawn too), in the units of the operator's parameter: a factor
+# minus one, degrees, shares of the side, bits, or a threshold.
 RANGES: dict[str, tuple[float, float, bool]] = {
     "auto_contrast": (0, 0, False),
     "brightness": (-0.05, -0.95, False),
@@ -32,8 +32,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "translate_x": (0, 0.3, True),
     "translate_y": (0, 0.3, True),
 }
-BINS = 31  # magnitudes are drawn from so many evenly spaced ones
-FILL = 128  # gray, where nothing of the image is left
+BINS = 31  # number of evenly spaced magnitudes to draw from
+FILL = 128  # gray, for areas outside the image
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class StrongConfig:
 
 @dataclass(frozen=True)
 class StrongParameters:
-    """What happens to each image of a batch after its crop.
+    """Parameters of each image of a batch after its crop.
 
     Args:
-        op: int32 [n, N] positions in ``StrongConfig.ops``.
-        magnitude_bin: int32 [n, N] in 0..BINS-1.
-        negate: int32 [n, N] 1 turns the sign of operators that have one.
-        erase_start: [n, 2] (y, x) of the erased square's first corner, pixels.
-        erase_shape: [n, 2] its sides, pixels.
+        op: indices into ``StrongConfig.ops``, int32 [n, N].
+        magnitude_bin: values in 0..BINS-1, int32 [n, N].
+        negate: 1 flips the sign of operators that have one, int32 [n, N].
+        erase_start: (y, x) of the erased square's first corner in pixels, [n, 2].
+        erase_shape: its sides in pixels, [n, 2].
     """
 
     op: np.ndarray[Any, np.dtype[np.int32]]
@@ -82,12 +82,12 @@ class StrongParameters:
 
 
 def draws_of(config: StrongConfig) -> int:
-    """Uniform draws that one image takes."""
+    """The number of uniform draws per image."""
     return 3 * config.num_ops + 2
 
 
 def draw_strong(config: StrongConfig, size: int, u: np.ndarray) -> StrongParameters:
-    """Parameters of one strong view of each image.
+    """The parameters of one strong view of each image.
 
     Args:
         config: operators, their number, and the erased share.

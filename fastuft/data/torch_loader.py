@@ -1,4 +1,4 @@
-"""The plain PyTorch backend: the same views from the same parameters, by Pillow and tensor operations on the CPU."""
+"""The PyTorch backend: the same views from the same parameters, made by Pillow and tensor operations on the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastuft.data.views import ViewParameters, color_matrix
 
 
 def gaussian_blur(pixels: Tensor, sigma: float) -> Tensor:
-    """Separable Gaussian blur of [3, H, W] with a window of 3 sigma to each side; borders are mirrored."""
+    """Separable Gaussian blur of [3, H, W] with a window of 3 sigma on each side; borders are mirrored."""
     radius = math.ceil(3 * sigma)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
@@ -67,9 +67,9 @@ def distort(image: Image.Image, name: str, value: float) -> Image.Image:
 
 def strong_view(image: Image.Image, config: StrongConfig, drawn: StrongParameters, row: int) -> Image.Image:
     """RandAugment and Cutout of one cropped image."""
-    for place in range(config.num_ops):
-        name = config.ops[drawn.op[row, place]]
-        image = distort(image, name, magnitude(name, drawn.magnitude_bin[row, place], drawn.negate[row, place]))
+    for number in range(config.num_ops):
+        name = config.ops[drawn.op[row, number]]
+        image = distort(image, name, magnitude(name, drawn.magnitude_bin[row, number], drawn.negate[row, number]))
     (top, left), (height, width) = drawn.erase_start[row].astype(int), drawn.erase_shape[row].astype(int)
     if height and width:
         image = image.copy()
@@ -106,7 +106,7 @@ def make_view(
 
 
 class TorchBackend:
-    """Views by a pool of threads, a batch ahead of the consumer for each unit of ``prefetch``."""
+    """Makes views with a pool of threads, ``prefetch`` batches ahead of the consumer."""
 
     def __init__(self, spec: ViewSpec) -> None:
         self.spec = spec
@@ -148,7 +148,7 @@ class TorchBackend:
         return batch.to(self.spec.loading.device, non_blocking=True)
 
     def understands(self, image: EncodedImage) -> bool:
-        """See :class:`fastuft.data.backend.Backend`; Pillow's size is compared when it decodes."""
+        """See :class:`fastuft.data.backend.Backend`; Pillow's size is compared when the image is decoded."""
         return True
 
     def decodes(self, images: Sequence[EncodedImage]) -> list[bool]:

@@ -19,7 +19,7 @@ from fastuft.data.order import EpochPlan, Positions
 from fastuft.data.stream import ImageStream
 from fastuft.data.views import draw_views, uniforms
 
-_PROBED = 256  # images looked at to reserve memory in a GPU's decoder
+_PROBED = 256  # images whose sizes are read to reserve memory in a GPU's decoder
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Batch:
     """One rank's share of a training step.
 
     Args:
-        query: [b, 3, H, W] channels_last, normalized; the views of the query encoder.
-        key: the same images' other views.
-        index: int64 [b] on the CPU, positions in the manifest.
-        is_source: bool [b] on the CPU, which are replayed source images.
+        query: views for the query encoder, [b, 3, H, W] channels_last, normalized.
+        key: the other views of the same images.
+        index: rows of the manifest, int64 [b] on the CPU.
+        is_source: which images are replayed source images, bool [b] on the CPU.
         epoch: epoch, from 0.
         step: step within the epoch, from 0.
     """
@@ -46,21 +46,20 @@ class Batch:
 class TrainStream(ImageStream):
     """Two augmented views of target and replayed source images.
 
-    The order, the crops and every other random number are functions of (seed, epoch, global position, view): the same
-    images and views come for any number of ranks, threads and restarts. Rank r takes rows [r b, (r + 1) b) of each
-    global batch.
+    The order, the crops and all other random numbers are functions of (seed, epoch, global position, view), so images and
+    views do not depend on the number of ranks, threads or restarts. Rank r takes rows [r b, (r + 1) b) of each global batch.
 
     Args:
-        manifest: the training set.
-        data: batch and replay mode.
+        manifest: the training images.
+        data: batch size and replay mode.
         augment: strengths of the views.
-        loading: how images are loaded.
+        loading: how to load images.
         seed: the run's seed.
-        rank: this process.
-        world_size: processes.
+        rank: rank of this process.
+        world_size: number of processes.
 
     Raises:
-        ValueError: fewer images than a batch, or a batch that does not divide over the ranks.
+        ValueError: fewer images than a batch needs, or a batch that does not divide over the ranks.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class TrainStream(ImageStream):
                 f"choose a multiple of {world_size}"
             )
         if not data.drop_last and world_size > 1:
-            raise ValueError("data.drop_last=False works with one process only; set data.drop_last to true")
+            raise ValueError("data.drop_last=False works only with one process; set data.drop_last to true")
         self._plan = EpochPlan(
             num_target=manifest.num_target,
             num_source=manifest.num_source,
@@ -106,14 +105,14 @@ class TrainStream(ImageStream):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Training steps of one epoch."""
+        """Training steps per epoch."""
         return self._plan.steps
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches of one epoch, from ``start_step`` on.
 
         Raises:
-            BadImageError: a bad file, unless they are to be skipped; it names the file and the remedy.
+            BadImageError: a file is bad and bad files are not skipped; the message names it and the remedy.
         """
         order = self._plan.order(self.seed, epoch)
         is_source = torch.from_numpy(self.manifest.is_source)
@@ -129,10 +128,10 @@ class TrainStream(ImageStream):
         return tuple(draw_views(self.augment, sizes, u) for u in draws), None
 
     def prefill(self, count: int) -> Iterator[Tensor]:
-        """Key views [b, 3, H, W] of at least ``count`` images over all ranks, to fill the queue before training.
+        """Key views [b, 3, H, W] of at least ``count`` images over all ranks, for filling the queue before training.
 
-        The order and the views belong to epoch -1, so training draws none of them. More images than the manifest
-        holds are taken from further passes (-2, -3, ...). Batches are whole, so the last may go beyond ``count``.
+        The order and the views belong to epoch -1, so training uses none of them. If the manifest has too few images, more
+        come from further passes (-2, -3, ...). Batches are whole, so the last may exceed ``count``.
         """
         epoch = -1
         while count > 0:
@@ -145,7 +144,7 @@ class TrainStream(ImageStream):
 
 
 def _largest(paths: Sequence[str]) -> tuple[int, int]:
-    """Largest width and height among some of the images, evenly spread; bad files do not count."""
+    """The largest width and height among an evenly spread sample of the images; bad files are ignored."""
     sizes = [(0, 0)]
     for path in paths[:: max(1, len(paths) // _PROBED)]:
         try:

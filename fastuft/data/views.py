@@ -1,7 +1,7 @@
-"""The random numbers of each view, drawn on the host from (seed, epoch, global position, view).
+"""The random parameters of each view, drawn on the host from (seed, epoch, global position, view).
 
-They reach the decoding backends as plain arrays, so that crops, jitter, blur and flips do not depend on ranks, threads,
-batch size, backend or restarts.
+The decoding backends get them as plain arrays, so crops, jitter, blur and flips do not depend on ranks, threads, batch size,
+backend or restarts.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 _BLOCK = 1024  # positions that share a generator; unrelated to the batch size
 _TRIES = 10  # proposals of a random resized crop, as in the usual definition
-CROP_DRAWS = 2 * _TRIES + 2  # uniform draws of one crop
+CROP_DRAWS = 2 * _TRIES + 2  # uniform draws per crop
 _DRAWS = CROP_DRAWS + 10
 
-# Small images (32 px): mild crops, a little rotation, no flip; digits and glyphs keep their meaning.
+# Small images (32 px): mild crops, a little rotation, no flip, so that digits and glyphs keep their meaning.
 SMALL_IMAGES = AugmentConfig(
     size=32,
     crop_scale=(0.4, 1.0),
@@ -40,18 +40,18 @@ SMALL_IMAGES = AugmentConfig(
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What happens to each image of a batch, in this order: crop and resize, rotate, color, blur, flip.
+    """The parameters of each image of a batch, in the order of application: crop and resize, rotate, color, blur, flip.
 
     Args:
-        roi_start: [n, 2] (y, x) of the crop's first corner, pixels of the upright original.
-        roi_end: [n, 2] (y, x) of the opposite corner.
-        angle: [n] rotation, degrees counter-clockwise.
-        brightness: [n] factor.
-        contrast: [n] factor around mid-gray.
-        saturation: [n] factor; 0 is grayscale.
-        hue: [n] rotation of hue, degrees.
-        sigma: [n] Gaussian blur, pixels; 0 leaves it out.
-        flip: [n] 1 mirrors horizontally.
+        roi_start: (y, x) of the crop's first corner in pixels of the upright original, [n, 2].
+        roi_end: (y, x) of the opposite corner, [n, 2].
+        angle: rotation, degrees counter-clockwise, [n].
+        brightness: factor, [n].
+        contrast: factor around mid-gray, [n].
+        saturation: factor, [n]; 0 is grayscale.
+        hue: rotation of hue, degrees, [n].
+        sigma: sigma of the Gaussian blur, pixels, [n]; 0 means no blur.
+        flip: 1 mirrors horizontally, [n].
     """
 
     roi_start: Floats
@@ -66,7 +66,7 @@ class ViewParameters:
 
     @property
     def twisted(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """[n] whether brightness, contrast, saturation or hue change anything."""
+        """Whether brightness, contrast, saturation or hue change anything, [n]."""
         twisted: np.ndarray[Any, np.dtype[np.bool_]] = (
             (self.brightness != 1) | (self.contrast != 1) | (self.saturation != 1) | (self.hue != 0)
         )
@@ -79,7 +79,7 @@ def _block(seed: int, epoch: int, view: int | str, block: int, draws: int) -> np
 
 
 def uniforms(seed: int, epoch: int, view: int | str, positions: np.ndarray, draws: int = _DRAWS) -> np.ndarray:
-    """Uniform draws [n, draws] of one view for global positions of an epoch."""
+    """Uniform draws [n, draws] of one view at global positions of an epoch."""
     blocks = positions // _BLOCK
     out = np.empty((len(positions), draws))
     for block in np.unique(blocks):
@@ -97,7 +97,7 @@ def crop_regions(
 ) -> tuple[Floats, Floats]:
     """Random resized crops: area uniform in ``scale``, log aspect uniform in ``ratio``, position uniform.
 
-    The first of ten proposals that fits is taken, otherwise the largest centered crop of an allowed aspect.
+    The first of ten proposals that fits is used, otherwise the largest centered crop with an allowed aspect.
 
     Args:
         sizes: int [n, 2] width and height of the images.
@@ -106,7 +106,7 @@ def crop_regions(
         ratio: smallest and largest aspect, width over height.
 
     Returns:
-        (start, end), [n, 2] (y, x) each, whole pixels.
+        (start, end), each (y, x) in whole pixels, [n, 2].
     """
     width, height = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
     low, high = scale
@@ -128,7 +128,7 @@ def crop_regions(
 
 
 def draw_views(augment: AugmentConfig, sizes: np.ndarray, u: np.ndarray) -> ViewParameters:
-    """Parameters of one random view of each image.
+    """The parameters of one random view of each image.
 
     Args:
         augment: strengths and probabilities.
@@ -156,7 +156,7 @@ def draw_views(augment: AugmentConfig, sizes: np.ndarray, u: np.ndarray) -> View
 
 
 def center_views(sizes: np.ndarray, size: int, resize: int) -> ViewParameters:
-    """The evaluation view: shorter side to ``resize``, center crop of ``size``, as one region of the original.
+    """The evaluation view: shorter side resized to ``resize``, center crop of ``size``, as one region of the original.
 
     Sides and corners are rounded to whole pixels of the resized image, as torchvision's Resize and CenterCrop do.
 
@@ -185,8 +185,8 @@ def center_views(sizes: np.ndarray, size: int, resize: int) -> ViewParameters:
 
 
 def color_matrix(brightness: float, contrast: float, saturation: float, hue: float) -> tuple[np.ndarray, float]:
-    """(matrix [3, 3], offset) of the color jitter on RGB in [0, 255]: hue and saturation in YIQ, then contrast around
-    128 and brightness. The same map as DALI's ``color_twist``.
+    """(matrix [3, 3], offset) of the color jitter on RGB in [0, 255]: hue and saturation in YIQ, then contrast around 128
+    and brightness, the same map as DALI's ``color_twist``.
     """
     to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
     to_rgb = np.array([[1.0, 0.956, 0.621], [1.0, -0.272, -0.647], [1.0, -1.107, 1.705]])

@@ -19,19 +19,19 @@ from fastuft.data.views import draw_views, uniforms
 class WeakStrongStream(ImageStream):
     """A weak and a strong view of unlabeled images, for consistency training (FixMatch).
 
-    Weak: crop and flip. Strong: another crop and flip, then RandAugment and Cutout. The file is decoded once for both.
+    Weak: crop and flip. Strong: another crop and flip, then RandAugment and Cutout. Each file is decoded once for both.
     Order and draws are functions of (seed, epoch, position).
 
     Args:
         paths: files.
-        loading: how images are loaded.
-        augment: crop and flip of both views; it may hold no color, blur or rotation.
+        loading: how to load images.
+        augment: crop and flip of both views; it must not change colors or blur.
         strong: RandAugment and Cutout.
         batch_size: images per batch; the last partial batch is kept.
         seed: seed of order and views.
 
     Raises:
-        ValueError: no images, or an ``augment`` that changes colors.
+        ValueError: no images, or ``augment`` changes colors or blurs.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class WeakStrongStream(ImageStream):
         self.seed = seed
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(weak, strong) views [b, 3, size, size] each of one shuffled pass.
+        """(weak, strong) views of one shuffled pass, [b, 3, size, size] each.
 
         Raises:
-            BadImageError: a bad file, unless they are to be skipped; it names the file and the remedy.
+            BadImageError: a file is bad and bad files are not skipped; the message names it and the remedy.
         """
         order = shuffled(self.seed, epoch, len(self.paths))
         for _, _, (weak, strong) in self._pass(epoch, order, range(len(self))):

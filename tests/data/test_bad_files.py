@@ -150,7 +150,7 @@ def test_a_file_that_only_pillow_decodes_is_left_to_it_wherever_it_is_named(mani
     monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
     stream = EvalStream([*manifest.paths[:3], manifest.paths[0]], [0, 1, 2, 3], size=8, batch_size=3, loading=plain())
     labels = [label.tolist() for _, label in stream]
-    assert capsys.readouterr().err.count("00.png: DALI does not decode it; Pillow does") == 1
+    assert capsys.readouterr().err.count("00.png: DALI cannot decode it, so Pillow decodes it") == 1
     assert labels == [[0, 1, 2], [3]]
     stream.close()
 
@@ -160,5 +160,5 @@ def test_a_failure_that_is_not_a_files_fault_names_the_images_under_way(manifest
     monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
     trials = iter([[False]])
     monkeypatch.setattr(StubbornBackend, "decodes", lambda self, images: next(trials, [True] * len(images)))
-    with pytest.raises(DecodeError, match=r"(?s)decoder.*under way were: .*00\.png"):
+    with pytest.raises(DecodeError, match=r"(?s)decoder.*while decoding: .*00\.png"):
         list(EvalStream(manifest.paths[:3], size=8, loading=plain()))

@@ -197,7 +197,7 @@ def bomb(width, height):
 
 
 def thumbnail_then_cut(place):
-    """A JPEG that is cut off, although the thumbnail in its metadata is whole."""
+    """A JPEG that is truncated, although the thumbnail in its metadata is whole."""
     picture().save(place.with_suffix(".thumb"), format="JPEG")
     thumbnail = place.with_suffix(".thumb").read_bytes()
     picture(640, 480).save(place, quality=95)
@@ -209,12 +209,12 @@ def thumbnail_then_cut(place):
 
 BAD = {
     "empty.jpg": (lambda place: b"", "is empty"),
-    "html.jpg": (lambda place: b"<!DOCTYPE html><html>Not found</html>" * 9, "holds no image"),
+    "html.jpg": (lambda place: b"<!DOCTYPE html><html>Not found</html>" * 9, "is not an image"),
     "gif.jpg": (lambda place: (picture().convert("P").save(place, format="GIF"), place.read_bytes())[1], "a GIF file"),
-    "cut.jpg": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is cut off"),
-    "cut.png": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is cut off"),
-    "cut.webp": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is cut off"),
-    "thumbnail.jpg": (thumbnail_then_cut, "is cut off"),
+    "cut.jpg": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is truncated"),
+    "cut.png": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is truncated"),
+    "cut.webp": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is truncated"),
+    "thumbnail.jpg": (thumbnail_then_cut, "is truncated"),
     "header-only.png": (lambda place: b"\x89PNG\r\n\x1a\n", "has a damaged header .ends within"),
     "large.png": (lambda place: bomb(13_000, 13_500), "above data.max_megapixels=170"),
     "bomb.png": (lambda place: bomb(200_000, 200_000), "200000 x 200000 pixels, above"),
@@ -274,7 +274,7 @@ def test_training_names_or_replaces_each_kind_of_bad_file(tmp_path, loader):
     [
         (lambda place: place.unlink(), "cannot be read .*No such file"),
         (lambda place: place.write_bytes(b""), "is empty"),
-        (lambda place: place.write_bytes(place.read_bytes()[:4000]), "has changed since it was read first"),
+        (lambda place: place.write_bytes(place.read_bytes()[:4000]), "has changed since it was first read"),
         (lambda place: picture(160, 120).save(place, quality=95), "has changed .*was 320 x 240.*is 160 x 120"),
         (lambda place: (place.unlink(), os.mkfifo(place)), "cannot be read .*it is a pipe"),
     ],

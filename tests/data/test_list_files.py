@@ -60,13 +60,13 @@ def test_tables_give_their_column_of_paths(folder, content, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a.jpg\0\n", r"list\.txt, line 1: holds a NUL byte; save the list as UTF-8"),
-        ("a.jpg\n".encode("utf-16-le"), r"line 1: holds a NUL byte"),
-        ("a.jpg\n\nnowhere\n", r"list\.txt, line 3: 'nowhere' names no image; write one path per line"),
-        ("a.jgp\na.jpg", r"line 1: 'a\.jgp' names no image"),
+        (b"a.jpg\0\n", r"list\.txt, line 1: has a NUL byte; save the list as UTF-8"),
+        ("a.jpg\n".encode("utf-16-le"), r"line 1: has a NUL byte"),
+        ("a.jpg\n\nnowhere\n", r"list\.txt, line 3: 'nowhere' does not name an image; write one path per line"),
+        ("a.jgp\na.jpg", r"line 1: 'a\.jgp' does not name an image"),
         ("a.jpg,b c.png\n", r"line 1: names several images"),
-        ("a.jpg\nx\x1b[2J", r"line 2: 'x\\x1b\[2J' names no image"),
-        ("# nothing\n", "holds no images"),
+        ("a.jpg\nx\x1b[2J", r"line 2: 'x\\x1b\[2J' does not name an image"),
+        ("# nothing\n", "has no images"),
     ],
 )
 def test_other_lines_are_named_by_their_number(folder, content, message):

@@ -56,7 +56,9 @@ def test_files_left_out_are_counted_and_named_once(mixed, capsys):
         assert list_images(str(mixed)) == [str(mixed / "cats" / "one.png")]
     (line,) = capsys.readouterr().err.splitlines()
     assert "1 images; left out: 4 other files (2 .tif, 1 .gif, 1 without a suffix)" in line
-    assert line.endswith("1 x the folder @eaDir, 1 x the folder __MACOSX; data.suffixes names what else is an image")
+    assert line.endswith(
+        "1 x the folder @eaDir, 1 x the folder __MACOSX; add other suffixes of images to data.suffixes"
+    )
 
 
 def test_suffixes_say_what_is_an_image(mixed):
@@ -73,7 +75,7 @@ def test_classes_are_neither_hidden_nor_left_behind_by_systems(mixed):
 def test_an_empty_class_is_named(mixed):
     (mixed / "dogs").mkdir()
     with pytest.raises(
-        ValueError, match=r"dogs' holds no images of its own .* each sub-folder of '.*' is a class, remove"
+        ValueError, match=r"dogs' has no images of its own .* each sub-folder of '.*' is a class, so remove"
     ):
         labeled_folder(str(mixed))
 
@@ -86,16 +88,16 @@ def test_an_image_has_one_class_wherever_links_lead(mixed, manifest, capsys):
     paths, labels, names = labeled_folder(str(mixed))
     assert (labels, names) == ([0, 1], ["cats", "dogs"])
     assert paths == [str(mixed / "cats" / "one.png"), str(mixed / "dogs" / "two.png")]
-    assert "1 images beside the class sub-folders are left out" in capsys.readouterr().err
+    assert "1 images beside the class folders are left out" in capsys.readouterr().err
     (mixed / "felines").symlink_to("cats")
-    with pytest.raises(ValueError, match=r"felines' holds no images of its own"):
+    with pytest.raises(ValueError, match=r"felines' has no images of its own"):
         labeled_folder(str(mixed))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads everything")
 def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "closed").mkdir(mode=0)
-    with pytest.raises(ValueError, match=r"the folder '.*closed' cannot be read \(Permission denied\); mend its"):
+    with pytest.raises(ValueError, match=r"the folder '.*closed' cannot be read \(Permission denied\); fix its"):
         list_images(str(tmp_path))
 
 
@@ -108,7 +110,7 @@ def test_a_folder_that_fails_while_it_is_read_is_named(mixed, monkeypatch):
         return whole(folder)
 
     monkeypatch.setattr(os, "scandir", failing)
-    with pytest.raises(ValueError, match=r"the folder '.*cats' cannot be read \(Permission denied\); mend its"):
+    with pytest.raises(ValueError, match=r"the folder '.*cats' cannot be read \(Permission denied\); fix its"):
         list_images(str(mixed))
 
 

@@ -16,7 +16,7 @@ def test_source_images_that_are_target_images_are_left_out(manifest):
     root = os.path.dirname(folder)
     joined = Manifest.build(folder, root, fraction=1.0)
     assert (joined.num_target, joined.num_source) == (20, 30) and len(set(joined.paths)) == 50
-    with pytest.raises(ValueError, match="holds target images only"):
+    with pytest.raises(ValueError, match="has only target images"):
         Manifest.build(folder, folder)
 
 

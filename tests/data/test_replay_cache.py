@@ -69,7 +69,7 @@ def test_a_copy_that_differs_or_cannot_be_written_stops_and_names_the_file(repla
 
     (replayed.originals / "03.png").touch()
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ValueError, match=r"03\.png cannot be copied \(No space left on device\); free space"):
+    with pytest.raises(ValueError, match=r"03\.png cannot be copied \(No space left on device\); free some disk space"):
         replayed.build()
 
 

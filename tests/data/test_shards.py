@@ -106,7 +106,7 @@ def test_folders_and_shards_may_be_mixed(folders, shards, tmp_path):
     assert mixed.content_hash == Manifest.build(folders).content_hash
     overlapping = Manifest.build(shards[1].replace("{00..03}", "00"), shards[1], fraction=1.0)
     assert len(set(overlapping.paths)) == len(overlapping) == 90  # target images are left out of the source
-    with pytest.raises(ValueError, match="holds target images only"):
+    with pytest.raises(ValueError, match="has only target images"):
         Manifest.build(shards[0], shards[0])
     mixed.save(tmp_path / "manifest.json")
     assert f'"{both[50]}"' in (tmp_path / "manifest.json").read_text()
@@ -250,7 +250,7 @@ def test_missing_shards_are_all_named(shards):
 
 def test_shards_that_hold_no_images_are_refused(tmp_path):
     write_tar(tmp_path / "x.tar", [("a.txt", b"x")])
-    with pytest.raises(ValueError, match=r"x.tar' holds no images"):
+    with pytest.raises(ValueError, match=r"x.tar' has no images"):
         list_images(str(tmp_path / "x.tar"))
 
 

@@ -190,7 +190,7 @@ def test_bad_files_are_named_or_replaced_and_counted(tmp_path, loader, kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 128}, "needs 128 images for one step and there are 68"),
+        ({"batch_size": 128}, "needs 128 images for one step, but there are only 68"),
         ({"batch_size": 16, "world_size": 3}, "does not divide over 3 processes"),
         ({"batch_size": 64, "replay_mode": "balanced"}, "needs 32 images"),
     ],
@@ -198,6 +198,6 @@ def test_bad_files_are_named_or_replaced_and_counted(tmp_path, loader, kind):
 def test_impossible_batches_are_refused(folders, changes, message):
     if "balanced" in changes.values():
         changes = {**changes, "batch_size": 128, "replay_share": 0.2}
-        message = "needs 102 images for one step and there are 41"
+        message = "needs 102 images for one step, but there are only 41"
     with pytest.raises(ValueError, match=message):
         make(folders, "torch", **changes)

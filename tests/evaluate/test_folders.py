@@ -53,7 +53,7 @@ def test_images_of_other_suffixes_are_read_where_they_are_named(tmp_path):
     train = write_images(tmp_path, ["blue", "red"], 2, 0)
     for path in list(tmp_path.rglob("*.png")):
         path.rename(path.with_suffix(".tif"))
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="has no images"):
         read_folders(EvalConfig(checkpoint="c", train=train))
     assert read_folders(EvalConfig(checkpoint="c", train=train, suffixes=(".tif",))).train.labels.tolist() == [
         0,

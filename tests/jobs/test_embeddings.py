@@ -171,7 +171,7 @@ def test_images_of_other_suffixes_are_embedded_where_they_are_named(config, phot
     folder = tmp_path / "scans"
     folder.mkdir()
     Image.open(photos / "7.png").save(folder / "seven.tif")
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="has no images"):
         embed_images(dataclasses.replace(config, images=[str(folder)]))
     wanted = dataclasses.replace(config, images=[str(folder)], suffixes=(".tif",))
     assert embed_images(wanted, keep=False).paths == (str(folder / "seven.tif"),)
