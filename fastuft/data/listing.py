@@ -59,7 +59,7 @@ def find_images(paths: str | Sequence[str], suffixes: Sequence[str] = IMAGE_SUFF
         sources += place.sources
         if not len(place) and not place.twice:
             raise ValueError(
-                f"'{printable(place.shown)}' holds no images; expected files ending in {' '.join(wanted)} at any depth, "
+                f"'{printable(place.shown)}' has no images; expected files ending in {' '.join(wanted)} at any depth, "
                 "or shards of them (.tar, .parquet)"
             )
     return Images.of(sources)
