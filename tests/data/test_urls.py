@@ -109,7 +109,7 @@ def test_ways_to_name_objects(server):
         list_images(f"{server.url}/bucket/photos/")
     with pytest.raises(ValueError, match=r"'ftp://host/x' is not supported; write file, s3, gs, http, https"):
         list_images("ftp://user:word@host/x")
-    with pytest.raises(ValueError, match=r"'s3://bucket/nothing/' holds no images"):
+    with pytest.raises(ValueError, match=r"'s3://bucket/nothing/' has no images"):
         list_images("s3://bucket/nothing/")
     with pytest.raises(
         ValueError, match=r"1 of 2 objects cannot be used: s3://bucket/shards/target/t-03.tar does not exist"
