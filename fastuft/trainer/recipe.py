@@ -124,8 +124,8 @@ class _Chooser:
 
     @property
     def _steps(self) -> int:
-        whole = self.config.optim.epochs * self._steps_per_epoch
-        return min(whole, self.config.max_steps or whole)
+        """Of all epochs: a run that ``max_steps`` ends may go on."""
+        return self.config.optim.epochs * self._steps_per_epoch
 
     def _size(self) -> tuple[int, str]:
         network = build_backbone(self.config.model.arch, self.config.model.stem).eval()

@@ -86,7 +86,7 @@ def test_the_run_folder_tells_the_run(job):
     config = yaml.safe_load((job.run / "config.yaml").read_text())
     assert config["method"]["mix"] == "cutmix" and config["model"]["bn_group"] == 4
     summary = json.loads((job.run / "summary.json").read_text())
-    assert summary["finished"] and summary["steps"] == 2 * ((24 + 12) // 8)
+    assert summary["finished"] and summary["steps"] == 2 * ((24 + 24) // 8)
     rows = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["kind"] == "train"]
     assert len(train) == summary["steps"] and all(np.isfinite(row["loss"]) for row in train)
@@ -97,7 +97,7 @@ def test_the_run_folder_tells_the_run(job):
 def test_the_run_refuses_a_second_start_and_resumes(job):
     error = fastuft("finetune", "--config", job.run / "config.yaml", status=2)
     assert "already has a run" in error and "Traceback" not in error
-    assert "8 steps" in fastuft("finetune", "--config", job.run / "config.yaml", "--resume", "auto")
+    assert "12 steps" in fastuft("finetune", "--config", job.run / "config.yaml", "--resume", "auto")
 
 
 def test_evaluation_with_and_without_labels(job):

@@ -87,6 +87,10 @@ def test_what_is_given_is_kept_and_others_follow():
     assert config.method.key_momentum == 0.98  # 15 steps
 
 
+def test_a_run_that_ends_early_chooses_as_if_it_did_not():
+    assert settled(images(900, 500), max_steps=2)[0].method.key_momentum == 0.99
+
+
 def test_the_verdict_selects_where_there_is_one():
     assert settled(images(900))[0].select == "judged"
     assert settled(images(900), verdict={"looks": 0})[0].select == "last"
