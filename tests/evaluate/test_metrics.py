@@ -293,7 +293,7 @@ Y = [0, 0, 0, 1, 1, 1]
     ("call", "message"),
     [
         (lambda: fastuft.retrieval_accuracy(NAN, Y, GOOD, Y), "train_x has NaN or infinity in 6 of 6 rows"),
-        (lambda: fastuft.retrieval_accuracy(GOOD, Y, NAN[:1], Y[:1]), "test_x holds NaN"),
+        (lambda: fastuft.retrieval_accuracy(GOOD, Y, NAN[:1], Y[:1]), "test_x has NaN"),
         (lambda: fastuft.retrieval_accuracy(GOOD, Y, GOOD, [0, 0, 0, 1, 2, 7]), "without training examples: 2, 7"),
         (lambda: fastuft.retrieval_accuracy(GOOD, [0] * 6, GOOD, [0] * 6), "only one class"),
         (lambda: fastuft.retrieval_accuracy(GOOD, Y[:5], GOOD, Y), "train_y has 5 entries but there are 6"),
@@ -314,7 +314,7 @@ Y = [0, 0, 0, 1, 1, 1]
         (lambda: fastuft.bcubed_precision([0, 1], [0]), "2 entries and labels has 1"),
         (lambda: fastuft.bcubed_precision([], []), "at least one entry"),
         (lambda: evaluate.kmeans(GOOD, 7), "clusters=7 is out of range; allowed: 1 to 6"),
-        (lambda: evaluate.kmeans(NAN, 2), "x holds NaN"),
+        (lambda: evaluate.kmeans(NAN, 2), "x has NaN"),
         (lambda: evaluate.kmeans(GOOD, 2, init=GOOD), r"init has shape \(6, 6\); it must be \(2, 6\)"),
         (lambda: evaluate.kmeans(GOOD, 2, restarts=0), "restarts=0"),
         (lambda: evaluate.clustering_accuracy(GOOD, [1] * 6), "only one class"),
