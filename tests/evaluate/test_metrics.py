@@ -303,7 +303,7 @@ Y = [0, 0, 0, 1, 1, 1]
             "it needs the 7 nearest neighbors, but there are only 6 images",
         ),
         (lambda: fastuft.retrieval_accuracy(GOOD[0], Y, GOOD, Y), r"train_x has shape \(6,\)"),
-        (lambda: fastuft.retrieval_accuracy(GOOD, np.array(Y) + 0.5, GOOD, Y), "not whole"),
+        (lambda: fastuft.retrieval_accuracy(GOOD, np.array(Y) + 0.5, GOOD, Y), "not integers"),
         (lambda: evaluate.nearest_neighbors(GOOD, GOOD, 0), "k=0 is out of range"),
         (lambda: evaluate.nearest_neighbors(GOOD, GOOD, 6, own=range(6)), "there are 5 images to choose from"),
         (lambda: evaluate.nearest_neighbors(GOOD, GOOD, 2, own=[0] * 5 + [6]), "own has rows outside the gallery"),
