@@ -156,7 +156,7 @@ class ReaderPool:
         """Start reading; see :class:`Reading`."""
         reading = Reading(self, function, items)
         wanted = min(self.workers, len(items))
-        while self._started < wanted:
+        for _ in range(min(wanted, self.workers - self._started)):  # batches before this one may still occupy theirs
             self._start_thread()
         for _ in range(wanted):
             self._tasks.put(reading)
