@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 from harness import measure
+
+pytest.importorskip("sklearn")
+pytest.importorskip("threadpoolctl")
+
 from sklearn.cluster import KMeans
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits

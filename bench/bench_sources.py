@@ -20,6 +20,10 @@ import harness
 import numpy as np
 import pytest
 from harness import measure, peer
+
+pytest.importorskip("PIL")
+pytest.importorskip("sklearn")
+
 from PIL import Image
 from sklearn.datasets import load_sample_images
 

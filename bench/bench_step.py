@@ -25,6 +25,11 @@ import numpy as np
 import pytest
 import torch
 from harness import measure, peer
+
+pytest.importorskip("PIL")
+pytest.importorskip("filelock")
+pytest.importorskip("safetensors")
+
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F

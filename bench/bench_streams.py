@@ -22,6 +22,10 @@ import numpy as np
 import pytest
 import torch
 from harness import measure, peer
+
+pytest.importorskip("PIL")
+pytest.importorskip("sklearn")
+
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 from torch import Tensor

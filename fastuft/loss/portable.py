@@ -47,15 +47,12 @@ def normalize_rows(h: Tensor) -> tuple[Tensor, Tensor]:
     return z, torch.where(zero, 0, 1 / norm.clamp_min(EPSILON))
 
 
-def _unit_rows_on_host(h: Tensor) -> Tensor:
-    """The rows of ``normalize_rows``, in half the time if the host sees that no square overflows or underflows."""
-    norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)
-    if h.numel():
-        shortest, longest = (float(value) for value in torch.aminmax(norm))
-        if shortest >= EPSILON and longest < 1e18:
-            rows: Tensor = h / norm
-            return rows
-    return normalize_rows(h)[0]
+def _plain_lengths(lengths: Tensor) -> bool:
+    """Whether the host sees that no square of these rows overflowed or underflowed."""
+    if not lengths.numel():
+        return False
+    shortest, longest = torch.aminmax(lengths)
+    return shortest.item() >= EPSILON and longest.item() < 1e18
 
 
 def _sweep_chunked(z: Tensor, queue: Queue, temperature: float, need_mu: bool) -> tuple[Tensor, Tensor]:
@@ -174,26 +171,39 @@ def enqueue_(queue: Tensor, scales: Tensor | None, pointer: Tensor, keys: Tensor
     ``scales`` [K] of an fp8 queue are written with it. Of more than K keys, the last K stay. On a GPU, nothing waits, because
     the host does not read the pointer.
     """
+    if queue.device.type == "cpu":
+        _enqueue_on_host(queue, scales, pointer, keys)
+        return
     size = len(queue)
-    on_host = queue.device.type == "cpu"
     kept = keys[-size:].to(torch.promote_types(queue.dtype, torch.float32))
-    rows = _unit_rows_on_host(kept) if on_host else normalize_rows(kept)[0]
-    skipped = len(keys) - len(rows)
-    written = [(queue, rows)]
-    if scales is not None:
-        codes, lengths = fp8.encode(rows)
-        written = [(queue, codes), (scales, lengths)]
-    if on_host:
-        start = int(pointer)
-        first = (start + skipped) % size
-        head = min(len(rows), size - first)
-        for target, new in written:
+    slots = (pointer + len(keys) - len(kept) + torch.arange(len(kept), device=queue.device)) % size
+    for target, new in _stored(normalize_rows(kept)[0], queue, scales):
+        target.index_copy_(0, slots, new.to(target.dtype))
+    pointer.add_(len(keys)).remainder_(size)
+
+
+def _enqueue_on_host(queue: Tensor, scales: Tensor | None, pointer: Tensor, keys: Tensor) -> None:
+    """The same in fewer and larger steps, for which the host reads the pointer."""
+    size, count, start = len(queue), len(keys), int(pointer.item())
+    dtype = queue.dtype if queue.dtype in (torch.float32, torch.float64) else torch.float32
+    kept = (keys if count <= size else keys[-size:]).to(dtype)
+    first = (start + count - len(kept)) % size
+    head = min(len(kept), size - first)
+    lengths = torch.linalg.vector_norm(kept, dim=1, keepdim=True)
+    plain = _plain_lengths(lengths)
+    if plain and scales is None and head == len(kept):
+        torch.div(kept, lengths, out=queue[first : first + head])
+    else:
+        for target, new in _stored(kept / lengths if plain else normalize_rows(kept)[0], queue, scales):
             target[first : first + head] = new[:head]
             if head < len(new):
                 target[: len(new) - head] = new[head:]
-        pointer.fill_((start + len(keys)) % size)
-    else:
-        slots = (pointer + skipped + torch.arange(len(rows), device=queue.device)) % size
-        for target, new in written:
-            target.index_copy_(0, slots, new.to(target.dtype))
-        pointer.add_(len(keys)).remainder_(size)
+    pointer.fill_((start + count) % size)
+
+
+def _stored(rows: Tensor, queue: Tensor, scales: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """(buffer, rows for it) of each buffer of a queue: the rows, or their codes and scales."""
+    if scales is None:
+        return [(queue, rows)]
+    codes, lengths = fp8.encode(rows)
+    return [(queue, codes), (scales, lengths)]

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, distributed, nn
 
-from fastuft.loss import fp8, ops
+from fastuft.loss import fp8, ops, portable
 from fastuft.loss.portable import normalize_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, fp8.FP8, torch.float64)
@@ -105,7 +105,6 @@ class KeyQueue(nn.Module):
             state_dict[f"{prefix}keys"], state_dict[f"{prefix}scales"] = fp8.encode(keys)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
-    @torch.no_grad()
     def enqueue_(self, keys: Tensor) -> None:
         """Normalize keys [B, D] and overwrite the oldest rows with them, wrapping; of more than K keys, the last K stay.
 
@@ -115,16 +114,21 @@ class KeyQueue(nn.Module):
             ValueError: not a float matrix, a width or device other than the queue's, or several processes without
                 ``gather_distributed``.
         """
-        dim = self.keys.shape[1]
+        queue = self.keys  # read once: a buffer of a module is found last
+        dim = queue.shape[1]
         if keys.ndim != 2 or keys.shape[1] != dim:
             raise ValueError(f"keys has shape {tuple(keys.shape)}; it must be [B, {dim}]")
         if not keys.is_floating_point():
             raise ValueError(f"keys has dtype {keys.dtype}; it must be a floating-point dtype")
-        if keys.device != self.keys.device:
-            raise ValueError(f"keys is on {keys.device} but the queue is on {self.keys.device}; move one of them")
+        if keys.device != queue.device:
+            raise ValueError(f"keys is on {keys.device} but the queue is on {queue.device}; move one of them")
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            keys = self._of_all_processes(keys)
-        ops.enqueue_(self.keys, self.scales, self.pointer, keys)
+            keys = self._of_all_processes(keys.detach())
+        if type(keys) is Tensor and keys.device.type == "cpu" and not torch.compiler.is_compiling():
+            write = portable.enqueue_  # the operator's dispatch would take a fifth of the call
+        else:
+            write = ops.enqueue_
+        write(queue, self.scales, self.pointer, keys.detach())
 
     def _of_all_processes(self, keys: Tensor) -> Tensor:
         if self.gather_distributed is None:

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = ROOT / "bench" / "gpu_suite.sh"
 FILES = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py"))
+FILES.remove("sources")  # a processor's work alone
 PARTS = ("build", "values", "other-tests", "small-cases", "memcheck", "racecheck", *(f"bench-{name}" for name in FILES))
 
 # Stands for python3 on a GPU machine: it has CUDA, builds, tests and measures, each as FAKE_* says.
@@ -21,6 +22,7 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *is_available*) exit "${FAKE_CUDA-0}" ;;
   *"pip install"*) sleep "${FAKE_SLEEP-0}"; echo built; exit "${FAKE_BUILD-0}" ;;
+  *nvidia.dali*) exit 1 ;;
   *"gpu and not slow"*) echo '3 passed in 1.00s'; exit "${FAKE_TESTS-0}" ;;
   *"bench_${FAKE_SLOW-none}.py"*) sleep 30 ;;
   *benchmark-json=*) for word in "$@"; do case $word in --benchmark-json=*) cp "$FAKE_RAW" "${word#*=}" ;; esac; done

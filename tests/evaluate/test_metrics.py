@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("sklearn")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans

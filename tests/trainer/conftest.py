@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastuft.config import (
     AugmentConfig,
@@ -46,6 +45,8 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """(target, source): 40 and 48 PNG images of 3 classes."""
+    from PIL import Image  # a bare machine of the GPU suite lacks it
+
     root = tmp_path_factory.mktemp("images")
     for name, count in (("target", 40), ("source", 48)):
         for index in range(count):

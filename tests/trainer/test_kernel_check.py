@@ -9,6 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest.importorskip("PIL")
+pytest.importorskip("filelock")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("safetensors")
+
 from fastuft import fused
 from fastuft.cli.kernels import wrong_kernels
 from fastuft.loss import ops, portable

@@ -14,6 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("filelock")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("safetensors")
+
 from processes import run as run_command
 from processes import write_config
 from run_rows import rows

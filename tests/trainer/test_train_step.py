@@ -15,6 +15,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 
+pytest.importorskip("PIL")
+pytest.importorskip("filelock")
+pytest.importorskip("safetensors")
+
 from fastuft.data import Batch
 from fastuft.device import DTYPES
 from fastuft.loss import KeyQueue
