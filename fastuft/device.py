@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+QueueDtype = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -43,11 +44,22 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["bf
     return precision
 
 
-def queue_dtype(kind: Literal["auto", "fp8"], precision: Precision, device: torch.device) -> torch.dtype:
-    """What a queue of keys is kept in: auto is fp32 on a CPU, and on a GPU what its matrix products run in."""
-    if kind == "fp8":
-        return torch.float8_e4m3fn
+def queue_dtype(kind: QueueDtype, precision: Precision, device: torch.device) -> torch.dtype:
+    """What a queue of keys is kept in; auto is fp32 on a CPU, and on a GPU what its matrix products run in."""
+    if kind != "auto":
+        return torch.float8_e4m3fn if kind == "fp8" else DTYPES[kind]
     return DTYPES[resolve_precision(precision, device)] if device.type == "cuda" else torch.float32
+
+
+def queue_dtype_name(dtype: torch.dtype) -> QueueDtype:
+    """The option's name for what a queue is kept in."""
+    names: dict[torch.dtype, QueueDtype] = {
+        torch.float32: "fp32",
+        torch.bfloat16: "bf16",
+        torch.float16: "fp16",
+        torch.float8_e4m3fn: "fp8",
+    }
+    return names[dtype]
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

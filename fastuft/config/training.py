@@ -95,7 +95,7 @@ class MethodConfig:
     Args:
         temperature: tau.
         queue_size: K, negatives kept.
-        queue_dtype: what the queue is kept in; auto is float32 on a CPU, and on a GPU the dtype that its matrix
+        queue_dtype: what the queue is kept in; auto is fp32 on a CPU, and on a GPU the dtype that its matrix
             products run in. fp8 (e4m3, a scale per key) takes half of bf16's memory and
             multiplies in bf16 or fp16; docs/loss.md has its errors.
         key_momentum: m of the key encoder's moving average.
@@ -110,7 +110,7 @@ class MethodConfig:
 
     temperature: Positive = 0.2
     queue_size: AutoAtLeast1 = 65536
-    queue_dtype: Literal["auto", "fp8"] = "auto"
+    queue_dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     key_momentum: AutoFraction = 0.999
     queue_prefill: bool = True
     mix: Mix = "cutmix"

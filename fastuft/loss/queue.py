@@ -84,6 +84,11 @@ class KeyQueue(nn.Module):
         kind = "" if self.scales is None else ", fp8"
         return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}{kind}"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the queue was made for: the dtype of ``keys``, or torch.float8_e4m3fn."""
+        return self.keys.dtype if self.scales is None else fp8.FP8
+
     def rows(self) -> Tensor:
         """The unit rows [K, D] as a matrix: ``keys``, or a decoded float32 copy for an fp8 queue."""
         return self.keys if self.scales is None else fp8.decode(self.keys, self.scales)

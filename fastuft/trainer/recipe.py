@@ -48,19 +48,24 @@ class Choice:
     reason: str
 
 
-def with_saved(config: TrainConfig, state: Mapping[str, Any] | None) -> TrainConfig:
+def with_saved(config: TrainConfig, state: Mapping[str, Any] | None, ranks: Ranks) -> TrainConfig:
     """What is left open as the checkpoint of a resumed run has it: another machine chooses nothing anew.
+
+    BatchNorm's mode follows from the number of processes: another number leaves it open.
 
     Args:
         config: as it was given.
         state: the checkpoint's, or None for a run that begins.
+        ranks: the processes.
     """
     if state is None:
         return config
     saved, found = json.loads(state["config"]), {}
+    same_number = len(state["rank_buffers"]) == ranks.world_size
     for option in AUTO_OPTIONS:
         value = _value(saved, option)
-        if is_auto(_option(config, option)) and value is not None:
+        open_still = is_auto(_option(config, option)) and (same_number or option != "model.bn")
+        if open_still and value is not None:
             found[option] = value
     return _replaced(config, found)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastuft.config import TrainConfig
 from fastuft.data import Loading, resolve_loader
+from fastuft.device import queue_dtype_name
 from fastuft.trainer.learner import Learner
 
 
@@ -17,8 +18,8 @@ def resolved_config(
 ) -> TrainConfig:
     """The configuration with ``auto`` and 0 replaced by the values in use.
 
-    Those are device, precision, BatchNorm mode, loader, threads, and of the checkpoint that the run began from its channels and
-    its pooling.
+    Those are device, precision, the queue's dtype, BatchNorm mode, loader, threads, and of the checkpoint that the run began
+    from its channels and its pooling.
 
     Args:
         config: the configuration as it was given.
@@ -35,6 +36,7 @@ def resolved_config(
         config,
         init_channels=init_report["channels"] if init_report else config.init_channels,
         model=dataclasses.replace(config.model, bn=bn, pool=learner.moco.query_encoder.backbone.traits.pool),
+        method=dataclasses.replace(config.method, queue_dtype=queue_dtype_name(learner.queue.dtype)),
         data=dataclasses.replace(config.data, loader=loader, threads=loading.num_threads),
         runtime=dataclasses.replace(
             config.runtime, device="cuda" if device.type == "cuda" else "cpu", precision=learner.precision

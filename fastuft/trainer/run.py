@@ -125,7 +125,7 @@ class _Run:
             watch.folders(config)
         given = plain(config)
         state = find_checkpoint(config.resume, self.folder, ranks)
-        config = with_saved(config, state)
+        config = with_saved(config, state, ranks)
         self.manifest = Manifest.build(
             config.target,
             config.source,
