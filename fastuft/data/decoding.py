@@ -159,7 +159,7 @@ def verify_files(
         paths: files to check.
         decode: also decode each image (slower; finds damaged pixels).
         workers: threads; 0 derives the number from the machine.
-        max_megapixels: larger images count as bad.
+        max_megapixels: larger images count as bad, megapixels.
         timeout: seconds that one file may take.
         progress: called with 1 after each file.
 

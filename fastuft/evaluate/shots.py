@@ -66,7 +66,7 @@ def draw_shots(labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, clas
     short = [(classes[int(v)] if len(classes) else v, int(c)) for v, c in zip(values, counts, strict=True) if c < shots]
     if short:
         raise ValueError(
-            f"{shots} shots need {shots} training images of every class, but {len(short)} classes have fewer: "
+            f"{shots} shots need {shots} training images of every class, but {len(short)} of {len(values)} classes have fewer: "
             f"{quoted([name for name, _ in short])} (smallest: {min(c for _, c in short)}); "
             "use fewer shots or add images"
         )

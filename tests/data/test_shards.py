@@ -173,7 +173,7 @@ def test_webdataset_classes_and_what_is_left_out(tmp_path, capsys):
         assert classes == ["0", "3", "6", "9", "12", "15"] and labels == [0, 1, 2, 3, 4, 5] * 2 and len(paths) == 12
         (line,) = capsys.readouterr().err.splitlines()
         assert "12 images; left out: 16 other files (12 .json, 2 .tif, 2 without a suffix)" in line
-        assert "2 x the folder @eaDir, 2 x the folder __MACOSX; data.suffixes names" in line
+        assert "2 x the folder @eaDir, 2 x the folder __MACOSX; add other suffixes of images to data.suffixes" in line
         messages._said.clear()
     assert len(list_images(str(tmp_path / "0.tar"), [".jpg", ".tif", ""])) == 8
     write_tar(tmp_path / "bad.tar", [("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b"x")])

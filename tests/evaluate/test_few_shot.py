@@ -175,7 +175,7 @@ def run_with(folder, train_labels=None, test_labels=None, config=None):
 
 
 def test_too_few_images_a_class_name_the_class():
-    with pytest.raises(ValueError, match=r"8 shots need 8 training images of every class, but 1 have fewer: 'pug'"):
+    with pytest.raises(ValueError, match=r"8 shots need .* but 1 of 2 classes have fewer: 'pug'"):
         draw_shots([0] * 9 + [1] * 3, 8, seed=0, classes=["cat", "pug"])
 
 

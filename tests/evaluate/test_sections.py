@@ -85,7 +85,7 @@ def test_more_shots_than_images_leave_the_possible_ones(folders):
 def test_one_image_per_class(folders, tmp_path):
     small = folders | {"train": write_images(tmp_path, ["blue", "green", "red"], 1, 0)}
     metrics = evaluate(small).metrics
-    assert "single image" in metrics["not_known"]["Clustering accuracy"]
+    assert "only one image" in metrics["not_known"]["Clustering accuracy"]
     assert (
         metrics["not_known"]["Retrieval accuracy"]
         == "it needs the 5 nearest neighbors, but there are only 3 images to choose from"

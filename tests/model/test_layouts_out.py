@@ -60,7 +60,7 @@ def test_export_of_resnet_v2_round_trips_through_timms_names(tmp_path):
     ("arguments", "message"),
     [
         ({"layout": "keras"}, "layout='keras' is not allowed"),
-        ({"layout": "torchvision", "out": "x.onnx"}, "unknown suffix"),
+        ({"layout": "torchvision", "out": "x.onnx"}, "wrong suffix"),
         ({"out": "x.pth"}, "wrong suffix for layout fastuft; use .safetensors"),
     ],
 )

@@ -83,7 +83,7 @@ def test_the_card_of_a_run_says_data_recipe_verdict_and_figures(run, tmp_path):
         "- labels \\| judged",
         "| method.mix | cutmix |",
         "load_backbone('x.safetensors')",
-        "center crop of 32",
+        "crop the center 32 pixels",
     ):
         assert text in card, text
 

@@ -214,7 +214,9 @@ def _shards(folder: Path, index_name: str) -> list[Path]:
     index = _json(folder / index_name).get("weight_map")
     names = sorted({str(name) for name in index.values()}) if isinstance(index, dict) else []
     if not names or any(name != Path(name).name or not name.endswith(_SHARDS[index_name]) for name in names):
-        raise ValueError(f"{str(folder / index_name)!r} names no shards beside it; copy or download the folder again")
+        raise ValueError(
+            f"{str(folder / index_name)!r} does not name shards beside it; copy or download the folder again"
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
