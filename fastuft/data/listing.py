@@ -53,7 +53,7 @@ def find_images(paths: str | Sequence[str], suffixes: Sequence[str] = IMAGE_SUFF
     wanted = checked_suffixes(suffixes)
     seen: set[str] = set()
     sources: list[ImageSource] = []
-    for path in [paths] if isinstance(paths, str) else paths:
+    for path in map(os.fspath, [paths] if isinstance(paths, str | os.PathLike) else paths):
         place = open_place(path, wanted, seen) if is_place(path) else _local(path, wanted, seen)
         place.left_out.say(place.shown, len(place))
         sources += place.sources

@@ -127,7 +127,7 @@ def from_scratch(scale: Scale) -> Recipe:
 def naive(scale: Scale) -> Recipe:
     """Contrastive learning continues on the target alone: learning rate 0.015, batch size 256, 200 epochs, cosine.
 
-    ``fastuft finetune --init mocov2.pth --target pets/train --method.mix none --out runs/naive``
+    ``fastuft finetune --recipe paper --init mocov2.pth --target pets/train --method.mix none --out runs/naive``
 
     Table 2: Pet few-shot 40.01 (K = 1), 72.92 (K = 8), retrieval 63.73, clustering 47.31: below the pretrained backbone.
     """
@@ -137,7 +137,8 @@ def naive(scale: Scale) -> Recipe:
 def replayed(scale: Scale) -> Recipe:
     """Naive with sparse source data replaying.
 
-    ``fastuft finetune --init mocov2.pth --target pets/train --source imagenet/train --method.mix none --out runs/sdr``
+    ``fastuft finetune --recipe paper --init mocov2.pth --target pets/train --source imagenet/train --method.mix none
+    --out runs/sdr``
 
     Table 6: Pet few-shot 62.81, 71.35, 75.14 (K = 2, 4, 8).
     """
@@ -147,7 +148,7 @@ def replayed(scale: Scale) -> Recipe:
 def unsupervised_finetuning(scale: Scale) -> Recipe:
     """The full method: replaying and data mixing.
 
-    ``fastuft finetune --init mocov2.pth --target pets/train --source imagenet/train --out runs/ours``
+    ``fastuft finetune --recipe paper --init mocov2.pth --target pets/train --source imagenet/train --out runs/ours``
 
     Table 2: Pet few-shot 60.35 (K = 1), 79.88 (K = 8), retrieval 71.67, clustering 56.11.
     """

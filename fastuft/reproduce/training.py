@@ -94,7 +94,7 @@ def finetune(
     else:
         interrupted = _train_in_processes(run, config.processes, folders.summary(backbone))
     if interrupted:
-        say(f"stopped by {interrupted}; the same command goes on", error=True)
+        say(f"stopped by {interrupted}; the same command continues", error=True)
         raise SystemExit(EXIT_PREEMPTED)
 
 

@@ -264,12 +264,12 @@ def test_the_chunked_sweep_equals_the_attention_operator(dtype):
     for batch, keys in ((1, 1), (1030, 5), (3, 1024), (5, 1025), (1025, 2049)):
         case = Case.random(batch, keys, 16, dtype)
         z = F.normalize(case.q.to(torch.promote_types(dtype, torch.float32)), dim=1)
-        found = portable._sweep_chunked(z, case.queue, 0.2, True)
+        found = portable._sweep_chunked(z, portable.Queue(case.queue, None), 0.2, True)
         exact = reference.queue_lse(z.double(), case.queue.double(), 0.2)
-        swept = portable.queue_lse(z, case.queue, 0.2, True)
+        swept = portable.queue_lse(z, portable.Queue(case.queue, None), 0.2, True)
         for ours, other, truth in zip(found, swept, exact, strict=True):
             assert relative_error(ours, truth) < 2e-6 and relative_error(other, truth) < 2e-6
-        alone = portable.queue_lse(z, case.queue, 0.2, False)
+        alone = portable.queue_lse(z, portable.Queue(case.queue, None), 0.2, False)
         assert alone[1].shape == (batch, 0) and relative_error(alone[0], exact[0]) < 2e-6
 
 

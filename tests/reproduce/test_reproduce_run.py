@@ -156,7 +156,7 @@ def test_tasks_of_an_array_share_the_work(micro, tmp_path, capsys):
         assert reproduce(dataclasses.replace(base, stage="runs", task=task)) == 0
         lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
         return [line[1].rstrip(":") for line in lines if line[-1] == "training"], [
-            line[1].rstrip(":") for line in lines if line[-1] == "process"
+            line[1].rstrip(":") for line in lines if line[-1] == "it"
         ]
 
     others = "unsupervised-resnet50-naive-caltech101-seed0", "unsupervised-resnet50-unsup_T-pet-seed0"
