@@ -31,7 +31,7 @@ run.train_step = killed
 WHILE_WRITING = """
 import os, signal
 from fastuft.atomic import whole_file
-from fastuft.model import checkpoint
+from fastuft.model.checkpoint import exporting
 from fastuft.runfolder import checkpoints, folder
 real = checkpoints.write_whole
 def killed(path, content):
@@ -40,7 +40,7 @@ def killed(path, content):
             partial.write_bytes(bytes(content[: len(content) // 2]))
             os.kill(os.getpid(), signal.SIGKILL)
     real(path, content)
-for module in (checkpoint, checkpoints, folder):
+for module in (exporting, checkpoints, folder):
     module.write_whole = killed
 """
 PARTS = ("keys", "forward", "loss", "backward", "mix", "optimizer", "momentum", "enqueue")
