@@ -11,6 +11,12 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 QueueDtype = Literal["auto", "fp32", "bf16", "fp16", "fp8"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_QUEUE_DTYPES: dict[QueueDtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 def choose_device(name: str, *, option: str = "device", index: int = 0) -> torch.device:
@@ -47,19 +53,13 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["bf
 def queue_dtype(kind: QueueDtype, precision: Precision, device: torch.device) -> torch.dtype:
     """What a queue of keys is kept in; auto is fp32 on a CPU, and on a GPU what its matrix products run in."""
     if kind != "auto":
-        return torch.float8_e4m3fn if kind == "fp8" else DTYPES[kind]
+        return _QUEUE_DTYPES[kind]
     return DTYPES[resolve_precision(precision, device)] if device.type == "cuda" else torch.float32
 
 
 def queue_dtype_name(dtype: torch.dtype) -> QueueDtype:
     """The option's name for what a queue is kept in."""
-    names: dict[torch.dtype, QueueDtype] = {
-        torch.float32: "fp32",
-        torch.bfloat16: "bf16",
-        torch.float16: "fp16",
-        torch.float8_e4m3fn: "fp8",
-    }
-    return names[dtype]
+    return next(name for name, known in _QUEUE_DTYPES.items() if known == dtype)
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
