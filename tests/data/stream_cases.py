@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fastuft.config import AugmentConfig, DataConfig
@@ -32,3 +33,10 @@ def smooth_picture(generator, width, height):
     """A smooth random picture: resampling differences between libraries stay small on it."""
     coarse = generator.integers(0, 256, (4, 4, 3)).astype(np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def assert_ranks_make_the_batches(whole, ranks):
+    """What the ranks' streams yield, put together, is what one stream yields, bit for bit."""
+    for step, batch in enumerate(whole):
+        for name in ("query", "key", "index", "is_source"):
+            assert torch.equal(torch.cat([getattr(rank[step], name) for rank in ranks]), getattr(batch, name))

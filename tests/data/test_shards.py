@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from shard_cases import contents, pack, write_tar
-from stream_cases import LOADERS, plain, stream_of
+from stream_cases import LOADERS, assert_ranks_make_the_batches, plain, stream_of
 
 from fastuft import messages
 from fastuft.config import DataConfig
@@ -64,9 +64,7 @@ def test_pixels_order_and_restarts_are_the_folders_for_any_ranks(folders, shards
     whole = batches(folders)
     for world_size in (1, 2, 4):
         ranks = [batches(shards, rank, world_size) for rank in range(world_size)]
-        for step, batch in enumerate(whole):
-            for name in ("query", "key", "index", "is_source"):
-                assert torch.equal(torch.cat([getattr(rank[step], name) for rank in ranks]), getattr(batch, name))
+        assert_ranks_make_the_batches(whole, ranks)
     rest = batches(shards, start=2)
     assert len(rest) == len(whole) - 2 and torch.equal(rest[0].query, whole[2].query)
 

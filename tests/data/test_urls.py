@@ -11,7 +11,7 @@ import pytest
 import torch
 from object_server import ObjectServer
 from shard_cases import pack, write_tar
-from stream_cases import LOADERS, plain, stream_of
+from stream_cases import LOADERS, assert_ranks_make_the_batches, plain, stream_of
 
 from fastuft import messages
 from fastuft.config import DataConfig
@@ -78,9 +78,7 @@ def test_pixels_are_the_folders_for_any_ranks_and_restarts(server, folders, load
     whole, named = batches(folders), places(server, "s3")
     for world_size in (1, 2, 4):
         ranks = [batches(named, rank, world_size) for rank in range(world_size)]
-        for step, batch in enumerate(whole):
-            for name in ("query", "key", "index", "is_source"):
-                assert torch.equal(torch.cat([getattr(rank[step], name) for rank in ranks]), getattr(batch, name))
+        assert_ranks_make_the_batches(whole, ranks)
     rest = batches(named, start=2)
     assert len(rest) == len(whole) - 2 and torch.equal(rest[-1].key, whole[-1].key)
 

@@ -29,6 +29,18 @@ def gradients(model):
     model(images).square().mean().backward()
 
 
+def assert_same_steps(ours, theirs):
+    """Five steps of two (model, optimizer) on the same gradients leave the same weights, in the same layout."""
+    for seed in range(5):
+        for model, its in (ours, theirs):
+            torch.manual_seed(seed)
+            gradients(model)
+            its.step()
+    for mine, other in zip(ours[0].parameters(), theirs[0].parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+        assert mine.stride() == other.stride()
+
+
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_steps_are_those_of_plain_sgd(momentum):
     ours, theirs = network(), network()
@@ -36,14 +48,7 @@ def test_steps_are_those_of_plain_sgd(momentum):
     ours[4].bias.requires_grad_(False)  # a parameter without a gradient stays
     optimizer = build_optimizer(OptimConfig(lr=0.1, momentum=momentum, weight_decay=1e-2), list(ours.parameters()), CPU)
     plain = torch.optim.SGD(theirs.parameters(), 0.1, momentum=momentum, weight_decay=1e-2, foreach=False, fused=False)
-    for seed in range(5):
-        for model, its in ((ours, optimizer), (theirs, plain)):
-            torch.manual_seed(seed)
-            gradients(model)
-            its.step()
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-        assert mine.stride() == other.stride()
+    assert_same_steps((ours, optimizer), (theirs, plain))
 
 
 def test_its_state_is_that_of_plain_sgd():
@@ -93,14 +98,7 @@ def test_steps_are_those_of_plain_adamw():
     config = OptimConfig(optimizer="adamw", lr=0.01, weight_decay=0.1, betas=(0.8, 0.95))
     optimizer = build_optimizer(config, list(ours.parameters()), CPU)
     plain = torch.optim.AdamW(theirs.parameters(), 0.01, (0.8, 0.95), weight_decay=0.1, foreach=False, fused=False)
-    for seed in range(5):
-        for model, its in ((ours, optimizer), (theirs, plain)):
-            torch.manual_seed(seed)
-            gradients(model)
-            its.step()
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-        assert mine.stride() == other.stride()
+    assert_same_steps((ours, optimizer), (theirs, plain))
     plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # its state is torch's
     for model, its in ((ours, optimizer), (theirs, plain)):
         torch.manual_seed(9)
