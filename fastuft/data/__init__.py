@@ -4,7 +4,7 @@ from fastuft.data.bad import BadFile, BadImageError, write_bad_list
 from fastuft.data.decoding import image_size, open_rgb, verify_files
 from fastuft.data.duplicates import Duplicates, find_duplicates
 from fastuft.data.evaluation import EvalStream
-from fastuft.data.images import labels_of_images, state_of
+from fastuft.data.images import labels_of_images, size_and_version
 from fastuft.data.labeled import LabeledTrainStream
 from fastuft.data.left_out import IMAGE_SUFFIXES
 from fastuft.data.listing import labeled_folder, list_images
@@ -42,7 +42,7 @@ __all__ = [
     "processors",
     "read_bytes",
     "resolve_loader",
-    "state_of",
+    "size_and_version",
     "verify_files",
     "write_bad_list",
 ]

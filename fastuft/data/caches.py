@@ -1,4 +1,4 @@
-"""Where what only saves time is kept."""
+"""The folder of caches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_folder() -> Path | None:
-    """``fastuft`` in the user's cache folder; None where there is no home."""
+    """``fastuft`` in the user's cache folder; None if the user has no home folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "fastuft" if os.path.isabs(home) else None

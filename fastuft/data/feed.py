@@ -95,12 +95,12 @@ class Feed:
         self._replacing = replacing
         self._known = np.zeros((len(paths), 3), np.int64)  # width, height and bytes of files read before
         self._bad: dict[int, str] = {}
-        self._stripped: set[int] = set()  # files whose metadata the decoder does not understand
-        self._recoded: set[int] = set()  # files that Pillow decodes for it
-        self._lock = threading.RLock()  # requests are made by a thread, failures dealt with by the consumer's
+        self._stripped: set[int] = set()  # files whose metadata the decoder cannot parse
+        self._recoded: set[int] = set()  # files that Pillow decodes instead
+        self._lock = threading.RLock()  # one thread makes requests, the consumer's handles failures
         workers = spec.loading.readers or readers_for(paths)
         self._pool = ReaderPool(workers, spec.loading.read_timeout)
-        # A network wants every thread busy; local files only the next batches.
+        # Over a network, keep every thread busy; for local files, the next batches are enough.
         self._ahead = max(_AHEAD, -(-2 * workers // spec.batch_size)) if is_remote(paths) else _AHEAD
         self._backend = make_backend(spec)
 
@@ -202,9 +202,9 @@ class Feed:
     def _read(self, index: int) -> EncodedImage:
         """A file's bytes, checked, in a form that the backend's decoder takes."""
         image = read_image(self.paths[index], self._loading.max_megapixels)
-        state = np.array([*image.header.size, len(image.data)], np.int64)
-        if self._known[index, 0] and not np.array_equal(self._known[index], state):
-            before, now = ("{} x {} pixels in {} bytes".format(*each) for each in (self._known[index], state))
+        measured = np.array([*image.header.size, len(image.data)], np.int64)
+        if self._known[index, 0] and not np.array_equal(self._known[index], measured):
+            before, now = ("{} x {} pixels in {} bytes".format(*each) for each in (self._known[index], measured))
             raise BadImageError(image.path, f"has changed since it was first read (was {before}, is {now})")
         if image.header.described or index in self._stripped:
             image = _described_by_us(image)
@@ -217,7 +217,7 @@ class Feed:
                 image = _described_by_us(image)
                 if not self._backend.understands(image):
                     self._leave_to_pillow(index)
-            self._known[index] = state
+            self._known[index] = measured
         return recoded(image) if index in self._recoded else image
 
     def _pool_of(self, index: int) -> range:

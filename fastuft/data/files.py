@@ -15,8 +15,8 @@ class Files(ImageSource):
     """Local files.
 
     Args:
-        paths: absolute.
-        names: the same, relative to what was listed.
+        paths: absolute paths.
+        names: the same files, relative to the location that was listed.
     """
 
     plain = True
@@ -42,7 +42,7 @@ class Files(ImageSource):
             try:
                 return os.path.getsize(self.paths[row])
             except OSError:
-                return -1  # a vanished file is the streams' affair, under data.on_bad_file
+                return -1  # missing files are handled by the streams, as data.on_bad_file says
 
         return np.fromiter(in_threads(size, rows.tolist(), READERS), np.int64, len(rows))
 
@@ -51,5 +51,5 @@ class Files(ImageSource):
         return read_bytes(self.paths[row])
 
     def version(self, row: int) -> int:
-        """See :class:`ImageSource`: the time of the last change, nanoseconds."""
+        """See :class:`ImageSource`: the modification time, nanoseconds."""
         return os.stat(self.paths[row]).st_mtime_ns

@@ -1,4 +1,4 @@
-"""Images by their places: a sequence of names that know how to read themselves, whatever they lie in."""
+"""Sequences of images, and the interface through which files, shards and tables list and read them."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class ImageSource(ABC):
-    """A place that holds images: files, shards, tables. Rows are counted from 0, in the order of training."""
+    """A set of stored images: files, shards or tables. Rows count from 0, in the order of training."""
 
-    remote: bool = False  # whether reading waits for a network
-    plain: bool = False  # whether they are local files, whose paths alone say how to read them
+    remote: bool = False  # whether reading goes over a network
+    plain: bool = False  # whether the images are local files, which are read by path alone
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def path(self, row: int) -> str:
-        """The image's place as text for messages and files; :func:`fastuft.data.read_bytes` takes it."""
+        """The image's path or URL, for messages, saved lists and :func:`fastuft.data.read_bytes`."""
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """The image's name, relative to the place; with the sizes, names say which data it is."""
+        """The image's name, relative to the source's location; names and sizes together identify the data."""
 
     @abstractmethod
     def sizes(self, rows: Rows) -> Rows:
-        """Bytes [n] that tell the images of these rows from others of the same names; -1 where they cannot be known."""
+        """Sizes in bytes [n], which distinguish images of the same name; -1 if unknown."""
 
     @abstractmethod
     def read(self, row: int) -> bytes:
         """The encoded image.
 
         Raises:
-            BadImageError: it cannot be read, is empty, or is not what it was when the place was looked at.
+            BadImageError: it cannot be read, is empty, or has changed since it was listed.
         """
 
     @abstractmethod
@@ -46,16 +46,16 @@ class ImageSource(ABC):
         """A number that changes when the stored image may have changed, 0 to 2**63 - 1."""
 
     def containers(self) -> frozenset[str]:
-        """Where the objects are that hold the images, links resolved; none for images that are files themselves."""
+        """Paths or URLs of the shards, tables or objects that hold the images, with links resolved; empty for files."""
         return frozenset()
 
     def labels(self) -> tuple[Rows, list[str]] | None:
-        """(label of each row, class names), or None where the place says no classes."""
+        """(label of each row, class names), or None if the images have no classes."""
         return folder_labels(self.name(row) for row in range(len(self)))
 
 
 class Located(str):
-    """The place of an image that is not a file of its own, as text, with the source that reads it."""
+    """The path or URL of an image that is not a plain file, with the source that reads it."""
 
     __slots__ = ("row", "source")
     source: ImageSource
@@ -63,15 +63,15 @@ class Located(str):
 
     def __new__(cls, text: str, source: ImageSource, row: int) -> Located:
         """``text`` is what messages show."""
-        place = super().__new__(cls, text)
-        place.source, place.row = source, row
-        return place
+        located = super().__new__(cls, text)
+        located.source, located.row = source, row
+        return located
 
     def __str__(self) -> str:
-        return self  # str(place) still reads
+        return self  # str(located) keeps its source
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return str, ("".join(self),)  # another process has no such source: there it is text
+        return str, ("".join(self),)  # another process does not have the source and gets plain text
 
     def read(self) -> bytes:
         """The encoded image; see :meth:`ImageSource.read`."""
@@ -79,12 +79,12 @@ class Located(str):
 
 
 class Images(Sequence[str]):
-    """Images of one or several sources, in order; holds two numbers per image, and makes their places when asked.
+    """Images of one or several sources, in order. Stores two numbers per image and builds paths on request.
 
     Args:
-        sources: where they are.
-        which: int32 [N] positions in ``sources``.
-        rows: int64 [N] rows there.
+        sources: the sources.
+        which: int32 [N], index into ``sources``.
+        rows: int64 [N], row within that source.
     """
 
     def __init__(self, sources: Sequence[ImageSource], which: np.ndarray, rows: Rows) -> None:
@@ -119,11 +119,11 @@ class Images(Sequence[str]):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]  # as lists
+    __hash__ = None  # type: ignore[assignment]  # not hashable, like a list
 
     @property
     def remote(self) -> bool:
-        """Whether reading any of them waits for a network."""
+        """Whether reading any of them goes over a network."""
         return any(self.sources[which].remote for which in np.unique(self.which))
 
     @property
@@ -132,12 +132,12 @@ class Images(Sequence[str]):
         return all(source.plain for source in self.sources)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Images:
-        """Those at the given positions."""
+        """The images at the given positions."""
         index = np.asarray(rows, np.int64)
         return Images(self.sources, self.which[index], self.rows[index])
 
     def followed_by(self, other: Images) -> Images:
-        """These, then those of ``other``."""
+        """These images followed by those of ``other``."""
         which = np.concatenate([self.which, other.which + len(self.sources)]).astype(np.int32)
         return Images(self.sources + other.sources, which, np.concatenate([self.rows, other.rows]))
 
@@ -157,17 +157,17 @@ class Images(Sequence[str]):
 
 
 def is_remote(paths: Sequence[str]) -> bool:
-    """Whether reading these images waits for a network."""
+    """Whether reading these images goes over a network."""
     if isinstance(paths, Images):
         return paths.remote
     return any(isinstance(path, Located) and path.source.remote for path in paths[:1])
 
 
-def state_of(path: str) -> tuple[int, int]:
+def size_and_version(path: str) -> tuple[int, int]:
     """(bytes, a number that changes with the content) of an image, without reading it.
 
     Raises:
-        OSError: a file that is not there.
+        OSError: the file does not exist.
     """
     if isinstance(path, Located):
         size = int(path.source.sizes(np.array([path.row]))[0])
@@ -177,7 +177,7 @@ def state_of(path: str) -> tuple[int, int]:
 
 
 def labels_of_images(paths: Sequence[str]) -> tuple[Rows, list[str]] | None:
-    """(label of each image, class names) that shards and tables say; None for plain files, and where no classes are said."""
+    """(label of each image, class names) of shards and tables; None for plain files and if there are no classes."""
     if not isinstance(paths, Images) or paths.only_files:
         return None
     texts = np.empty(len(paths), object)
@@ -191,7 +191,7 @@ def labels_of_images(paths: Sequence[str]) -> tuple[Rows, list[str]] | None:
 
 
 def folder_labels(names: Iterable[str]) -> tuple[Rows, list[str]] | None:
-    """(labels, class names) by the first folder of each name, below what all have in common; None without folders."""
+    """(labels, class names) from the first folder of each name below their common folder; None without folders."""
     folders = [name.split("/")[:-1] for name in names]
     if not folders:
         return None
@@ -203,7 +203,7 @@ def folder_labels(names: Iterable[str]) -> tuple[Rows, list[str]] | None:
 
 
 def numbered(labels: Sequence[str]) -> tuple[Rows, list[str]]:
-    """(number of each label, labels): in the order of their values where all are whole numbers, else of their text."""
+    """(number of each label, labels); labels are sorted by value if all are whole numbers, else as text."""
     found = set(labels)
     whole = all(label.isascii() and label.isdecimal() for label in found)
     classes = sorted(found, key=(lambda label: (int(label), label)) if whole else (lambda label: (0, label)))

@@ -1,4 +1,4 @@
-"""Which files are images by their names, and what is said of the others."""
+"""Which files are images by name, and how the other files are reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastuft.messages import note
 from fastuft.names import printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-_NAMED = 6  # suffixes of left-out files that are named
+_NAMED = 6  # number of suffixes that the report names
 _JUNK = frozenset(
     {
         "__macosx",
@@ -29,10 +29,10 @@ IsImage = Callable[[str], bool]
 
 
 def checked_suffixes(suffixes: Sequence[str]) -> tuple[str, ...]:
-    """The suffixes in small letters.
+    """The suffixes in lower case.
 
     Raises:
-        ValueError: one that does not begin with a dot.
+        ValueError: a suffix does not begin with a dot.
     """
     for suffix in suffixes:
         if suffix and (not suffix.startswith(".") or os.sep in suffix):
@@ -41,41 +41,41 @@ def checked_suffixes(suffixes: Sequence[str]) -> tuple[str, ...]:
 
 
 def image_names(suffixes: tuple[str, ...]) -> IsImage:
-    """Whether a name ends as an image's does."""
+    """A function that tells whether a name has one of the suffixes."""
     return lambda name: os.path.splitext(name)[1].lower() in suffixes
 
 
 def is_junk(folder: str) -> bool:
-    """Whether a folder of this name is one that systems and programs leave behind."""
+    """Whether a folder of this name is one that operating systems or programs leave behind."""
     return folder.lower() in _JUNK
 
 
 @dataclass
 class LeftOut:
-    """What is not taken from a place.
+    """Counts of the files and folders at a location that are not images.
 
     Args:
-        others: files by their suffixes.
-        junk: folders that hold no one's photographs, by their names.
+        others: number of other files by suffix.
+        junk: number of skipped system folders by name.
     """
 
     others: Counter[str] = field(default_factory=Counter)
     junk: Counter[str] = field(default_factory=Counter)
-    _known: set[str] = field(default_factory=set, repr=False)  # junk folders that are counted
+    _known: set[str] = field(default_factory=set, repr=False)  # system folders that were counted
 
     def add(self, other: LeftOut) -> None:
-        """Count what ``other`` counts."""
+        """Add the counts of ``other``."""
         self.others += other.others
         self.junk += other.junk
 
     def takes(self, name: str, is_image: IsImage) -> bool:
-        """Whether a name with its folders is an image's; what is not is counted. Hidden entries are passed over."""
+        """Whether a name, with its folders, is an image; other names are counted, and hidden ones are not."""
         *folders, last = name.split("/")
         for depth, folder in enumerate(folders, 1):
             if is_junk(folder):
-                place = "/".join(folders[:depth])
-                self.junk[folder] += place not in self._known
-                self._known.add(place)
+                path = "/".join(folders[:depth])
+                self.junk[folder] += path not in self._known
+                self._known.add(path)
                 return False
         if any(part.startswith(".") for part in (*folders, last)):
             return False
@@ -84,8 +84,8 @@ class LeftOut:
         self.others[os.path.splitext(last)[1].lower()] += 1
         return False
 
-    def say(self, place: str, images: int) -> None:
-        """One line, where there is anything to say."""
+    def report(self, location: str, images: int) -> None:
+        """Print one line if anything was left out."""
         parts = []
         if self.others:
             counts = sorted(self.others.items(), key=lambda item: (-item[1], item[0] or "~"))[:_NAMED]
@@ -95,4 +95,4 @@ class LeftOut:
         parts += [f"{number} x the folder {name}" for name, number in sorted(self.junk.items())]
         if parts:
             hint = "; add other suffixes of images to data.suffixes" if self.others else ""
-            note(f"'{printable(place)}': {images} images; left out: {', '.join(parts)}{hint}")
+            note(f"'{printable(location)}': {images} images; left out: {', '.join(parts)}{hint}")

@@ -34,7 +34,7 @@ def read_list(path: str, is_image: Callable[[str], bool], images_of: Callable[[s
         images_of: returns the images of a folder.
 
     Raises:
-        ValueError: a line does not name exactly one image, or is not text; the message has its number.
+        ValueError: a line does not name exactly one image, or is not text; the message gives its number.
     """
     folder = os.path.dirname(path)
     found: list[str] = []

@@ -17,11 +17,11 @@ from fastuft.data.images import Images, ImageSource, labels_of_images
 from fastuft.data.left_out import IMAGE_SUFFIXES, IsImage, LeftOut, checked_suffixes, image_names, is_junk
 from fastuft.data.list_files import LIST_SUFFIXES, read_list
 from fastuft.data.reading import in_threads
-from fastuft.data.sources import PACKED_SUFFIXES, Place, is_place, open_place, packed_in
+from fastuft.data.sources import PACKED_SUFFIXES, Found, is_url_or_packed, open_location, packed_in
 from fastuft.messages import note
 from fastuft.names import printable
 
-_SCAN_CACHE_FROM = 20_000  # smaller folders are scanned anew each time
+_SCAN_CACHE_FROM = 20_000  # smaller folders are scanned each time
 _SCANNERS = min(32, 4 * (os.cpu_count() or 1))  # threads that wait for the file system
 
 
@@ -35,46 +35,46 @@ class _Scan:
 
 
 def find_images(paths: str | Sequence[str], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Images:
-    """All images of folders (any depth), list files, single files, shards and URLs.
+    """All images in folders (at any depth), list files, single files, shards and URLs.
 
-    Hidden entries and folders that systems leave behind (``__MACOSX``, ``@eaDir``) are passed over. Files of other
-    suffixes are left out, and one line says how many. A list file (.txt, .csv, .tsv, .lst) names an image per line,
-    relative to itself; see :func:`fastuft.data.list_files.read_list`. A folder without images that holds shards stands
-    for these; see :func:`fastuft.data.sources.open_place`.
+    Hidden entries and folders that systems leave behind (``__MACOSX``, ``@eaDir``) are skipped. Files of other suffixes
+    are left out, and one line gives their number. A list file (.txt, .csv, .tsv, .lst) names one image per line,
+    relative to itself; see :func:`fastuft.data.list_files.read_list`. A folder of shards without image files stands
+    for its shards; see :func:`fastuft.data.sources.open_location`.
 
     Args:
-        paths: one or several of them. Duplicates are kept once.
-        suffixes: of image files in folders and shards, in any case; "" is a name without one.
+        paths: one or several locations. Duplicates are kept once.
+        suffixes: suffixes of images in folders and shards, in any case; "" stands for names without one.
 
     Raises:
-        ValueError: a path that does not exist, a root without images, a folder that cannot be read, a line of a list
-            that names no image, a damaged shard, or a suffix that does not begin with a dot.
+        ValueError: a path does not exist, a location has no images, a folder cannot be read, a line of a list does not
+            name an image, a shard is damaged, or a suffix does not begin with a dot.
     """
     wanted = checked_suffixes(suffixes)
     seen: set[str] = set()
     sources: list[ImageSource] = []
     for path in map(os.fspath, [paths] if isinstance(paths, str | os.PathLike) else paths):
-        place = open_place(path, wanted, seen) if is_place(path) else _local(path, wanted, seen)
-        place.left_out.say(place.shown, len(place))
-        sources += place.sources
-        if not len(place) and not place.twice:
+        found = open_location(path, wanted, seen) if is_url_or_packed(path) else _local(path, wanted, seen)
+        found.left_out.report(found.shown, len(found))
+        sources += found.sources
+        if not len(found) and not found.twice:
             raise ValueError(
-                f"'{printable(place.shown)}' has no images; expected files ending in {' '.join(wanted)} at any depth, "
+                f"'{printable(found.shown)}' has no images; expected files ending in {' '.join(wanted)} at any depth, "
                 "or shards of them (.tar, .parquet)"
             )
     return Images.of(sources)
 
 
-def _local(path: str, wanted: tuple[str, ...], seen: set[str]) -> Place:
+def _local(path: str, wanted: tuple[str, ...], seen: set[str]) -> Found:
     """The images of a folder, a list file, or a single file."""
     root = os.path.abspath(os.path.expanduser(path))
-    place = Place(root)
+    found = Found(root)
     if os.path.isdir(root):
         scan = _scan_cached(root, wanted)
         files, base = scan.files, root
         if not files and any(suffix in PACKED_SUFFIXES for suffix in scan.left_out.others):
-            return open_place(root, wanted, seen)
-        place.left_out = scan.left_out
+            return open_location(root, wanted, seen)
+        found.left_out = scan.left_out
     elif os.path.splitext(root)[1].lower() in LIST_SUFFIXES and os.path.lexists(root):
         files = read_list(root, image_names(wanted), lambda folder: _scan_folder(folder, wanted).files)
         base = _common_folder(files)
@@ -87,14 +87,14 @@ def _local(path: str, wanted: tuple[str, ...], seen: set[str]) -> Place:
         )
     skip = len(base.rstrip(os.sep)) + 1
     new = [file for file in dict.fromkeys(files) if file not in seen]
-    place.twice = len(new) < len(files)
+    found.twice = len(new) < len(files)
     seen |= set(new)
-    place.sources.append(Files(new, [file[skip:] for file in new]))
-    return place
+    found.sources.append(Files(new, [file[skip:] for file in new]))
+    return found
 
 
 def list_images(paths: str | Sequence[str], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Sequence[str]:
-    """The absolute paths that :func:`find_images` finds, sorted within each root: a list where all are files."""
+    """What :func:`find_images` finds, sorted within each location; a list of absolute paths if all are local files."""
     found = find_images(paths, suffixes)
     return list(found) if found.only_files else found
 
@@ -102,17 +102,17 @@ def list_images(paths: str | Sequence[str], suffixes: Sequence[str] = IMAGE_SUFF
 def labeled_folder(path: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> tuple[Sequence[str], list[int], list[str]]:
     """The images in class folders; images beside these folders are left out, and one line says so.
 
-    An image that links lead to from several classes is one of the first alone, as in :func:`find_images`. In shards,
-    classes are the members' folders, or what ``.cls`` files beside them say.
+    An image that links reach from several classes belongs to the first, as in :func:`find_images`. In shards, classes
+    are the members' folders or the content of ``.cls`` files.
 
     Returns:
         (paths, labels, class names): classes are the sorted sub-folders, with the images inside them at any depth.
 
     Raises:
-        ValueError: no class folders, or a class folder without images.
+        ValueError: there are no class folders, or a class folder has no images.
     """
-    if is_place(path):
-        return _labels_said(path, find_images(path, suffixes))
+    if is_url_or_packed(path):
+        return _packed_labels(path, find_images(path, suffixes))
     root = os.path.abspath(os.path.expanduser(path))
     if not os.path.isdir(root):
         raise ValueError(f"'{printable(path)}' is not a folder; labels need one sub-folder per class")
@@ -120,7 +120,7 @@ def labeled_folder(path: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> tuple
     names = sorted(os.path.basename(folder) for folder, _ in inner)
     found = find_images(root, suffixes) if names or packed_in(root) else None
     if found is not None and not found.only_files:
-        return _labels_said(path, found)
+        return _packed_labels(path, found)
     if found is None or not names:
         raise ValueError(f"'{printable(path)}' has no class folders; labels need one sub-folder per class")
     of_class: dict[str, list[str]] = {name: [] for name in names}
@@ -140,11 +140,11 @@ def labeled_folder(path: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> tuple
     return paths, labels, names
 
 
-def _labels_said(path: str, images: Images) -> tuple[Sequence[str], list[int], list[str]]:
+def _packed_labels(path: str, images: Images) -> tuple[Sequence[str], list[int], list[str]]:
     found = labels_of_images(images)
     if found is None:
         raise ValueError(
-            f"the images of '{printable(path)}' have no classes; pack them in one folder per class, or with .cls files"
+            f"the images of '{printable(path)}' have no classes; pack them with one folder per class, or with .cls files"
         )
     return images, found[0].tolist(), found[1]
 
@@ -182,20 +182,20 @@ def _read_folder(folder: str, is_image: IsImage) -> tuple[list[tuple[str, bool]]
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False
 
 
 def _scan_folder(root: str, suffixes: tuple[str, ...]) -> _Scan:
     """Scan everything below ``root`` with several threads.
 
-    Links are followed; a folder that can be reached in several ways is read once.
+    Links are followed; a folder with several paths is read once.
     """
     scan = _Scan()
     is_image = image_names(suffixes)
 
     def read(folder: str) -> tuple[list[tuple[str, bool]], list[str], LeftOut, int]:
-        modified = os.stat(folder).st_mtime_ns  # before reading: a file that comes meanwhile makes it out of date
+        modified = os.stat(folder).st_mtime_ns  # before reading, so that a file added meanwhile invalidates the cache
         return *_read_folder(folder, is_image), modified
 
     level = [(root, os.path.realpath(root))]
@@ -218,7 +218,7 @@ def _scan_folder(root: str, suffixes: tuple[str, ...]) -> _Scan:
 
 
 def _cache_file(root: str, suffixes: tuple[str, ...]) -> Path | None:
-    """Where a scan is kept; None where there is no home."""
+    """The file that caches a scan; None if the user has no home folder."""
     folder = cache_folder()
     if folder is None:
         return None

@@ -18,7 +18,7 @@ from filelock import FileLock
 from fastuft.atomic import remove_leftovers, whole_file, write_whole
 from fastuft.data.bad import BadImageError
 from fastuft.data.files import Files
-from fastuft.data.images import Images, state_of
+from fastuft.data.images import Images, size_and_version
 from fastuft.data.left_out import IMAGE_SUFFIXES
 from fastuft.data.listing import find_images
 from fastuft.data.reading import in_threads, read_bytes, readers_for
@@ -61,8 +61,8 @@ class Manifest:
         """Scan the folders and draw the replayed share, which is fixed for the whole run.
 
         Args:
-            target: folder, list file or several.
-            source: the same; None trains on the target alone. Files that are target images too are left out of it.
+            target: one or several folders, list files, shards or URLs.
+            source: the same for the source; None trains on the target alone. Target images in it are left out.
             fraction: share of the source that joins, at least one image; None takes as many as there are target images,
                 or all.
             seed: seed of the draw.
@@ -70,7 +70,8 @@ class Manifest:
             suffixes: suffixes of image files in folders.
 
         Raises:
-            ValueError: a folder is empty or missing, the source has only target images, or the fraction is not in [0, 1].
+            ValueError: a location is missing or has no images, the source has only target images, or the fraction is not in
+                [0, 1].
         """
         if fraction is not None and not 0 <= fraction <= 1:
             raise ValueError(f"data.replay_fraction={fraction!r} is out of range; allowed: [0, 1]")
@@ -89,7 +90,7 @@ class Manifest:
             chosen = keyed_generator(seed, "replay").permutation(total)[:count]
             drawn = found.take(left[np.sort(chosen)])
             names += [f"source/{name}" for name in drawn.names()]
-            # Sizes are the originals', which say the same for data that is read from a cache.
+            # Sizes are those of the originals, so that a cache does not change the digest.
             copies = drawn if replay_cache is None else _copies(copy_to_cache(drawn, replay_cache), drawn)
             sizes = np.concatenate([sizes, (copies if drawn.only_files else drawn).sizes()])
             images = images.followed_by(copies)
@@ -189,9 +190,9 @@ def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
             name = hashlib.blake2b(os.fsencode(path), digest_size=12).hexdigest()
             target = cache / (name + os.path.splitext(path)[1].lower())
             try:
-                state = list(state_of(path))
-                length, *recorded_state = recorded.get(target.name, [-1])
-                if recorded_state == state and target.exists() and target.stat().st_size == length:
+                version = list(size_and_version(path))
+                length, *recorded_version = recorded.get(target.name, [-1])
+                if recorded_version == version and target.exists() and target.stat().st_size == length:
                     return str(target)
                 content = read_bytes(path)
             except (OSError, BadImageError):
@@ -204,7 +205,7 @@ def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:
                     "some disk space or repair the disk, and start again: finished copies are kept"
                 ) from error
             with lock:
-                index.write(json.dumps([target.name, len(content), *state]) + "\n")
+                index.write(json.dumps([target.name, len(content), *version]) + "\n")
             return str(target)
 
         return list(in_threads(copy, paths, readers_for(paths), chunk=8))
@@ -219,7 +220,7 @@ def _write_compared(target: Path, content: bytes) -> None:
 
 
 def _read_index(lines: Sequence[str]) -> dict[str, list[int]]:
-    """Name -> [size, size and time of the original] of finished copies; lines that were cut off are passed over."""
+    """Name -> [size, size and version of the original] of finished copies; truncated lines are skipped."""
     recorded: dict[str, list[int]] = {}
     for line in lines:
         try:

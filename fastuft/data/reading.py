@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 from fastuft.data.bad import BadImageError
 from fastuft.data.images import Located, is_remote
 
-READERS = 16  # threads that read files; on network storage each waits
-REMOTE_READERS = 64  # requests in flight; at 50 ms each they bring 1,280 images a second
+READERS = 16  # threads that read files; on network storage they mostly wait
+REMOTE_READERS = 64  # concurrent requests; at 50 ms each, 1,280 images per second
 READ_TIMEOUT = 60.0  # seconds that reading one file may take
 LARGEST = 1 << 30  # bytes of an encoded image
 _PATIENCE = 0.05  # seconds between attempts to open a file while the process has too many open
@@ -34,7 +34,7 @@ def readers_for(paths: Sequence[str]) -> int:
 def read_bytes(path: str) -> bytes:
     """The content of a regular file, or of an image in a shard.
 
-    Of files only regular ones are ever opened, since a pipe or a device may wait for ever.
+    Only regular files are opened, because a pipe or a device may block for ever.
 
     Raises:
         BadImageError: missing, unreadable, empty, larger than a gigabyte, or not a regular file.

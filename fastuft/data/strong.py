@@ -64,7 +64,7 @@ class StrongConfig:
 
 @dataclass(frozen=True)
 class StrongParameters:
-    """Parameters of each image of a batch after its crop.
+    """Parameters of the strong view of each image, applied after its crop.
 
     Args:
         op: indices into ``StrongConfig.ops``, int32 [n, N].

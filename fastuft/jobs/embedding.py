@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastuft.atomic import remove_leftovers, whole_file, write_whole
 from fastuft.config import EmbedConfig
-from fastuft.data import EvalStream, Loading, list_images, state_of, verify_files
+from fastuft.data import EvalStream, Loading, list_images, size_and_version, verify_files
 from fastuft.device import choose_device
 from fastuft.evaluate import extract_features, weights_hash
 from fastuft.jobs.inputs import check_checkpoint
@@ -55,7 +55,7 @@ class _Work:
         if self.backbone.traits.pool != "own":
             digest.update(self.backbone.traits.pool.encode())
         for path in self.paths:
-            size, version = state_of(path)
+            size, version = size_and_version(path)
             digest.update(f"{path!r} {size} {version}".encode(errors="backslashreplace"))
         return digest.hexdigest()
 

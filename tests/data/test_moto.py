@@ -36,7 +36,7 @@ def test_shards_in_s3_are_the_folder(folders, tmp_path, monkeypatch):
             assert [read_bytes(path) for path in found] == [Path(path).read_bytes() for path in local]
             assert Manifest.build(text).content_hash == Manifest.build(folders[0]).content_hash
         client.put_object(Bucket="bucket", Key="set/t-01.tar", Body=b"another")
-        with pytest.raises(BadImageError, match=r"the shard t-01.tar has changed since it was looked at"):
+        with pytest.raises(BadImageError, match=r"the shard t-01.tar has changed since it was listed"):
             read_bytes(next(path for path in found if "t-01.tar" in path))
     finally:
         server.stop()

@@ -175,7 +175,7 @@ def test_webdataset_classes_and_what_is_left_out(tmp_path, capsys):
         messages._said.clear()
     assert len(list_images(str(tmp_path / "0.tar"), [".jpg", ".tif", ""])) == 8
     write_tar(tmp_path / "bad.tar", [("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b"x")])
-    with pytest.raises(ValueError, match=r"bad.tar/b.jpg has no .cls file beside it"):
+    with pytest.raises(ValueError, match=r"bad.tar/b.jpg has no .cls file, but other images have one"):
         labeled_folder(str(tmp_path / "bad.tar"))
     write_tar(tmp_path / "flat.tar", [("a.jpg", b"x"), ("b.jpg", b"x")])
     with pytest.raises(ValueError, match=r"flat.tar' have no classes"):
@@ -211,7 +211,8 @@ def test_an_index_that_lies_is_found_when_a_member_is_read(tmp_path, own_cache):
     assert place.stat().st_size == size
     for path in list_images(str(place)):
         with pytest.raises(
-            BadImageError, match=r"x.tar/[ab].jpg: cannot be read \(the shard x.tar is not where .*anew"
+            BadImageError,
+            match=r"x.tar/[ab].jpg: cannot be read \(the shard x.tar has changed since the shard was indexed",
         ):
             read_bytes(path)
 
@@ -220,7 +221,7 @@ def test_an_index_that_lies_is_found_when_a_member_is_read(tmp_path, own_cache):
     ("damage", "words"),
     [
         (lambda b: b[:2100], r"is cut off within b.jpg: it ends at byte 2100 of 3\d+"),
-        (lambda b: b[:1536], "ends at byte 1536 without the mark"),
+        (lambda b: b[:1536], "ends at byte 1536 without the end-of-archive mark"),
         (lambda b: b[: len(b) // 512 * 512 - 10240 + 4000] if len(b) > 20000 else b[:3000], "is cut off within b.jpg"),
         (lambda b: b[:1536] + b"garbage" * 80 + b[2096:], "has no valid header at byte 1536"),
         (lambda b: b"\x1f\x8b" + b[2:], "is compressed"),

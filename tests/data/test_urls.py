@@ -35,7 +35,7 @@ def own_world(server, tmp_path, monkeypatch):
     """No waiting, no cache of others, and the server's address in the environment, where S3's clients look for it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     monkeypatch.setattr(messages, "_said", set())
-    monkeypatch.setattr(remote, "_troubles", 0)
+    monkeypatch.setattr(remote, "_failures", 0)
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.005)
     for name, value in {"ENDPOINT": server.url, "ACCESS_KEY_ID": "an-id", "SECRET_ACCESS_KEY": "a-secret"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
@@ -103,9 +103,9 @@ def test_ways_to_name_objects(server):
     for text in ("s3://bucket/shards/target/", "s3://bucket/shards/target/*.tar", "s3://bucket/**/t-0[0-2].tar"):
         assert list_images(text) == expected
     assert len(list_images(f"{server.url}/bucket/photos/class0/000.jpg")) == 1
-    with pytest.raises(ValueError, match=r"web server's folders cannot be listed; name objects"):
+    with pytest.raises(ValueError, match=r"web servers cannot be listed; name objects"):
         list_images(f"{server.url}/bucket/photos/")
-    with pytest.raises(ValueError, match=r"'ftp://host/x' is not supported; write file, s3, gs, http, https"):
+    with pytest.raises(ValueError, match=r"'ftp://host/x' is not supported; allowed: file, s3, gs, http, https"):
         list_images("ftp://user:word@host/x")
     with pytest.raises(ValueError, match=r"'s3://bucket/nothing/' has no images"):
         list_images("s3://bucket/nothing/")

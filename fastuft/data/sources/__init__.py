@@ -1,5 +1,5 @@
-"""Places of images beside plain files: tar shards, tables, and objects behind URLs."""
+"""Image sources other than plain files: tar shards, parquet tables, and objects behind URLs."""
 
-from fastuft.data.sources.places import PACKED_SUFFIXES, Place, is_place, open_place, packed_in
+from fastuft.data.sources.locations import PACKED_SUFFIXES, Found, is_url_or_packed, open_location, packed_in
 
-__all__ = ["PACKED_SUFFIXES", "Place", "is_place", "open_place", "packed_in"]
+__all__ = ["PACKED_SUFFIXES", "Found", "is_url_or_packed", "open_location", "packed_in"]

@@ -1,4 +1,4 @@
-"""Single objects whose parts can be read: files, and objects behind a URL."""
+"""Objects that can be read in parts: local files, and objects behind URLs."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from fastuft.names import printable
 
 
 class BlobError(Exception):
-    """Why an object, or a part of it, cannot be read; the text names no object and holds no credentials."""
+    """An object, or a part of it, cannot be read. The text holds the reason, without the object's name or credentials."""
 
 
 class MissingBlobError(BlobError):
-    """The object is not there."""
+    """The object does not exist."""
 
 
 class ChangedBlobError(BlobError):
-    """The object is another one than when it was looked at."""
+    """The object has changed since it was listed."""
 
 
 class Blob(Protocol):
-    """An object as it was when it was looked at."""
+    """An object as it was when it was listed."""
 
     @property
     def shown(self) -> str:
-        """Where it is, without credentials."""
+        """Its path or URL, without credentials."""
 
     @property
     def name(self) -> str:
-        """Its name, relative to what was asked for."""
+        """Its name, relative to the location that was listed."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
 
     @property
     def tag(self) -> str:
-        """Changes with the content: an etag, or the time of the last change."""
+        """A text that changes with the content: an etag or a modification time."""
 
     @property
     def remote(self) -> bool:
-        """Whether reading waits for a network."""
+        """Whether reading goes over a network."""
 
     def read(self, offset: int, length: int, part: str = "") -> bytes:
-        """``length`` bytes from ``offset`` on; ``part`` is what messages call them.
+        """``length`` bytes starting at ``offset``; messages name them by ``part``.
 
         Raises:
-            BlobError: they cannot be read, are not all there, or belong to another object by now.
+            BlobError: they cannot be read, the object is too short, or it has changed.
         """
 
 
 @dataclass(frozen=True)
 class LocalBlob:
-    """A file as it was when it was looked at; see :class:`Blob`."""
+    """A file as it was when it was listed; see :class:`Blob`."""
 
     path: str
     name: str
@@ -73,7 +73,7 @@ class LocalBlob:
         """The file at an absolute path.
 
         Raises:
-            BlobError: it is not there, or is not a regular file.
+            BlobError: it does not exist, or is not a regular file.
         """
         try:
             found = os.stat(path)
@@ -92,7 +92,7 @@ class LocalBlob:
             try:
                 found = os.fstat(file)
                 if (found.st_size, str(found.st_mtime_ns)) != (self.size, self.tag):
-                    raise ChangedBlobError("has changed since it was looked at; start again with what is there now")
+                    raise ChangedBlobError("has changed since it was listed; start again to use its current content")
                 parts = []
                 while length > 0 and (piece := os.pread(file, length, offset)):
                     parts.append(piece)
@@ -100,24 +100,22 @@ class LocalBlob:
             finally:
                 os.close(file)
         except FileNotFoundError as error:
-            raise MissingBlobError("does not exist any more") from error
+            raise MissingBlobError("no longer exists") from error
         except OSError as error:
             raise BlobError(f"cannot be read ({error.strerror or error})") from error
         if length:
-            raise BlobError(f"ends at byte {offset}, {length} bytes too early")
+            raise BlobError(f"ends at byte {offset}, {length} bytes short")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def say_bad(bad: list[tuple[str, str]], total: int, what: str) -> ValueError:
-    """The error that names objects which cannot be used, and why.
+    """The error that names unusable objects and their reasons.
 
     Args:
-        bad: (where, why) of them.
-        total: objects in all.
-        what: they are, as a plural.
+        bad: (location, reason) of each.
+        total: number of all objects.
+        what: what the objects are, in the plural.
     """
     named = "; ".join(f"{printable(where)} {why}" for where, why in bad[:6])
     more = f"; and {len(bad) - 6} more" if len(bad) > 6 else ""
-    return ValueError(
-        f"{len(bad)} of {total} {what} cannot be used: {named}{more}. Copy them again, or name the others only"
-    )
+    return ValueError(f"{len(bad)} of {total} {what} cannot be used: {named}{more}. Copy them again, or leave them out")

@@ -1,4 +1,4 @@
-"""Several names in one text: braces as WebDataset and shells have them, and patterns."""
+"""Several names in one text: brace expansion as in WebDataset and shells, and glob patterns."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import re
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _PATTERN = re.compile(r"[*?]|\[[^\]]+\]")
-_MOST = 1_000_000  # names that one text may stand for
+_MOST = 1_000_000  # names that one text may expand to
 
 
 def has_pattern(text: str) -> bool:
-    """Whether a text stands for several names by ``*``, ``?`` or ``[...]``."""
+    """Whether a text contains ``*``, ``?`` or ``[...]``."""
     return _PATTERN.search(text) is not None
 
 
 def expand_braces(text: str) -> list[str]:
-    """``{00..09}`` and ``{a,b}`` written out, in order; numbers keep their leading zeros.
+    """Expand ``{00..09}`` and ``{a,b}``, in order; numbers keep their leading zeros.
 
     Raises:
-        ValueError: a range that runs backwards, or more than a million names.
+        ValueError: a range runs backwards, or there are more than a million names.
     """
     match = _INNERMOST.search(text)
     if match is None:
@@ -41,12 +41,12 @@ def expand_braces(text: str) -> list[str]:
     for choice in choices:
         found += expand_braces(text[: match.start()] + choice + text[match.end() :])
         if len(found) > _MOST:
-            raise ValueError(f"'{text}' stands for more than {_MOST:,} names; name a folder or a prefix")
+            raise ValueError(f"'{text}' expands to more than {_MOST:,} names; name a folder or a prefix")
     return found
 
 
 def pattern(text: str) -> re.Pattern[str]:
-    """The names that a pattern stands for: ``*`` and ``?`` stay within one folder, ``**`` does not."""
+    """A glob pattern as a regular expression: ``*`` and ``?`` stay within one folder, ``**`` does not."""
     parts = []
     for token in re.findall(r"\*\*/?|\*|\?|\[[^\]]*\]|.", text, re.DOTALL):
         fixed = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(token)

@@ -1,4 +1,4 @@
-"""Images that are objects of their own behind a URL."""
+"""Images that are single objects behind URLs."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ class Objects(ImageSource):
         return int.from_bytes(digest, "big") >> 1
 
     def containers(self) -> frozenset[str]:
-        """See :class:`fastuft.data.images.ImageSource`: each object is its own."""
+        """See :class:`fastuft.data.images.ImageSource`: each object contains only itself."""
         return frozenset(blob.shown for blob in self.blobs)

@@ -1,4 +1,4 @@
-"""Images in tar shards (WebDataset's layout, or any): read in place, by an index of their members."""
+"""Images in tar shards (WebDataset's layout or any other), read without unpacking through an index of their members."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from fastuft.data.sources.tar_index import (
     walk,
 )
 
-_WALKERS = {False: min(8, os.cpu_count() or 1), True: 16}  # shards that are indexed at once: local, remote
-_SORTED_AT_ONCE = 1 << 30  # bytes that sorting names may take
+_WALKERS = {False: min(8, os.cpu_count() or 1), True: 16}  # shards indexed at once, by whether they are remote
+_SORTED_AT_ONCE = 1 << 30  # bytes of padded names that are sorted by numpy
 
 
 class Shards(ImageSource):
-    """The images of tar shards, sorted by their names, as the folder would be that the shards unpack to.
+    """The images of tar shards, sorted by name, as in the folder that the shards would unpack to.
 
     Args:
-        shards: in order; it decides between images of the same name.
-        indexes: of each.
+        shards: the shards; of images with the same name, the earlier shard's comes first.
+        indexes: the index of each shard.
     """
 
     def __init__(self, shards: Sequence[Blob], indexes: Sequence[ShardIndex]) -> None:
@@ -51,12 +51,12 @@ class Shards(ImageSource):
 
     @classmethod
     def open(cls, shards: Sequence[Blob], suffixes: tuple[str, ...], cache: Path | None) -> tuple[Shards, LeftOut]:
-        """The shards with their indexes: kept ones where they fit, new ones of the others, made by several threads.
+        """Open shards with their cached indexes; missing or outdated indexes are built by several threads.
 
-        Of several processes of a machine one makes the index, and the others take it.
+        If several processes on a machine open the same shards, one builds the indexes and the others load them.
 
         Raises:
-            ValueError: shards that are damaged, or cannot be read.
+            ValueError: a shard is damaged or cannot be read.
         """
         bad: list[tuple[str, str]] = []
 
@@ -76,7 +76,7 @@ class Shards(ImageSource):
         if None in found:
             with _alone(cache):
                 missing = [row for row, index in enumerate(found) if index is None]
-                for row in missing:  # another process may have made it meanwhile
+                for row in missing:  # another process may have built it meanwhile
                     found[row] = kept(shards[row])
                 missing = [row for row in missing if found[row] is None]
                 with progress_bar(len(missing), unit="shard") as bar:
@@ -99,11 +99,11 @@ class Shards(ImageSource):
         return len(self._shard)
 
     def path(self, row: int) -> str:
-        """See :class:`fastuft.data.images.ImageSource`: the shard's place, a slash, the member's name."""
+        """See :class:`fastuft.data.images.ImageSource`: the shard's path or URL, a slash, the member's name."""
         return Located(f"{self.shards[int(self._shard[row])].shown}/{self.name(row)}", self, row)
 
     def name(self, row: int) -> str:
-        """See :class:`fastuft.data.images.ImageSource`: the member's."""
+        """See :class:`fastuft.data.images.ImageSource`: the member's name."""
         return os.fsdecode(self._indexes[int(self._shard[row])].names[int(self._member[row])])
 
     def sizes(self, rows: Rows) -> Rows:
@@ -116,9 +116,9 @@ class Shards(ImageSource):
         return found
 
     def read(self, row: int) -> bytes:
-        """See :class:`fastuft.data.images.ImageSource`; the header before the bytes is read with them and compared."""
-        place, member = int(self._shard[row]), int(self._member[row])
-        shard, index = self.shards[place], self._indexes[place]
+        """See :class:`fastuft.data.images.ImageSource`; the member's header is read too and checked against the index."""
+        number, member = int(self._shard[row]), int(self._member[row])
+        shard, index = self.shards[number], self._indexes[number]
         offset, length = int(index.offsets[member]), int(index.lengths[member])
         if not 0 < length <= LARGEST:
             raise BadImageError(self.path(row), f"has {length} bytes, more than {LARGEST}" if length else "is empty")
@@ -131,7 +131,7 @@ class Shards(ImageSource):
         return content[BLOCK:]
 
     def version(self, row: int) -> int:
-        """See :class:`fastuft.data.images.ImageSource`: of the shard."""
+        """See :class:`fastuft.data.images.ImageSource`: it changes with the shard."""
         return self._versions[int(self._shard[row])]
 
     def containers(self) -> frozenset[str]:
@@ -139,10 +139,10 @@ class Shards(ImageSource):
         return frozenset(shard.shown if shard.remote else os.path.realpath(shard.shown) for shard in self.shards)
 
     def labels(self) -> tuple[Rows, list[str]] | None:
-        """See :class:`fastuft.data.images.ImageSource`: what ``.cls`` files say, otherwise the members' folders.
+        """See :class:`fastuft.data.images.ImageSource`: from ``.cls`` files, otherwise from the members' folders.
 
         Raises:
-            ValueError: images without a ``.cls`` file where others have one.
+            ValueError: some images have a ``.cls`` file and others do not.
         """
         if all(index.classes is None for index in self._indexes):
             return folder_labels(self.name(row) for row in range(len(self)))
@@ -151,7 +151,9 @@ class Shards(ImageSource):
             classes = self._indexes[int(self._shard[row])].classes
             label = classes[int(self._member[row])].decode(errors="replace") if classes is not None else ""
             if not label:
-                raise ValueError(f"{self.path(row)} has no .cls file beside it, as others have; give each image one")
+                raise ValueError(
+                    f"{self.path(row)} has no .cls file, but other images have one; add the missing .cls files"
+                )
             found.append(label)
         return numbered(found)
 
@@ -172,7 +174,7 @@ def _alone(cache: Path | None) -> FileLock | nullcontext[None]:
 
 
 def _by_name(names: Sequence[Texts]) -> np.ndarray:
-    """The order of all names by their bytes; of equal ones the earlier shard's comes first."""
+    """The order of all names by their bytes; of equal names, the earlier shard's comes first."""
     ends = np.concatenate([np.diff(each.ends, prepend=0) for each in names])
     widest = int(ends.max(initial=0))
     if widest * len(ends) > _SORTED_AT_ONCE:

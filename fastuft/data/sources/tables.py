@@ -1,4 +1,4 @@
-"""Images in the rows of parquet files, as the Hugging Face Hub keeps data sets; read by row groups."""
+"""Images in the rows of parquet files, as in data sets of the Hugging Face Hub, read one row group at a time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fastuft.data.images import ImageSource, Located, Rows, numbered
 from fastuft.data.reading import in_threads
 from fastuft.data.sources.blobs import Blob, BlobError, say_bad
 
-_HELD = 512 << 20  # bytes of row groups that are held for the images beside the one that was asked for
+_HELD = 512 << 20  # bytes of row groups kept in memory for their other images
 _READERS = 16
 
 
 class _Stream(io.RawIOBase):
-    """A blob as pyarrow reads files."""
+    """A blob as a file object for pyarrow."""
 
     def __init__(self, blob: Blob) -> None:
         self._blob, self._at = blob, 0
@@ -51,7 +51,7 @@ class _Stream(io.RawIOBase):
 
 
 class _Table:
-    """One file's footer: where its row groups are, and which column holds the images."""
+    """The footer of one file: its row groups, and the column that holds the images."""
 
     def __init__(self, blob: Blob) -> None:
         import pyarrow as pa
@@ -70,10 +70,10 @@ class _Table:
         self.column = self._image_column(schema)
 
     def _image_column(self, schema: Any) -> str:
-        """The dotted name of the one column of images.
+        """The dotted name of the image column.
 
         Raises:
-            BlobError: none, or several that may be meant.
+            BlobError: there is none, or several columns qualify.
         """
         leaves: dict[str, str] = {}
         for field in schema:
@@ -82,15 +82,15 @@ class _Table:
                 leaves[field.name] = field.name
             elif _is(inner.get("bytes"), "binary"):
                 leaves[field.name] = f"{field.name}.bytes"
-        said = [name for name in leaves if self.features.get(name, {}).get("_type") == "Image"]
-        found = said or list(leaves)
+        declared = [name for name in leaves if self.features.get(name, {}).get("_type") == "Image"]
+        found = declared or list(leaves)
         if len(found) != 1:
             which = ", ".join(found) or "none"
             raise BlobError(f"needs one column of image bytes and has {len(found)} ({which}); keep one")
         return leaves[found[0]]
 
     def column_of(self, group: int, column: str) -> Any:
-        """One column of a row group, a struct's leaf taken out."""
+        """One column of a row group; a dotted name selects the field of a struct."""
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -114,7 +114,7 @@ def _is(kind: Any, what: str) -> bool:
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
-    """What the ``datasets`` library notes of each column; nothing where a file comes from elsewhere."""
+    """The column descriptions that the ``datasets`` library stores; empty for files of other origin."""
     try:
         found = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return {name: about for name, about in found.items() if isinstance(about, dict)}
@@ -123,13 +123,13 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
 
 
 class Tables(ImageSource):
-    """The rows of parquet files, in their order.
+    """The rows of parquet files, in order.
 
     Args:
         blobs: the files.
 
     Raises:
-        ValueError: pyarrow is missing, or files that are damaged or hold no one column of images.
+        ValueError: pyarrow is missing, or a file is damaged or does not have exactly one image column.
     """
 
     def __init__(self, blobs: Sequence[Blob]) -> None:
@@ -157,29 +157,29 @@ class Tables(ImageSource):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _place(self, row: int) -> tuple[int, int]:
-        """(table, row in it)."""
+    def _locate(self, row: int) -> tuple[int, int]:
+        """(table, row within the table)."""
         table = int(np.searchsorted(self._ends, row, side="right"))
         return table, row - (int(self._ends[table - 1]) if table else 0)
 
     def path(self, row: int) -> str:
-        """See :class:`fastuft.data.images.ImageSource`: the file's place, a slash, the row's number in it."""
-        table, inner = self._place(row)
+        """See :class:`fastuft.data.images.ImageSource`: the file's path or URL, a slash, the row's number in the file."""
+        table, inner = self._locate(row)
         return Located(f"{self._tables[table].blob.shown}/{inner}", self, row)
 
     def name(self, row: int) -> str:
         """See :class:`fastuft.data.images.ImageSource`."""
-        table, inner = self._place(row)
+        table, inner = self._locate(row)
         return f"{self._tables[table].blob.name}/{inner}"
 
     def sizes(self, rows: Rows) -> Rows:
-        """See :class:`fastuft.data.images.ImageSource`: the file's, since a row's is only known when it is read."""
+        """See :class:`fastuft.data.images.ImageSource`: the file's size, since a row's is known only after reading it."""
         sizes = np.array([table.blob.size for table in self._tables], np.int64)
         return sizes[np.searchsorted(self._ends, rows, side="right")]
 
     def read(self, row: int) -> bytes:
-        """See :class:`fastuft.data.images.ImageSource`; the row group is read, and held for its other images."""
-        table, inner = self._place(row)
+        """See :class:`fastuft.data.images.ImageSource`; the whole row group is read and kept for its other images."""
+        table, inner = self._locate(row)
         ends = self._tables[table].ends
         group = int(np.searchsorted(ends, inner, side="right"))
         try:
@@ -193,7 +193,7 @@ class Tables(ImageSource):
         return bytes(content)
 
     def _group(self, table: int, group: int) -> Any:
-        """The images of a row group; of several threads that want it one reads it."""
+        """The images of a row group; if several threads need it, one of them reads it."""
         key = (table, group)
         with self._lock:
             known = self._groups.get(key)
@@ -222,8 +222,8 @@ class Tables(ImageSource):
         return found
 
     def version(self, row: int) -> int:
-        """See :class:`fastuft.data.images.ImageSource`: of the file."""
-        digest = hashlib.blake2b(self._tables[self._place(row)[0]].blob.tag.encode(), digest_size=8).digest()
+        """See :class:`fastuft.data.images.ImageSource`: it changes with the file."""
+        digest = hashlib.blake2b(self._tables[self._locate(row)[0]].blob.tag.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1
 
     def containers(self) -> frozenset[str]:
@@ -233,10 +233,10 @@ class Tables(ImageSource):
         )
 
     def labels(self) -> tuple[Rows, list[str]] | None:
-        """See :class:`fastuft.data.images.ImageSource`: the column ``label``, with the names that ``datasets`` notes."""
+        """See :class:`fastuft.data.images.ImageSource`: the column ``label``, with the names that ``datasets`` stores."""
         texts: list[str] = []
         for table in self._tables:
-            columns = {table.footer.schema.column(place).name for place in range(table.footer.num_columns)}
+            columns = {table.footer.schema.column(number).name for number in range(table.footer.num_columns)}
             if "label" not in columns:
                 return None
             names = table.features.get("label", {}).get("names")

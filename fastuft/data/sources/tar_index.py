@@ -1,4 +1,4 @@
-"""The index of a tar shard: where each image lies in it. Built by one pass over the headers, kept in the cache folder."""
+"""The index of a tar shard: where its images are. One pass over the headers builds it; the cache folder keeps it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fastuft.data.left_out import LeftOut, image_names
 from fastuft.data.sources.blobs import Blob, BlobError, ChangedBlobError
 
 BLOCK = 512
-_FORMAT = 1  # of the files that keep an index
-_LARGEST_EXTRA = 1 << 20  # bytes of a long name, extended header or class
-_NEAR, _FAR = 1 << 12, 8 << 20  # bytes that one read of a local and of a remote shard takes
+_FORMAT = 1  # version of the cached files
+_LARGEST_EXTRA = 1 << 20  # largest long name, extended header or class, bytes
+_NEAR, _FAR = 1 << 12, 8 << 20  # bytes per read of a local and of a remote shard
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_NAME_BYTES = 100  # of a header; longer names stand before it
+_NAME_BYTES = 100  # length of the name field of a header; longer names are in a header of their own
 
 
 class DamagedShardError(BlobError):
-    """A shard whose headers cannot be followed to its end."""
+    """A shard whose headers cannot be read to the end."""
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Texts:
     """Many short texts in one buffer.
 
     Args:
-        blob: uint8, all of them one after the other.
-        ends: int64 [n], where each ends.
+        blob: uint8, the concatenated texts.
+        ends: int64 [n], the end of each text in ``blob``.
     """
 
     blob: np.ndarray[Any, np.dtype[np.uint8]]
@@ -44,7 +44,7 @@ class Texts:
 
     @classmethod
     def of(cls, texts: list[bytes]) -> Texts:
-        """The texts, packed."""
+        """Pack texts into one buffer."""
         ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
         return cls(np.frombuffer(b"".join(texts), np.uint8), ends)
 
@@ -60,7 +60,7 @@ class Texts:
 
     @property
     def whole(self) -> bool:
-        """Whether the ends are places of the buffer, in order."""
+        """Whether the ends are ascending and cover the buffer exactly."""
         lengths = np.diff(self.ends, prepend=0)
         last = int(self.ends[-1]) if len(self.ends) else 0
         return bool((lengths >= 0).all()) and last == len(self.blob)
@@ -68,14 +68,14 @@ class Texts:
 
 @dataclass
 class ShardIndex:
-    """The images of one shard, in the order that they stand in.
+    """The images of one shard, in the order in which it stores them.
 
     Args:
-        offsets: int64 [n], where the bytes of each begin.
-        lengths: int64 [n], bytes.
-        names: with folders, without a leading ``./``.
-        classes: what the ``.cls`` file of each says; None where the shard has none.
-        left_out: what else it holds.
+        offsets: int64 [n], first byte of each image.
+        lengths: int64 [n], size of each image in bytes.
+        names: names with folders, without a leading ``./``.
+        classes: content of each image's ``.cls`` file; None if the shard has no such files.
+        left_out: the other members.
     """
 
     offsets: np.ndarray[Any, np.dtype[np.int64]]
@@ -85,7 +85,7 @@ class ShardIndex:
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def fits(self, size: int) -> bool:
-        """Whether this may be the index of a shard of ``size`` bytes."""
+        """Whether the index is consistent with a shard of ``size`` bytes."""
         count = len(self.offsets)
         return (
             len(self.lengths) == len(self.names) == count
@@ -97,7 +97,7 @@ class ShardIndex:
 
 
 class _Window:
-    """Parts of a shard, read some at a time: what the next headers lie in comes with one read."""
+    """Reads a shard in large parts, so that many headers come with one read."""
 
     def __init__(self, shard: Blob) -> None:
         self._shard, self._span = shard, _FAR if shard.remote else _NEAR
@@ -112,20 +112,20 @@ class _Window:
 
 
 def member_name(raw: str) -> str:
-    """A member's name without what leads to where the archive was made."""
+    """A member's name as a relative path, without ``.``, ``..`` and leading slashes."""
     parts = [part for part in raw.split("/") if part not in ("", ".", "..")]
     return "/".join(parts)
 
 
 def walk(shard: Blob, suffixes: tuple[str, ...]) -> ShardIndex:
-    """Read all headers of a shard.
+    """Build the index of a shard from its headers.
 
     Raises:
-        DamagedShardError: it is compressed, ends within a member or without its end mark, or a header is damaged.
+        DamagedShardError: it is compressed, is cut off, lacks the end-of-archive mark, or has a damaged header.
         BlobError: it cannot be read.
     """
     is_image = image_names(suffixes)
-    found: dict[str, tuple[int, int]] = {}  # a member that is added again replaces the earlier one
+    found: dict[str, tuple[int, int]] = {}  # a later member replaces an earlier one of the same name
     classes: dict[str, bytes] = {}
     left_out = LeftOut()
     window = _Window(shard)
@@ -138,10 +138,10 @@ def walk(shard: Blob, suffixes: tuple[str, ...]) -> ShardIndex:
         elif left_out.takes(name, is_image):
             found.pop(name, None)
             found[name] = offset, length
-    places = np.array(list(found.values()), np.int64).reshape(-1, 2)
+    spans = np.array(list(found.values()), np.int64).reshape(-1, 2)
     return ShardIndex(
-        np.ascontiguousarray(places[:, 0]),
-        np.ascontiguousarray(places[:, 1]),
+        np.ascontiguousarray(spans[:, 0]),
+        np.ascontiguousarray(spans[:, 1]),
         Texts.of([name.encode(errors="surrogateescape") for name in found]),
         Texts.of([_class_of(name, classes) for name in found]) if classes and found else None,
         left_out,
@@ -149,18 +149,18 @@ def walk(shard: Blob, suffixes: tuple[str, ...]) -> ShardIndex:
 
 
 def _class_of(name: str, classes: dict[str, bytes]) -> bytes:
-    """WebDataset's rule: files of one sample share the name up to the first dot of its last part."""
+    """The class of a member. In WebDataset, the files of a sample share the base name up to its first dot."""
     folder, slash, last = name.rpartition("/")
     return classes.get(folder + slash + last.partition(".")[0], b"") or classes.get(name.rpartition(".")[0], b"")
 
 
 def _members(shard: Blob, window: _Window) -> Iterator[tuple[str, int, int, bool]]:
-    """(name, offset, length, whether it is a file) of each member that is a file or a link."""
+    """(name, offset, length, whether it is a regular file) of each file and link."""
     at, long_name, extended = 0, "", dict[str, str]()
     while True:
         if at + BLOCK > shard.size:
             raise DamagedShardError(
-                f"ends at byte {shard.size} without the mark of a tar file's end, so that images may be missing"
+                f"ends at byte {shard.size} without the end-of-archive mark, so images may be missing"
             )
         block = window.read(at, BLOCK)
         if not any(block):
@@ -170,7 +170,7 @@ def _members(shard: Blob, window: _Window) -> Iterator[tuple[str, int, int, bool
         filed = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
         extra = header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
         if header.type == tarfile.GNUTYPE_SPARSE:
-            raise DamagedShardError(f"holds the sparse file {header.name}; pack it without --sparse")
+            raise DamagedShardError(f"contains the sparse file {header.name}; pack it without --sparse")
         name = extended.get("path") or long_name or header.name
         if (filed or extra) and start + length > shard.size:
             raise DamagedShardError(f"is cut off within {name}: it ends at byte {shard.size} of {start + length}")
@@ -195,14 +195,12 @@ def _header(block: bytes, at: int) -> tarfile.TarInfo:
     except tarfile.HeaderError as error:
         packed = block[:2] == b"\x1f\x8b" or block[:3] == b"BZh" or block[:4] in (b"\xfd7zX", b"\x28\xb5\x2f\xfd")
         if at == 0 and packed:
-            raise DamagedShardError(
-                "is compressed, so that its parts cannot be read alone; unpack it to .tar"
-            ) from error
+            raise DamagedShardError("is compressed and cannot be read in parts; decompress it to .tar") from error
         raise DamagedShardError(f"has no valid header at byte {at} ({error})") from error
 
 
 def _extended(content: bytes, at: int) -> dict[str, str]:
-    """The records of an extended header (POSIX pax): ``length key=value`` and a line end each."""
+    """The records of an extended header (POSIX pax), each ``length key=value`` and a line end."""
     found = {}
     try:
         while content:
@@ -219,23 +217,23 @@ def _extended(content: bytes, at: int) -> dict[str, str]:
 
 
 def check_member(block: bytes, name: str, length: int) -> None:
-    """Whether a member's header, the block before its bytes, says what the index says.
+    """Check that a member's header, the block before its content, agrees with the index.
 
     Raises:
         ChangedBlobError: it does not.
     """
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        elsewhere = not name.isascii() or len(name) > _NAME_BYTES  # the name may stand in a header of its own
+        elsewhere = not name.isascii() or len(name) > _NAME_BYTES  # the name may be in a header of its own
         fits = header.size == length and (elsewhere or member_name(header.name) == name)
     except tarfile.HeaderError:
         fits = False
     if not fits:
-        raise ChangedBlobError("is not where the shard's index says; start again: the index is made anew")
+        raise ChangedBlobError("has changed since the shard was indexed; start again to rebuild the index")
 
 
 def kept_index(shard: Blob, suffixes: tuple[str, ...], folder: Path | None) -> ShardIndex | None:
-    """The index that was kept for this very shard; None where there is none, or it is damaged."""
+    """The cached index of this version of the shard; None if there is none, or it is damaged."""
     if folder is None:
         return None
     try:
@@ -253,7 +251,7 @@ def kept_index(shard: Blob, suffixes: tuple[str, ...], folder: Path | None) -> S
 
 
 def keep_index(index: ShardIndex, shard: Blob, suffixes: tuple[str, ...], folder: Path | None) -> None:
-    """Keep an index for the next time; where the disk refuses, it is made again then."""
+    """Cache an index; if it cannot be written, the next run builds it again."""
     if folder is None:
         return
     about = {"format": _FORMAT, "size": shard.size, "tag": shard.tag, "classes": index.classes is not None}

@@ -1,4 +1,4 @@
-"""The objects that a URL names: one, several by braces or a pattern, or all below a prefix."""
+"""The objects that a URL names: one, several through braces or a pattern, or all below a prefix."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastuft.data.sources.blobs import Blob, BlobError, say_bad
 from fastuft.data.sources.braces import expand_braces, has_pattern, pattern
 from fastuft.data.sources.remote import Address, RemoteBlob, bucket_of
 
-_LOOKERS = 32  # requests for sizes and etags in flight
+_LOOKERS = 32  # concurrent requests for sizes and etags
 
 
 def shown_url(text: str) -> str:
-    """A URL as messages may name it: without login and query."""
+    """A URL as messages show it, without login and query."""
     return Address.of(text).shown
 
 
@@ -23,10 +23,10 @@ def blobs_of(text: str, endings: tuple[str, ...]) -> list[Blob]:
 
     Args:
         text: the URL, with braces or a pattern.
-        endings: of the names of single objects; any other URL is a prefix, whose objects are listed.
+        endings: suffixes of single objects; any other URL is a prefix, whose objects are listed.
 
     Raises:
-        ValueError: objects that are missing or cannot be read, or an HTTP server that would have to be listed.
+        ValueError: an object is missing or cannot be read, or the URL would need a listing from a web server.
     """
     whole = Address.of(text)
     addresses = [replace(whole, key=key) for key in dict.fromkeys(expand_braces(whole.key))]
@@ -61,7 +61,7 @@ def _listed(address: Address) -> list[Blob]:
     bucket = bucket_of(address)
     if not bucket.lists:
         raise ValueError(
-            f"'{address.shown}': a web server's folders cannot be listed; name objects, several by braces as in "
+            f"'{address.shown}': web servers cannot be listed; name objects, several with braces as in "
             "https://HOST/train-{000..146}.tar"
         )
     if not has_pattern(address.key):

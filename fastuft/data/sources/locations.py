@@ -1,4 +1,4 @@
-"""From what the user names to sources of images."""
+"""Turn the locations that a user names into image sources."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from fastuft.data.sources.tables import Tables
 from fastuft.data.sources.urls import blobs_of, shown_url
 from fastuft.names import printable
 
-_SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones are refused by name
+_SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # opening a compressed one is an error
 _TABLE = ".parquet"
-PACKED_SUFFIXES = (".tar", ".parquet")  # what a folder may hold in place of images
+PACKED_SUFFIXES = (".tar", ".parquet")  # what a folder may hold instead of image files
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 @dataclass
-class Place:
-    """What was found at one place.
+class Found:
+    """What one location holds.
 
     Args:
-        shown: the place as messages name it.
-        sources: of its images.
-        left_out: what else lies there.
-        twice: whether some of it was taken already, for another place.
+        shown: the location as it appears in messages.
+        sources: its images.
+        left_out: its other files and folders.
+        twice: whether some of its images were already taken from another location.
     """
 
     shown: str
@@ -47,8 +47,8 @@ class Place:
         return sum(map(len, self.sources))
 
 
-def is_place(text: str) -> bool:
-    """Whether a text names something else than a folder, a list or an image: a URL, shards, or several names."""
+def is_url_or_packed(text: str) -> bool:
+    """Whether ``text`` is a URL, a shard, a table, or a pattern, rather than a folder, a list file or an image."""
     if _URL.match(text):
         return True
     if os.path.isdir(os.path.expanduser(text)):
@@ -56,25 +56,25 @@ def is_place(text: str) -> bool:
     return _is_packed(text) or (not os.path.lexists(os.path.expanduser(text)) and ("{" in text or has_pattern(text)))
 
 
-def open_place(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Place:
-    """The images of a URL, of shards, or of a folder that holds shards.
+def open_location(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Found:
+    """The images at a URL, in shards, or in a folder of shards.
 
     Args:
-        text: as the user wrote it.
-        suffixes: of images.
-        seen: shards that were taken already, which are passed over; those of this place join them.
+        text: the location as the user wrote it.
+        suffixes: suffixes of images.
+        seen: objects that were already taken and are skipped; this location's are added.
 
     Raises:
-        ValueError: nothing there, or something that cannot be used; the message names it.
+        ValueError: there is nothing at the location, or something that cannot be used; the message names it.
     """
     if _URL.match(text) and not text.lower().startswith("file:"):
         return _open_url(text, suffixes, seen)
-    place = _local_text(text)
-    paths = [path for name in dict.fromkeys(expand_braces(place)) for path in _matching(name)]
+    names = dict.fromkeys(expand_braces(_local_path(text)))
+    paths = [path for name in names for path in _matching(name)]
     bad: list[tuple[str, str]] = []
     files: list[str] = []
     blobs: list[Blob] = []
-    found = Place(text)
+    found = Found(text)
     is_image = image_names(suffixes)
     for path in dict.fromkeys(paths):
         if os.path.isdir(path):
@@ -93,55 +93,55 @@ def open_place(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Place:
     return with_sources(found, blobs, suffixes, seen, files)
 
 
-def _open_url(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Place:
-    """The objects of a URL; as in a folder, shards count where there are no images beside them, or they are named."""
-    place, is_image = Place(shown_url(text)), image_names(suffixes)
+def _open_url(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Found:
+    """The objects at a URL. As in a folder, shards beside image files are left out unless the URL names them."""
+    found, is_image = Found(shown_url(text)), image_names(suffixes)
     blobs = blobs_of(text, (*_SHARDS, _TABLE, *filter(None, suffixes)))
     shards = [blob for blob in blobs if _is_packed(blob.name)]
-    objects = [blob for blob in blobs if not _is_packed(blob.name) and place.left_out.takes(blob.name, is_image)]
-    if objects and shards and not _is_packed(place.shown):
-        place.left_out.others.update(os.path.splitext(blob.name)[1].lower() for blob in shards)
+    objects = [blob for blob in blobs if not _is_packed(blob.name) and found.left_out.takes(blob.name, is_image)]
+    if objects and shards and not _is_packed(found.shown):
+        found.left_out.others.update(os.path.splitext(blob.name)[1].lower() for blob in shards)
         shards = []
-    with_sources(place, shards, suffixes, seen)
+    with_sources(found, shards, suffixes, seen)
     new = [blob for blob in objects if blob.shown not in seen]
-    place.twice |= len(new) < len(objects)
+    found.twice |= len(new) < len(objects)
     seen |= {blob.shown for blob in new}
     if new:
-        place.sources.append(Objects(new))
-    return place
+        found.sources.append(Objects(new))
+    return found
 
 
 def packed_in(folder: str) -> list[Blob]:
-    """The shards in a folder of any depth, sorted by their paths; hidden ones are passed over."""
-    found = []
+    """The shards and tables in a folder at any depth, sorted by path; hidden ones are skipped."""
+    paths: list[str] = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(root, name) for name in files if _is_packed(name) and not name.startswith(".")]
-    return [LocalBlob.look(path, os.path.relpath(path, folder)) for path in sorted(found)]
+        paths += [os.path.join(root, name) for name in files if _is_packed(name) and not name.startswith(".")]
+    return [LocalBlob.look(path, os.path.relpath(path, folder)) for path in sorted(paths)]
 
 
 def with_sources(
-    place: Place, blobs: Sequence[Blob], suffixes: tuple[str, ...], seen: set[str], files: Sequence[str] = ()
-) -> Place:
-    """The place with the sources of its objects, those of a kind together."""
-    place.twice = any(blob.shown in seen for blob in blobs) or any(file in seen for file in files)
+    found: Found, blobs: Sequence[Blob], suffixes: tuple[str, ...], seen: set[str], files: Sequence[str] = ()
+) -> Found:
+    """``found`` with the sources of its objects and files added: one source per kind."""
+    found.twice = any(blob.shown in seen for blob in blobs) or any(file in seen for file in files)
     blobs = [blob for blob in blobs if blob.shown not in seen]
     seen |= {blob.shown for blob in blobs}
     shards = _of_kind(blobs, _SHARDS)
     if shards:
         cache = cache_folder()
         source, left_out = Shards.open(shards, suffixes, None if cache is None else cache / "shards")
-        place.sources.append(source)
-        place.left_out.add(left_out)
+        found.sources.append(source)
+        found.left_out.add(left_out)
     tables = _of_kind(blobs, (_TABLE,))
     if tables:
-        place.sources.append(Tables(tables))
+        found.sources.append(Tables(tables))
     files = [file for file in files if file not in seen]
     if files:
         seen |= set(files)
         base = os.path.commonpath([os.path.dirname(file) for file in files])
-        place.sources.append(Files(files, [os.path.relpath(file, base) for file in files]))
-    return place
+        found.sources.append(Files(files, [os.path.relpath(file, base) for file in files]))
+    return found
 
 
 def _of_kind(blobs: Iterable[Blob], endings: tuple[str, ...]) -> list[Blob]:
@@ -152,17 +152,17 @@ def _is_packed(name: str) -> bool:
     return name.lower().endswith((*_SHARDS, _TABLE))
 
 
-def _local_text(text: str) -> str:
+def _local_path(text: str) -> str:
     if not text.lower().startswith("file:"):
         return os.path.abspath(os.path.expanduser(text))
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
-        raise ValueError(f"'{printable(text)}' names the machine '{parts.netloc}'; write file:///PATH")
+        raise ValueError(f"'{printable(text)}' names the host '{parts.netloc}'; write file:///PATH")
     return os.path.abspath(unquote(parts.path))
 
 
 def _matching(name: str) -> list[str]:
-    """The paths that a name stands for: itself where it is there, or has no pattern."""
+    """The paths that match a name; a name that exists or has no pattern stands for itself."""
     if os.path.lexists(name) or not has_pattern(name):
         return [name]
     found = sorted(glob.glob(name, recursive=True))
