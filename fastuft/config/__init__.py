@@ -1,5 +1,8 @@
 """The options of fastuft: trees of frozen dataclasses that need only the standard library.
 
+Each command has a file with its tree (training, evaluation, embedding, reproduction), and each group of training options
+has one named like it: ``--optim.lr`` is in optim.py.
+
 ``--help`` shows the field docstrings. A field's annotation holds its allowed values, and ``__post_init__`` checks
 combinations of fields, so an impossible configuration is refused before any work starts.
 """
@@ -21,24 +24,17 @@ from fastuft.config.checks import (
     check_values,
     is_auto,
 )
+from fastuft.config.data import AugmentConfig, DataConfig
 from fastuft.config.embedding import EmbedConfig, SearchConfig
 from fastuft.config.evaluation import ClusteringConfig, EvalConfig, FewShotConfig, MapConfig, SemiConfig
+from fastuft.config.method import MethodConfig, Mix
+from fastuft.config.model import BatchNormMode, ModelConfig
+from fastuft.config.optim import OptimConfig
 from fastuft.config.presets import Family, family_of, preset_options
 from fastuft.config.reproduction import DATASETS, FIGURES, TABLES, ReproduceConfig, WeightsConfig
-from fastuft.config.training import (
-    AUTO_OPTIONS,
-    AugmentConfig,
-    BatchNormMode,
-    DataConfig,
-    MethodConfig,
-    Mix,
-    ModelConfig,
-    OptimConfig,
-    RuntimeConfig,
-    TrainConfig,
-    VerdictConfig,
-    WatchConfig,
-)
+from fastuft.config.runtime import RuntimeConfig
+from fastuft.config.training import AUTO_OPTIONS, TrainConfig
+from fastuft.config.watch import VerdictConfig, WatchConfig
 
 __all__ = [
     "AUTO",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastuft.config.checks import AtLeast0, AtLeast1, PathName, Threads, check_values
-from fastuft.config.training import DataConfig
+from fastuft.config.data import DataConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fastuft.config.checks import (
     Span,
     check_values,
 )
-from fastuft.config.training import DataConfig
+from fastuft.config.data import DataConfig
 
 
 @dataclass(frozen=True)
