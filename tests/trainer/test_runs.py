@@ -25,6 +25,7 @@ from processes import write_config
 from run_rows import rows
 
 from fastuft.cli import main
+from fastuft.data import TrainStream
 from fastuft.model import Traits, build_backbone, export_backbone, load_backbone
 from fastuft.runfolder import FolderInUseError, FolderLostError, RunFolder, load_checkpoint, read_json
 from fastuft.trainer import Callbacks, CheckpointError, NonFiniteLossError, saving, train
@@ -328,7 +329,7 @@ def test_a_signal_saves_within_the_step_and_stops(tiny, tmp_path, monkeypatch, n
 
 
 def test_a_signal_while_the_queue_is_filled_stops_too(tiny, monkeypatch):
-    monkeypatch.setattr(run_module.TrainStream, "prefill", prefill_with_signal(run_module.TrainStream.prefill))
+    monkeypatch.setattr(TrainStream, "prefill", prefill_with_signal(TrainStream.prefill))
     result = train(tiny())
     assert (result.interrupted, result.steps) == ("SIGTERM", 0)
 
@@ -347,7 +348,7 @@ def test_a_deliberate_stop_is_not_a_failure_for_whoever_started_the_run(
     tiny, tmp_path, monkeypatch, capsys, launcher, status
 ):
     arguments = write_config(tiny(), tmp_path / "config.yaml")
-    monkeypatch.setattr(run_module.TrainStream, "prefill", prefill_with_signal(run_module.TrainStream.prefill))
+    monkeypatch.setattr(TrainStream, "prefill", prefill_with_signal(TrainStream.prefill))
     if launcher:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launcher)
     assert main(arguments) == status
@@ -622,8 +623,8 @@ def test_a_resumed_run_does_not_keep_the_checkpoint_in_memory(tiny):
     config = tiny(resume="auto")
     ranks = run_module.start_ranks("cpu", 60)
     with run_module.StopSignals() as signals, ExitStack() as closing:
-        run = run_module._Run(config, ranks, signals, None, Callbacks(), closing)
-        held = [value for value in vars(run).values() if isinstance(value, dict)]
+        run = run_module._Run(run_module.assemble(config, ranks, None, closing), signals, Callbacks())
+        held = [value for part in (run, run.parts) for value in vars(part).values() if isinstance(value, dict)]
     assert run.progress.global_step == 1 and not any("optimizer" in value for value in held)
 
 
