@@ -16,8 +16,8 @@ EXCLUDED := not slow and not peers and not docs and not browser
 MORE        := .venv-more
 MORE_TORCH  ?= torch==2.14.1
 MORE_TRITON ?= triton==3.8.0
-MORE_PEERS  := torchvision timm transformers accelerate lightning pyarrow onnx onnxscript onnxruntime "moto[server]" \
-               kubeflow-training kubernetes-validate
+MORE_PEERS  := torchvision timm transformers accelerate lightning pyarrow datasets onnx onnxscript onnxruntime \
+               "moto[server]" kubeflow-training kubernetes-validate
 MORE_PAGES  := "playwright>=1.48" axe-playwright-python
 MORE_PYTEST := $(MORE)/bin/python -m pytest --durations=5
 

@@ -60,7 +60,7 @@ def find_images(paths: str | Sequence[str], suffixes: Sequence[str] = IMAGE_SUFF
         if not len(found) and not found.twice:
             raise ValueError(
                 f"'{printable(found.shown)}' has no images; expected files ending in {' '.join(wanted)} at any depth, "
-                "or shards of them (.tar, .parquet)"
+                "or shards of them (.tar, .parquet, .arrow)"
             )
     return Images.of(sources)
 

@@ -1,4 +1,4 @@
-"""Image sources other than plain files: tar shards, parquet tables, and objects behind URLs."""
+"""Image sources other than plain files: tar shards, parquet and Arrow tables, and objects behind URLs."""
 
 from fastuft.data.sources.locations import PACKED_SUFFIXES, Found, is_url_or_packed, open_location, packed_in
 

@@ -13,17 +13,21 @@ from fastuft.data.caches import cache_folder
 from fastuft.data.files import Files
 from fastuft.data.images import ImageSource
 from fastuft.data.left_out import LeftOut, image_names
+from fastuft.data.sources.arrow import ArrowTables
 from fastuft.data.sources.blobs import Blob, BlobError, LocalBlob, say_bad
 from fastuft.data.sources.braces import expand_braces, has_pattern
 from fastuft.data.sources.objects import Objects
 from fastuft.data.sources.shards import Shards
 from fastuft.data.sources.tables import Tables
 from fastuft.data.sources.urls import blobs_of, shown_url
+from fastuft.messages import note
 from fastuft.names import printable
 
 _SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # opening a compressed one is an error
-_TABLE = ".parquet"
-PACKED_SUFFIXES = (".tar", ".parquet")  # what a folder may hold instead of image files
+_TABLES, _ARROW = (".parquet",), (".arrow",)
+PACKED_SUFFIXES = (".tar", ".parquet", ".arrow")  # what a folder may hold instead of image files
+_INTERMEDIATE = re.compile(r"cache-.*\.arrow")
+_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d+)-of-(?P<total>\d{1,6})[^/]*?(?P<ending>\.\w+)")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -96,8 +100,10 @@ def open_location(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Found
 def _open_url(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Found:
     """The objects at a URL. As in a folder, shards beside image files are left out unless the URL names them."""
     found, is_image = Found(shown_url(text)), image_names(suffixes)
-    blobs = blobs_of(text, (*_SHARDS, _TABLE, *filter(None, suffixes)))
+    blobs = blobs_of(text, (*_SHARDS, *_TABLES, *_ARROW, *filter(None, suffixes)))
     shards = [blob for blob in blobs if _is_packed(blob.name)]
+    if not ("{" in text or has_pattern(text) or _is_packed(found.shown)):
+        shards = _complete_sets(shards, found.shown)
     objects = [blob for blob in blobs if not _is_packed(blob.name) and found.left_out.takes(blob.name, is_image)]
     if objects and shards and not _is_packed(found.shown):
         found.left_out.others.update(os.path.splitext(blob.name)[1].lower() for blob in shards)
@@ -112,12 +118,41 @@ def _open_url(text: str, suffixes: tuple[str, ...], seen: set[str]) -> Found:
 
 
 def packed_in(folder: str) -> list[Blob]:
-    """The shards and tables in a folder at any depth, sorted by path; hidden ones are skipped."""
+    """The shards and tables in a folder at any depth, sorted by path; hidden ones are skipped.
+
+    Raises:
+        ValueError: some of a set of numbered files are missing.
+    """
     paths: list[str] = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths += [os.path.join(root, name) for name in files if _is_packed(name) and not name.startswith(".")]
-    return [LocalBlob.look(path, os.path.relpath(path, folder)) for path in sorted(paths)]
+    return _complete_sets([LocalBlob.look(path, os.path.relpath(path, folder)) for path in sorted(paths)], folder)
+
+
+def _complete_sets(blobs: Sequence[Blob], location: str) -> list[Blob]:
+    """The shards of a folder or prefix without the intermediate results that ``datasets`` caches.
+
+    Raises:
+        ValueError: some of a set of numbered files (``train-00003-of-00010``) are missing.
+    """
+    kept = [blob for blob in blobs if not _INTERMEDIATE.fullmatch(blob.name.rpartition("/")[2])]
+    if len(kept) < len(blobs):
+        number = len(blobs) - len(kept)
+        note(f"'{printable(location)}': {number} files cache-*.arrow, intermediate results of datasets, are left out")
+    sets: dict[tuple[str, str, str], set[int]] = {}
+    for blob in kept:
+        if match := _NUMBERED.fullmatch(blob.name):
+            sets.setdefault((match["stem"], match["total"], match["ending"]), set()).add(int(match["number"]))
+    for (stem, total, ending), numbers in sets.items():
+        first = 0 if 0 in numbers or int(total) not in numbers else 1
+        if missing := sorted(set(range(first, first + int(total))) - numbers):
+            name = f"{stem}-{missing[0]:0{len(total)}d}-of-{total}{ending}"
+            raise ValueError(
+                f"'{printable(location)}' lacks {len(missing)} of {int(total)} numbered files, the first of them "
+                f"{printable(name)}; copy the missing files, or name the files to use by a pattern, as in '*{ending}'"
+            )
+    return kept
 
 
 def with_sources(
@@ -127,14 +162,13 @@ def with_sources(
     found.twice = any(blob.shown in seen for blob in blobs) or any(file in seen for file in files)
     blobs = [blob for blob in blobs if blob.shown not in seen]
     seen |= {blob.shown for blob in blobs}
-    shards = _of_kind(blobs, _SHARDS)
-    if shards:
-        cache = cache_folder()
-        source, left_out = Shards.open(shards, suffixes, None if cache is None else cache / "shards")
-        found.sources.append(source)
-        found.left_out.add(left_out)
-    tables = _of_kind(blobs, (_TABLE,))
-    if tables:
+    for kind, endings in ((Shards, _SHARDS), (ArrowTables, _ARROW)):
+        if shards := _of_kind(blobs, endings):
+            cache = cache_folder()
+            source, left_out = kind.open(shards, suffixes, None if cache is None else cache / "shards")
+            found.sources.append(source)
+            found.left_out.add(left_out)
+    if tables := _of_kind(blobs, _TABLES):
         found.sources.append(Tables(tables))
     files = [file for file in files if file not in seen]
     if files:
@@ -149,7 +183,7 @@ def _of_kind(blobs: Iterable[Blob], endings: tuple[str, ...]) -> list[Blob]:
 
 
 def _is_packed(name: str) -> bool:
-    return name.lower().endswith((*_SHARDS, _TABLE))
+    return name.lower().endswith((*_SHARDS, *_TABLES, *_ARROW))
 
 
 def _local_path(text: str) -> str:

@@ -42,12 +42,21 @@ class Shards(ImageSource):
     def __init__(self, shards: Sequence[Blob], indexes: Sequence[ShardIndex]) -> None:
         self.shards = shards
         self.remote = any(shard.remote for shard in shards)
-        self._indexes = indexes
+        self.indexes = indexes
         self._versions = [_version(shard) for shard in shards]
         counts = [len(index.offsets) for index in indexes]
-        order = _by_name([index.names for index in indexes])
+        order = self._order()
         self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), counts)[order]
         self._member = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[order]
+
+    @staticmethod
+    def walk(shard: Blob, suffixes: tuple[str, ...]) -> ShardIndex:
+        """Build the index of a shard; see :func:`fastuft.data.sources.tar_index.walk`."""
+        return walk(shard, suffixes)
+
+    def _order(self) -> Rows:
+        """The order of all members, counted shard by shard: by name, as in the folder that they unpack to."""
+        return _by_name([index.names for index in self.indexes])
 
     @classmethod
     def open(cls, shards: Sequence[Blob], suffixes: tuple[str, ...], cache: Path | None) -> tuple[Shards, LeftOut]:
@@ -62,7 +71,7 @@ class Shards(ImageSource):
 
         def make(shard: Blob) -> ShardIndex | BlobError:
             try:
-                index = walk(shard, suffixes)
+                index = cls.walk(shard, suffixes)
             except BlobError as error:
                 return error
             keep_index(index, shard, suffixes, cache)
@@ -98,13 +107,18 @@ class Shards(ImageSource):
     def __len__(self) -> int:
         return len(self._shard)
 
+    def located(self, row: int) -> tuple[int, int]:
+        """(shard, member of it) of a row."""
+        return int(self._shard[row]), int(self._member[row])
+
     def path(self, row: int) -> str:
         """See :class:`fastuft.data.images.ImageSource`: the shard's path or URL, a slash, the member's name."""
         return Located(f"{self.shards[int(self._shard[row])].shown}/{self.name(row)}", self, row)
 
     def name(self, row: int) -> str:
         """See :class:`fastuft.data.images.ImageSource`: the member's name."""
-        return os.fsdecode(self._indexes[int(self._shard[row])].names[int(self._member[row])])
+        shard, member = self.located(row)
+        return os.fsdecode(self.indexes[shard].names[member])
 
     def sizes(self, rows: Rows) -> Rows:
         """See :class:`fastuft.data.images.ImageSource`."""
@@ -112,22 +126,27 @@ class Shards(ImageSource):
         shards, members = self._shard[rows], self._member[rows]
         for shard in np.unique(shards):
             mine = shards == shard
-            found[mine] = self._indexes[shard].lengths[members[mine]]
+            found[mine] = self.indexes[shard].lengths[members[mine]]
         return found
 
     def read(self, row: int) -> bytes:
         """See :class:`fastuft.data.images.ImageSource`; the member's header is read too and checked against the index."""
-        number, member = int(self._shard[row]), int(self._member[row])
-        shard, index = self.shards[number], self._indexes[number]
+        number, member = self.located(row)
+        index = self.indexes[number]
         offset, length = int(index.offsets[member]), int(index.lengths[member])
         if not 0 < length <= LARGEST:
             raise BadImageError(self.path(row), f"has {length} bytes, more than {LARGEST}" if length else "is empty")
-        name = self.name(row)
         try:
-            content = shard.read(offset - BLOCK, BLOCK + length, name)
-            check_member(content[:BLOCK], name, length)
+            return self._fetch(row, offset, length)
         except BlobError as error:
-            raise BadImageError(self.path(row), f"cannot be read (the shard {shard.name} {error})") from error
+            reason = f"cannot be read (the shard {self.shards[number].name} {error})"
+            raise BadImageError(self.path(row), reason) from error
+
+    def _fetch(self, row: int, offset: int, length: int) -> bytes:
+        """The bytes of an image, after a check that the index is right about them."""
+        name = self.name(row)
+        content = self.shards[int(self._shard[row])].read(offset - BLOCK, BLOCK + length, name)
+        check_member(content[:BLOCK], name, length)
         return content[BLOCK:]
 
     def version(self, row: int) -> int:
@@ -144,11 +163,11 @@ class Shards(ImageSource):
         Raises:
             ValueError: some images have a ``.cls`` file and others do not.
         """
-        if all(index.classes is None for index in self._indexes):
+        if all(index.classes is None for index in self.indexes):
             return folder_labels(self.name(row) for row in range(len(self)))
         found = []
         for row in range(len(self)):
-            classes = self._indexes[int(self._shard[row])].classes
+            classes = self.indexes[int(self._shard[row])].classes
             label = classes[int(self._member[row])].decode(errors="replace") if classes is not None else ""
             if not label:
                 raise ValueError(

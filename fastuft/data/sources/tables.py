@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from fastuft.data.bad import BadImageError
 from fastuft.data.images import ImageSource, Located, Rows, numbered
 from fastuft.data.reading import in_threads
 from fastuft.data.sources.blobs import Blob, BlobError, say_bad
+from fastuft.data.sources.columns import class_texts, features_of, image_column, label_column
 
 _HELD = 512 << 20  # bytes of row groups kept in memory for their other images
 _READERS = 16
@@ -66,28 +66,8 @@ class _Table:
         groups = range(self.footer.num_row_groups)
         self.ends = np.cumsum([self.footer.row_group(group).num_rows for group in groups] or [0])
         schema = file.schema_arrow
-        self.features = _features(schema)
-        self.column = self._image_column(schema)
-
-    def _image_column(self, schema: Any) -> str:
-        """The dotted name of the image column.
-
-        Raises:
-            BlobError: there is none, or several columns qualify.
-        """
-        leaves: dict[str, str] = {}
-        for field in schema:
-            inner = {part.name: part.type for part in field.type} if _is(field.type, "struct") else {}
-            if _is(field.type, "binary"):
-                leaves[field.name] = field.name
-            elif _is(inner.get("bytes"), "binary"):
-                leaves[field.name] = f"{field.name}.bytes"
-        declared = [name for name in leaves if self.features.get(name, {}).get("_type") == "Image"]
-        found = declared or list(leaves)
-        if len(found) != 1:
-            which = ", ".join(found) or "none"
-            raise BlobError(f"needs one column of image bytes and has {len(found)} ({which}); keep one")
-        return leaves[found[0]]
+        self.features = features_of(schema)
+        self.column, self.label = image_column(schema), label_column(schema)
 
     def column_of(self, group: int, column: str) -> Any:
         """One column of a row group; a dotted name selects the field of a struct."""
@@ -101,25 +81,6 @@ class _Table:
             raise BlobError(f"has a damaged row group {group} ({str(error).splitlines()[0]})") from error
         array = found.column(0).combine_chunks()
         return array.field("bytes") if "." in column else array
-
-
-def _is(kind: Any, what: str) -> bool:
-    from pyarrow import types
-
-    if kind is None:
-        return False
-    if what == "struct":
-        return bool(types.is_struct(kind))
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _features(schema: Any) -> dict[str, dict[str, Any]]:
-    """The column descriptions that the ``datasets`` library stores; empty for files of other origin."""
-    try:
-        found = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return {name: about for name, about in found.items() if isinstance(about, dict)}
-    except (TypeError, KeyError, ValueError, AttributeError):
-        return {}
 
 
 class Tables(ImageSource):
@@ -233,14 +194,11 @@ class Tables(ImageSource):
         )
 
     def labels(self) -> tuple[Rows, list[str]] | None:
-        """See :class:`fastuft.data.images.ImageSource`: the column ``label``, with the names that ``datasets`` stores."""
+        """See :class:`fastuft.data.images.ImageSource`: the column of classes, with the names that ``datasets`` stores."""
         texts: list[str] = []
         for table in self._tables:
-            columns = {table.footer.schema.column(number).name for number in range(table.footer.num_columns)}
-            if "label" not in columns:
+            if table.label is None:
                 return None
-            names = table.features.get("label", {}).get("names")
             for group in range(table.footer.num_row_groups):
-                values = table.column_of(group, "label").to_pylist()
-                texts += [names[value] if names and isinstance(value, int) else str(value) for value in values]
+                texts += class_texts(table.column_of(group, table.label).to_pylist(), table.label, table.features)
         return numbered(texts)

@@ -91,19 +91,25 @@ class ShardIndex:
             len(self.lengths) == len(self.names) == count
             and (self.classes is None or (len(self.classes) == count and self.classes.whole))
             and self.names.whole
-            and bool((self.offsets >= BLOCK).all() and (self.lengths >= 0).all())
+            and bool((self.offsets >= 0).all() and (self.lengths >= 0).all())
             and bool((self.offsets + self.lengths <= size).all())
         )
 
 
-class _Window:
-    """Reads a shard in large parts, so that many headers come with one read."""
+class Window:
+    """Reads a shard in large parts, so that many headers come with one read.
 
-    def __init__(self, shard: Blob) -> None:
-        self._shard, self._span = shard, _FAR if shard.remote else _NEAR
+    Args:
+        shard: the shard.
+        span: bytes per read, at least.
+    """
+
+    def __init__(self, shard: Blob, span: int) -> None:
+        self._shard, self._span = shard, span
         self._start, self._held = 0, b""
 
     def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` on, all within the shard."""
         at = offset - self._start
         if not 0 <= at <= at + length <= len(self._held):
             span = min(max(self._span, length), self._shard.size - offset)
@@ -128,7 +134,7 @@ def walk(shard: Blob, suffixes: tuple[str, ...]) -> ShardIndex:
     found: dict[str, tuple[int, int]] = {}  # a later member replaces an earlier one of the same name
     classes: dict[str, bytes] = {}
     left_out = LeftOut()
-    window = _Window(shard)
+    window = Window(shard, _FAR if shard.remote else _NEAR)
     for name, offset, length, regular in _members(shard, window):
         if not regular:
             if is_image(name):
@@ -154,7 +160,7 @@ def _class_of(name: str, classes: dict[str, bytes]) -> bytes:
     return classes.get(folder + slash + last.partition(".")[0], b"") or classes.get(name.rpartition(".")[0], b"")
 
 
-def _members(shard: Blob, window: _Window) -> Iterator[tuple[str, int, int, bool]]:
+def _members(shard: Blob, window: Window) -> Iterator[tuple[str, int, int, bool]]:
     """(name, offset, length, whether it is a regular file) of each file and link."""
     at, long_name, extended = 0, "", dict[str, str]()
     while True:
