@@ -36,7 +36,7 @@ def partials(folder):
 
 
 @pytest.mark.parametrize("flush", [True, False])
-def test_the_new_file_takes_the_place_of_the_old_one_whole(tmp_path, flush):
+def test_a_write_replaces_the_old_file_atomically(tmp_path, flush):
     path = tmp_path / "figures.json"
     write_whole(path, b"old", flush=flush)
     with whole_file(path, flush=flush) as partial:
@@ -46,7 +46,7 @@ def test_the_new_file_takes_the_place_of_the_old_one_whole(tmp_path, flush):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_body_that_raises_leaves_the_old_file_and_nothing_beside_it(tmp_path, error):
+def test_an_exception_keeps_the_old_file_and_leaves_no_partial(tmp_path, error):
     path = tmp_path / "figures.json"
     write_whole(path, b"old")
     with pytest.raises(error), whole_file(path) as partial:
@@ -55,7 +55,7 @@ def test_a_body_that_raises_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["figures.json"]
 
 
-def test_a_disk_that_refuses_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+def test_a_disk_error_keeps_the_old_file_and_leaves_no_partial(tmp_path, monkeypatch):
     path = tmp_path / "figures.json"
     write_whole(path, b"old")
 
@@ -68,7 +68,7 @@ def test_a_disk_that_refuses_leaves_the_old_file_and_nothing_beside_it(tmp_path,
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["figures.json"]
 
 
-def test_many_writers_of_one_file_leave_one_of_their_contents(tmp_path):
+def test_concurrent_writers_leave_one_whole_file(tmp_path):
     path = tmp_path / "shared.bin"
     contents = [bytes([number]) * 100_000 for number in range(4)]
 
@@ -85,7 +85,7 @@ def test_many_writers_of_one_file_leave_one_of_their_contents(tmp_path):
     assert path.read_bytes() in contents and os.listdir(tmp_path) == ["shared.bin"]
 
 
-def test_a_killed_writers_leftover_is_removed_and_a_living_ones_stays(tmp_path):
+def test_leftovers_of_dead_writers_are_removed_and_of_live_ones_kept(tmp_path):
     path = tmp_path / "weights.bin"
     with writer(path, "kill") as killed:
         killed.wait()
@@ -99,7 +99,7 @@ def test_a_killed_writers_leftover_is_removed_and_a_living_ones_stays(tmp_path):
     assert path.read_bytes() == b"half" and not partials(tmp_path)
 
 
-def test_a_writer_that_cannot_be_asked_has_a_day(tmp_path, monkeypatch):
+def test_leftovers_of_unknown_writers_are_kept_for_a_day(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "_process_space", lambda: "0123abcd")
     with pytest.raises(OSError, match="gone"), whole_file(tmp_path / "weights.bin") as partial:
         monkeypatch.setattr(type(partial), "unlink", lambda *_, **__: None)

@@ -137,7 +137,7 @@ def test_evaluation_values():
         EvalConfig(checkpoint="c", train="t", precision="fp16")
 
 
-def test_allowed_values_are_read_from_the_annotations():
+def test_allowed_values_come_from_the_annotations():
     @dataclasses.dataclass
     class Options:
         layers: list[typing.Annotated[int, Range(1)]]
@@ -154,7 +154,7 @@ def test_allowed_values_are_read_from_the_annotations():
             check_values(Options(*values), "group")
 
 
-def test_paths():
+def test_path_objects_are_accepted():
     assert as_paths(None) == () and as_paths("a") == ("a",) and as_paths(["a", "b"]) == ("a", "b")
 
 
@@ -166,6 +166,6 @@ def test_the_tree_is_plain_data():
 
 
 @pytest.mark.parametrize("name", ["warmup_epochs", "head_warmup_epochs"])
-def test_warm_up_is_a_part_of_the_epochs(name):
+def test_warmup_is_within_the_epochs(name):
     with pytest.raises(ValueError, match=rf"optim.{name}=3.0 is out of range; allowed: \[0, 2\]"):
         OptimConfig(epochs=2, **{name: 3.0})

@@ -32,7 +32,7 @@ note("line 1")
 
 
 @pytest.mark.parametrize("stream", ["output", "error"])
-def test_a_reader_that_goes_away_ends_nothing(stream):
+def test_a_closed_pipe_ends_nothing(stream):
     pipes = {"stdout" if stream == "output" else "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", TALKS, stream], stdin=subprocess.PIPE, text=True, **pipes)
     reader = process.stdout or process.stderr
@@ -42,7 +42,7 @@ def test_a_reader_that_goes_away_ends_nothing(stream):
     assert process.wait(timeout=60) == 0
 
 
-def test_parts_of_a_job_have_bars_of_their_own(monkeypatch, capsys):
+def test_each_part_of_a_job_has_its_own_bar(monkeypatch, capsys):
     monkeypatch.setattr(console, "watched", lambda: True)
     with console.shown_parts() as show:
         show("features", 5, 10)
@@ -52,14 +52,14 @@ def test_parts_of_a_job_have_bars_of_their_own(monkeypatch, capsys):
     assert "features: 100%" in shown and "10/10" in shown and "few-shot runs" in shown and "1/3" in shown
 
 
-def test_nothing_is_drawn_where_nobody_watches(capsys):
+def test_no_bar_is_drawn_without_a_terminal(capsys):
     with console.shown_parts() as show, console.shown_progress("image") as count:
         show("features", 1, 2)
         count(1, 2)
     assert capsys.readouterr() == ("", "")
 
 
-def test_notes_end_nothing_either():
+def test_notes_to_a_closed_pipe_end_nothing():
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", NOTES], text=True, **pipes)
     assert process.stderr.readline() == "line 0\n"
@@ -68,6 +68,6 @@ def test_notes_end_nothing_either():
     assert process.wait(timeout=60) == 0
 
 
-def test_nothing_that_is_said_moves_the_cursor(capsys):
+def test_control_characters_in_messages_are_escaped(capsys):
     say("eins \x1b[2Jzwei\rdrei\a\nvier fünf\udcff\u202e")
     assert capsys.readouterr().out == "eins \\x1b[2Jzwei\\rdrei\\x07\nvier fünf\\xff\\u202e\n"

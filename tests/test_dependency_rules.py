@@ -91,7 +91,7 @@ def test_leaves_import_leaves_only(leaf):
 
 
 @pytest.mark.parametrize("room", sorted(ALLOWED))
-def test_rooms_see_only_the_faces_of_others(room):
+def test_rooms_import_only_exported_names(room):
     """A room is imported through what its ``__init__`` exports; ``kernels`` has none, so that its modules are its face."""
     inner = set()
     for path in sources(f"fastuft/{room}"):
@@ -147,7 +147,7 @@ def run_blocked(blocked: tuple[str, ...], code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_import_works_without_triton_dali_numpy_and_extension():
+def test_fastuft_imports_without_triton_dali_numpy_and_extension():
     run_blocked(
         ("triton", "nvidia", "numpy", "jsonargparse", "PIL", "sklearn", "matplotlib", "yaml"),
         "import fastuft, torch\n"

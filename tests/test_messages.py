@@ -6,7 +6,7 @@ from fastuft import messages
 from fastuft.messages import note
 
 
-def test_a_note_is_said_once_by_the_first_rank(monkeypatch, capsys):
+def test_a_note_is_printed_once_by_the_first_rank(monkeypatch, capsys):
     monkeypatch.setattr(messages, "_said", set())
     for _ in range(2):
         note("something")

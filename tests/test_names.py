@@ -21,18 +21,18 @@ def test_plain_names_stay_as_they_are(name):
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "/", "../../etc/passwd", "/etc/passwd", "C:\\x", ".hidden", "a\0b", "a\nb"]
 )
-def test_what_is_not_a_plain_name_is_rewritten_as_one(name):
+def test_other_names_become_plain_names(name):
     assert safe_name(name) != name
     assert "/" not in safe_name(name) and safe_name(name).strip(".") != ""
 
 
-def test_names_that_are_alike_stay_apart():
+def test_similar_names_stay_distinct():
     assert len({safe_name(name) for name in ("a/b.png", "a_b.png", "a\\b.png", "a:b.png", "a//b.png")}) == 5
     assert safe_name("a/b.png").endswith(".png")
 
 
 @given(ANY)
-def test_every_name_becomes_one_part_of_a_path(tmp_path_factory, name):
+def test_every_name_becomes_one_path_component(tmp_path_factory, name):
     safe = safe_name(name)
     assert safe_name(safe) == safe
     assert os.path.basename(safe) == safe not in ("", ".", "..") and len(safe.encode()) <= 200
@@ -51,5 +51,5 @@ def test_every_name_is_shown_on_one_line(name):
     ("name", "shown"),
     [("a b.png", "a b.png"), ("\udcff.png", r"\xff.png"), ("a\nb", r"a\nb"), ("\x1b[2J", r"\x1b[2J"), ("日本", "日本")],
 )
-def test_what_cannot_be_shown_is_escaped(name, shown):
+def test_unprintable_characters_are_escaped(name, shown):
     assert printable(name) == shown

@@ -33,16 +33,16 @@ PAPER = {**VIT, "recipe": "paper"}
         ("timm:convnextv2_atto", "convnext"),
     ],
 )
-def test_the_family_is_told_from_the_name(arch, family):
+def test_the_preset_follows_the_architecture_name(arch, family):
     assert family_of(arch) == family
 
 
-def test_a_resnets_preset_is_the_papers_recipe():
+def test_the_resnet_preset_is_the_papers_recipe():
     assert preset_options("resnet", "resnet50", 200) == {}
     assert configured("finetune", {**NEEDED, "recipe": "paper"}).optim == OptimConfig()
 
 
-def test_a_vit_gets_what_moco_v3_trains_vits_with():
+def test_a_vit_gets_the_moco_v3_settings():
     config = configured("finetune", {**VIT, "optim": {"epochs": 50}})
     optim = config.optim
     assert (optim.preset, optim.optimizer, optim.lr, optim.scale_lr) == ("vit", "adamw", 1.5e-4, True)
@@ -55,7 +55,7 @@ def test_a_vit_gets_what_moco_v3_trains_vits_with():
     assert other.data.batch_size == 2048  # pretraining's own, where the preset says nothing
 
 
-def test_what_is_given_wins(tmp_path):
+def test_given_values_win(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("optim:\n  weight_decay: 0.2\n")
     config = configured("finetune", {**VIT, "config": str(file), "optim": {"lr": 0.001, "decay_norms": True}})
@@ -63,7 +63,7 @@ def test_what_is_given_wins(tmp_path):
     assert config.optim.optimizer == "adamw"
 
 
-def test_another_optimizer_brings_its_own_values():
+def test_another_optimizer_has_its_own_values():
     assert configured("finetune", {**PAPER, "optim": {"optimizer": "sgd"}}).optim == OptimConfig()
     adamw = configured("finetune", {**NEEDED, "optim": {"optimizer": "adamw"}})
     assert (adamw.optim.lr, adamw.optim.layer_decay, adamw.model.freeze_patch) == (1.5e-4, 1.0, False)
@@ -71,7 +71,7 @@ def test_another_optimizer_brings_its_own_values():
     assert (lars.optim.lr, lars.optim.weight_decay, lars.optim.momentum) == (0.6, 1e-6, 0.9)
 
 
-def test_a_preset_by_name_or_none():
+def test_a_preset_is_chosen_by_name_or_none():
     for preset in ("none", "resnet"):
         assert configured("finetune", {**PAPER, "optim": {"preset": preset}}).optim == OptimConfig()
     named = configured("finetune", {**NEEDED, "optim": {"preset": "convnext"}})
@@ -80,7 +80,7 @@ def test_a_preset_by_name_or_none():
         configured("finetune", {**VIT, "optim": {"preset": "bert"}})
 
 
-def test_a_saved_configuration_is_the_whole_of_it(monkeypatch, tmp_path):
+def test_a_saved_configuration_is_complete(monkeypatch, tmp_path):
     received = []
     fake = dataclasses.replace(COMMANDS["finetune"], run=lambda config: received.append(config) or 0)
     monkeypatch.setitem(COMMANDS, "finetune", fake)
@@ -91,7 +91,7 @@ def test_a_saved_configuration_is_the_whole_of_it(monkeypatch, tmp_path):
     assert received[1] == received[0] and received[0].optim.lr == 3e-4
 
 
-def test_a_printed_configuration_has_the_presets_values(capsys, tmp_path, monkeypatch):
+def test_a_printed_configuration_includes_the_presets_values(capsys, tmp_path, monkeypatch):
     given = ["finetune", "--target", "images", "--out", "run", "--init", "x", "--model.arch", "timm:convnext_atto"]
     with pytest.raises(SystemExit):
         main([*given, "--print_config"])
@@ -99,7 +99,7 @@ def test_a_printed_configuration_has_the_presets_values(capsys, tmp_path, monkey
     assert (printed["optim"]["optimizer"], printed["optim"]["weight_decay"]) == ("adamw", 0.05)
 
 
-def test_a_group_that_is_none_is_still_refused_in_words(capsys, tmp_path):
+def test_a_null_group_is_refused_with_a_message(capsys, tmp_path):
     (tmp_path / "c.yaml").write_text("optim: null\n")
     given = ["--config", str(tmp_path / "c.yaml"), "--target", "a", "--out", "b", "--init", "c"]
     assert main(["finetune", *given]) == 2

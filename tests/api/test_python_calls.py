@@ -28,7 +28,7 @@ def job(tmp_path_factory):
     return SimpleNamespace(root=root, given=given)
 
 
-def test_the_examples_of_the_page_run(job, monkeypatch):
+def test_the_examples_of_the_python_page_run(job, monkeypatch):
     monkeypatch.chdir(job.root)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL):
@@ -54,7 +54,7 @@ def test_callbacks_see_every_step_and_epoch(job, tmp_path):
     assert steps == [1, 2] and len(epochs) == 2 and epochs[-1][1] == run.metrics["loss"]
 
 
-def test_what_a_callback_raises_ends_the_run_and_the_same_call_goes_on(job, tmp_path):
+def test_an_exception_in_a_callback_ends_the_run_and_the_call_resumes(job, tmp_path):
     def stop(progress):
         raise RuntimeError("enough")
 
@@ -64,7 +64,7 @@ def test_what_a_callback_raises_ends_the_run_and_the_same_call_goes_on(job, tmp_
     assert fastuft.finetune(**call).finished
 
 
-def test_a_call_leaves_the_process_as_it_was(job, tmp_path):
+def test_a_call_does_not_change_the_process(job, tmp_path):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -75,7 +75,7 @@ def test_a_call_leaves_the_process_as_it_was(job, tmp_path):
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
-def test_several_runs_in_one_process_and_in_other_threads_are_alike(job, tmp_path):
+def test_runs_in_one_process_and_in_threads_are_equal(job, tmp_path):
     def finetune(name):
         runs[name] = fastuft.finetune(**job.given, out=tmp_path / name, **{"runtime.deterministic": True})
 
@@ -88,14 +88,14 @@ def test_several_runs_in_one_process_and_in_other_threads_are_alike(job, tmp_pat
     assert runs["first"].metrics["loss"] == runs["second"].metrics["loss"] == runs["third"].metrics["loss"]
 
 
-def test_a_signal_saves_and_the_run_says_so(job, tmp_path):
+def test_a_signal_saves_and_the_result_says_stopped(job, tmp_path):
     call = {**job.given, "out": tmp_path / "run", "resume": "auto", "optim": {"epochs": 3}}
     run = fastuft.finetune(**call, on_step=lambda _: signal.raise_signal(signal.SIGINT))
     assert (run.interrupted, run.finished, run.steps) == ("SIGINT", False, 1)
     assert fastuft.finetune(**call).steps == 3
 
 
-def test_progress_of_a_notebook_is_a_bar(job, tmp_path, monkeypatch, capsys):
+def test_a_notebook_shows_a_progress_bar(job, tmp_path, monkeypatch, capsys):
     shell = SimpleNamespace(kernel=object())
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setitem(sys.modules, "tqdm.auto", SimpleNamespace(tqdm=__import__("tqdm").tqdm))
@@ -115,13 +115,13 @@ def test_progress_of_a_notebook_is_a_bar(job, tmp_path, monkeypatch, capsys):
         ({"runtime": {"device": "cuda"}}, "torch sees no CUDA device"),
     ],
 )
-def test_what_is_refused_is_refused_in_the_words_of_the_command(job, tmp_path, options, words):
+def test_errors_equal_those_of_the_command(job, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         fastuft.finetune(**{**job.given, "out": tmp_path / "run", **options})
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_other_calls_refuse_alike(job, tmp_path):
+def test_other_calls_refuse_equally(job, tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint='nowhere\.pth' does not exist"):
         fastuft.evaluate(checkpoint="nowhere.pth", train=job.root / "photos", out=tmp_path)
     with pytest.raises(ValueError, match=r"checkpoint='nowhere\.pth' does not exist"):

@@ -87,7 +87,7 @@ def test_figures_table_and_page(bench, tmp_path):
     assert json.loads(saved.read_text())["left_out"] == {"no_such_peer": "not installed (pip install no-such-package)"}
 
 
-def test_smoke_runs_each_once(bench, tmp_path, capsys):
+def test_a_smoke_run_measures_each_case_once(bench, tmp_path, capsys):
     status, output, raw = bench("--smoke")
     assert status == 0, output
     assert {entry["stats"]["rounds"] for entry in json.loads(raw.read_text())["benchmarks"]} == {1}
@@ -149,7 +149,7 @@ def test_warm(benchmark):
 """
 
 
-def test_gpu_path_rotates_inputs_and_records_event_times(bench, tmp_path):
+def test_the_gpu_path_rotates_inputs_and_records_event_times(bench, tmp_path):
     (tmp_path / "bench_small.py").write_text(CUDA_BENCH)
     conftest = tmp_path / "conftest.py"
     conftest.write_text(FAKE_CUDA + conftest.read_text().replace("from __future__ import annotations", ""))
@@ -165,7 +165,7 @@ def test_gpu_path_rotates_inputs_and_records_event_times(bench, tmp_path):
     assert not sets and list((tmp_path / "results" / "nvidia-fake").glob("*.json"))
 
 
-def test_an_interrupted_benchmark_costs_its_own_figures_only(bench, tmp_path):
+def test_an_interrupted_benchmark_loses_only_its_own_figures(bench, tmp_path):
     file = tmp_path / "bench_small.py"
     interrupted = (
         "\ndef test_interrupted(benchmark):\n    def stop():\n        raise KeyboardInterrupt\n    benchmark(stop)\n"
@@ -182,12 +182,12 @@ def test_wrong_implementations_are_refused(bench, spec):
         harness.load_function(spec)
 
 
-def test_wrong_implementation_on_the_command_line(bench):
+def test_a_wrong_implementation_on_the_command_line_is_refused(bench):
     status, output, _ = bench("--impl=nothing")
     assert status != 0 and "MODULE:FUNCTION" in output
 
 
-def test_peak_extra_bytes_counts_what_lives_at_once():
+def test_peak_extra_bytes_counts_live_tensors():
     x = torch.randn(1000)
 
     def chain():
@@ -201,7 +201,7 @@ def test_peak_extra_bytes_counts_what_lives_at_once():
     assert harness.peak_extra_bytes(lambda: None) == 0
 
 
-def test_interleaved_ratio():
+def test_interleaved_ratio_compares_two_functions():
     matrix = torch.randn(200, 200)
     ratio = harness.interleaved_ratio(lambda m: m @ m, lambda m: [m @ m for _ in range(20)], lambda: (matrix,))
     assert ratio > 5
@@ -228,7 +228,7 @@ def test_cuda_clock_divides_device_time_by_calls():
     assert end - start == pytest.approx(2e-3)
 
 
-def test_ceilings_bind_by_the_slower_of_both(monkeypatch):
+def test_the_slower_ceiling_binds(monkeypatch):
     ceilings = harness.Ceilings(torch.device("cpu"))
     ceilings.__dict__["bytes_per_second"] = 100.0
     ceilings._rates[torch.float32] = 10.0
@@ -270,7 +270,7 @@ def entry(name, group="loss", **values):
     return {"file": "bench_loss.py", "name": name, "group": group, "median": 1e-3, **values}
 
 
-def test_table_of_groups():
+def test_groups_have_tables():
     entries = [entry("test_a", median=2e-3, baseline=True), entry("test_b", median=1e-3, items_per_second=5000.0)]
     lines = report.table_lines(entries)
     assert lines[1] == "loss" and lines[2].split()[:4] == ["b", "1", "ms", "2.00x"] and "5,000/s" in lines[2]
@@ -320,7 +320,7 @@ def test_device_folders():
     assert report.slug("AMD EPYC, 1 thread") == "cpu"
 
 
-def test_a_simulated_source_is_drawn_from_its_index_alone(tmp_path):
+def test_a_simulated_source_is_drawn_from_its_index_only(tmp_path):
     command = [sys.executable, str(ROOT / "bench" / "simulate_source.py"), "--images", "400", "--shards", "4"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

@@ -90,7 +90,7 @@ def run(tmp_path):
     return run
 
 
-def test_syntax():
+def test_the_suite_script_is_valid_bash():
     subprocess.run(["bash", "-n", str(SUITE)], check=True)
     assert os.access(SUITE, os.X_OK)
 
@@ -107,7 +107,7 @@ def test_dry_run_names_every_part_and_stays_below_nine_minutes(run, tmp_path):
     assert order[-2:] == ["bench-evaluate", "bench-streams"]
 
 
-def test_wrong_argument_and_no_gpu(run):
+def test_a_wrong_argument_or_a_missing_gpu_is_refused(run):
     status, output, _ = run("--fast")
     assert status == 2 and "--dry-run" in output
     status, output, _ = run(FAKE_CUDA="1")
@@ -130,12 +130,12 @@ def test_a_failing_part_does_not_stop_the_others(run):
     assert parts["build"]["status"] == parts["bench-loss"]["status"] == "ok"
 
 
-def test_a_sanitizer_that_cannot_work_here_is_not_a_failure(run):
+def test_an_unsupported_sanitizer_is_not_a_failure(run):
     status, _, parts = run(FAKE_SANITIZER_STATUS="1", FAKE_SANITIZER_SAYS="Error: Device not supported")
     assert status == 0 and parts["memcheck"]["status"] == "not available"
 
 
-def test_a_slow_benchmark_costs_its_own_figures_only(run):
+def test_a_slow_benchmark_loses_only_its_own_figures(run):
     status, output, parts = run(FAKE_SLOW="evaluate", FASTUFT_BUDGET="9")
     assert status == 1 and parts["bench-loss"]["status"] == "ok" and parts["bench-evaluate"]["status"] != "ok"
     assert "60% matrix" in output

@@ -55,7 +55,7 @@ def folders(tmp_path_factory):
     return root
 
 
-def test_a_sweep_goes_on_and_its_looks_have_labels(folders, tmp_path, monkeypatch, capsys):
+def test_a_sweep_resumes_and_its_looks_have_labels(folders, tmp_path, monkeypatch, capsys):
     sweep = script("sweep")
     arguments = ["sweep.py", str(folders / "sweep.yaml"), "--init", str(folders / "start.safetensors")]
     for name in ("train", "test", "source"):
@@ -105,7 +105,7 @@ def looks(verdict, gains):
     return verdict.Run("run", found, labels)
 
 
-def test_correlation_and_regret_are_what_they_are_called():
+def test_correlation_and_regret_equal_their_definitions():
     verdict = script("verdict")
     assert verdict.correlation([1, 2, 3], [10, 20, 25]) == pytest.approx(1.0)
     assert verdict.correlation([1, 1, 2], [3, 3, 1]) == pytest.approx(-1.0)
@@ -119,7 +119,7 @@ def test_correlation_and_regret_are_what_they_are_called():
     assert (lost.said, lost.best, lost.exported) == ("no better", 0.0, 0.0)
 
 
-def test_a_rule_that_exports_harm_costs_more_than_one_that_says_nothing():
+def test_exporting_harm_costs_more_than_saying_nothing():
     verdict = script("verdict")
     good, bad = looks(verdict, (8.0,)), looks(verdict, (5.0, 0.0))
     bad.labels[1] = 40.0  # views agree, labels do not

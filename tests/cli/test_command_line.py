@@ -105,7 +105,7 @@ def test_several_targets(received):
     assert config.allow_missing == ["x", "y"]
 
 
-def test_values_that_yaml_would_read_as_something_else_stay_text(received):
+def test_values_that_yaml_would_convert_stay_text(received):
     main(["finetune", "--target", "123", "--out", "no", "--init", "null.pth", "--resume", "no"])
     (config,) = received
     assert (config.target, config.out, config.resume) == ("123", "no", "no")
@@ -125,7 +125,7 @@ def test_pretraining_has_its_own_recipe(received):
     assert pretrain.recipe == "paper"
 
 
-def test_yaml_then_command_line(received, tmp_path):
+def test_the_command_line_overrides_yaml(received, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("optim:\n  lr: 1e-3\n  epochs: 7\ndata:\n  batch_size: 32\n")
     main(["finetune", "--config", str(file), *NEEDED, "--optim.epochs", "9"])
@@ -133,7 +133,7 @@ def test_yaml_then_command_line(received, tmp_path):
     assert (config.optim.lr, config.optim.epochs, config.data.batch_size) == (1e-3, 9, 32)
 
 
-def test_resolved_configuration_round_trip(received, tmp_path, capsys):
+def test_the_resolved_configuration_round_trips(received, tmp_path, capsys):
     arguments = [*NEEDED, "--target+", "b", "--augment.crop_scale", "[0.3, 0.9]", "--data.replay_cache", "d"]
     with pytest.raises(SystemExit):
         main(["finetune", *arguments, "--print_config"])
@@ -178,7 +178,7 @@ def test_resolved_configuration_round_trip(received, tmp_path, capsys):
         (["--config", "absent.yaml"], ["config", "absent.yaml"]),
     ],
 )
-def test_wrong_options_are_refused_in_one_line(capsys, arguments, words):
+def test_wrong_options_give_a_one_line_error(capsys, arguments, words):
     line = refused(capsys, "finetune", *NEEDED, *arguments)
     assert line.startswith("fastuft finetune: error: ")
     assert all(word in line for word in words), line
@@ -195,14 +195,14 @@ def test_wrong_options_are_refused_in_one_line(capsys, arguments, words):
         ("a: [1\n", ["config", "at line 2"]),
     ],
 )
-def test_wrong_files_are_refused_in_one_line(capsys, tmp_path, content, words):
+def test_wrong_files_give_a_one_line_error(capsys, tmp_path, content, words):
     file = tmp_path / "c.yaml"
     file.write_text(content)
     line = refused(capsys, "finetune", *NEEDED, "--config", str(file))
     assert all(word in line for word in words), line
 
 
-def test_missing_options_and_commands(capsys):
+def test_missing_options_and_commands_are_named(capsys):
     line = refused(capsys, "finetune", "--out", "run")
     assert "target" in line and "Example: " in line
     line = refused(capsys, "finetune", "--target", "images", "--out", "run")
@@ -223,7 +223,7 @@ def test_missing_options_and_commands(capsys):
     assert "checkpoint='nothing.pth'" in line
 
 
-def test_errors_of_a_run_are_one_line_and_surprises_keep_their_traceback(capsys, monkeypatch):
+def test_user_errors_are_one_line_and_bugs_keep_their_traceback(capsys, monkeypatch):
     def fail_with(error):
         def run(config):
             raise error
@@ -237,7 +237,7 @@ def test_errors_of_a_run_are_one_line_and_surprises_keep_their_traceback(capsys,
         main(["doctor"])
 
 
-def test_files_out_of_reach_and_interrupts_are_one_line(capsys, monkeypatch):
+def test_missing_files_and_interrupts_are_one_line(capsys, monkeypatch):
     def run(config):
         if config.json:
             raise KeyboardInterrupt
@@ -251,7 +251,7 @@ def test_files_out_of_reach_and_interrupts_are_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "fastuft doctor: interrupted\n"
 
 
-def test_own_warnings_are_one_line_and_others_keep_their_place(monkeypatch):
+def test_own_warnings_are_one_line_and_others_keep_their_source(monkeypatch):
     shown = []
 
     def run(config):
@@ -267,7 +267,7 @@ def test_own_warnings_are_one_line_and_others_keep_their_place(monkeypatch):
     assert warnings.formatwarning is before
 
 
-def test_without_the_extra_packages(capsys, monkeypatch):
+def test_missing_extras_are_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)  # importing it raises ModuleNotFoundError
 
     assert "fastuft[train-" in refused(capsys, "finetune", *NEEDED)
@@ -299,7 +299,7 @@ def test_bench_of_an_installed_package_runs_in_a_clone(installed, monkeypatch):
     assert calls[0][3] == str(root / "bench" / "bench_loss.py")
 
 
-def test_bench_without_its_packages_says_how_to_get_them(capsys, monkeypatch):
+def test_bench_without_its_packages_names_them(capsys, monkeypatch):
     monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'fastuft[bench]'" in refused(capsys, "bench", "loss")
 

@@ -67,7 +67,7 @@ def machine(monkeypatch):
     return Machine(monkeypatch)
 
 
-def test_a_cpu_machine_has_no_problem(machine, capsys):
+def test_doctor_finds_no_problem_on_a_cpu_machine(machine, capsys):
     assert main(["doctor"]) == 0
     found = machine.findings()
     assert found["torch"].state == "ok" and "CPU build" in found["torch"].found
@@ -76,7 +76,7 @@ def test_a_cpu_machine_has_no_problem(machine, capsys):
     assert all(part in text for part in found)
 
 
-def test_a_complete_gpu_machine(machine):
+def test_doctor_finds_no_problem_on_a_complete_gpu_machine(machine):
     machine.torch = machine.make_torch("2.13.0+cu130", cuda="13.0", gpus=((9, 0), (9, 0)))
     machine.driver("13.0")
     machine.installed |= {"triton": "3.7", "nvidia-dali-cuda130": "2.4.0", "apex": "0.1"}
@@ -89,7 +89,7 @@ def test_a_complete_gpu_machine(machine):
     assert found["nvcc"].found == "13.0"
 
 
-def test_a_wrong_kernel_is_named_with_what_happens_instead(machine):
+def test_a_wrong_kernel_is_named_with_its_fallback(machine):
     machine.torch = machine.make_torch("2.13.0+cu130", cuda="13.0", gpus=((9, 0),))
     machine.driver("13.0")
     machine.wrong_kernels = [("enqueue (bf16) on Some GPU", "it differs by 0.5")]
@@ -122,7 +122,7 @@ def test_every_missing_part_and_problem_has_a_remedy(machine):
         (lambda m: m.driver("13.0"), "GPU", "CPU build"),
     ],
 )
-def test_problems(machine, prepare, part, words, capsys):
+def test_each_problem_has_its_remedy(machine, prepare, part, words, capsys):
     prepare(machine)
     assert main(["doctor"]) == 1
     found = machine.findings()[part]
@@ -130,7 +130,7 @@ def test_problems(machine, prepare, part, words, capsys):
     assert words in capsys.readouterr().out
 
 
-def test_driver_older_than_torchs_cuda(machine):
+def test_a_driver_older_than_the_cuda_of_torch_is_a_problem(machine):
     machine.torch = machine.make_torch("2.13.0+cu130", cuda="13.0", gpus=())
     machine.driver("12.4")
     found = machine.findings()
@@ -138,7 +138,7 @@ def test_driver_older_than_torchs_cuda(machine):
     assert found["GPU"].state == "problem"
 
 
-def test_dali_of_another_cuda_than_torch(machine):
+def test_dali_for_another_cuda_than_torch_is_a_problem(machine):
     machine.torch = machine.make_torch("2.13.0+cu126", cuda="12.6", gpus=((9, 0),))
     machine.driver("13.0")
     machine.installed |= {"nvidia-dali-cuda130": "2.4.0"}
@@ -146,19 +146,19 @@ def test_dali_of_another_cuda_than_torch(machine):
     assert found.state == "problem" and "nvidia-dali-cuda120" in found.remedy
 
 
-def test_dali_newer_than_the_driver(machine):
+def test_dali_newer_than_the_driver_is_a_problem(machine):
     machine.driver("12.4")
     machine.installed |= {"nvidia-dali-cuda130": "2.4.0"}
     assert "newer driver" in machine.findings()["DALI"].remedy
 
 
-def test_dali_beside_its_decoy(machine):
+def test_the_dali_placeholder_package_is_a_problem(machine):
     machine.installed |= {"nvidia-dali": "0.0.1", "nvidia-dali-cuda130": "2.4.0"}
     found = machine.findings()["DALI"]
     assert found.state == "ok" and "pip uninstall nvidia-dali" in found.remedy
 
 
-def test_an_old_gpu_takes_the_portable_path(machine):
+def test_an_old_gpu_uses_the_portable_path(machine):
     machine.torch = machine.make_torch("2.13.0+cu130", cuda="13.0", gpus=((7, 5),))
     machine.driver("13.0")
     assert "portable path" in machine.findings()["GPU"].remedy
@@ -173,7 +173,7 @@ def test_triton_on_a_gpu_needs_a_compiler(machine):
     assert "C compiler" in machine.findings()["triton"].remedy
 
 
-def test_extension_not_built_and_not_loading(machine, tmp_path, monkeypatch):
+def test_an_extension_that_is_missing_or_does_not_load_is_a_problem(machine, tmp_path, monkeypatch):
     (tmp_path / "mix").mkdir()
     monkeypatch.setattr(doctor.fastuft, "__file__", str(tmp_path / "__init__.py"))
     machine.tools.clear()
@@ -186,14 +186,14 @@ def test_extension_not_built_and_not_loading(machine, tmp_path, monkeypatch):
     assert found.state == "problem" and "undefined symbol" in found.found
 
 
-def test_nvcc_of_another_cuda_than_torch(machine):
+def test_nvcc_for_another_cuda_than_torch_is_a_problem(machine):
     machine.torch = machine.make_torch("2.13.0+cu130", cuda="13.0", gpus=((9, 0),))
     machine.programs["nvcc"] = "Cuda compilation tools, release 12.4, V12.4.131"
     found = machine.findings()["nvcc"]
     assert found.state == "ok" and "CUDA 13 toolkit" in found.remedy
 
 
-def test_lowest_versions_are_those_of_the_package():
+def test_minimum_versions_equal_the_package_requirements():
     project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     train = [line for line in (*extras["report"], *extras["train"]) if not line.startswith("fastuft")]
@@ -218,7 +218,7 @@ def test_without_packaging_the_missing_comparison_is_reported(machine, monkeypat
     assert found.state == "problem" and found.found == "missing: packaging; versions not compared"
 
 
-def test_json(machine, capsys):
+def test_json_output_has_every_check(machine, capsys):
     assert main(["doctor", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {"part", "state", "found", "remedy"} == set(rows[0])

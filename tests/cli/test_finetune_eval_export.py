@@ -82,7 +82,7 @@ def job(tmp_path_factory):
     return SimpleNamespace(root=root, run=root / "run", common=common, output=output)
 
 
-def test_the_run_folder_tells_the_run(job):
+def test_the_run_folder_describes_the_run(job):
     config = yaml.safe_load((job.run / "config.yaml").read_text())
     assert config["method"]["mix"] == "cutmix" and config["model"]["bn_group"] == 4
     summary = json.loads((job.run / "summary.json").read_text())
@@ -168,7 +168,7 @@ def test_export_and_evaluation_of_the_exported_file(job):
 
 
 @pytest.mark.parametrize("broken", ["empty", "missing", "checkpoint"])
-def test_wrong_inputs_are_one_line(job, broken, tmp_path):
+def test_wrong_inputs_give_a_one_line_error(job, broken, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "noise.pth").write_bytes(b"not a checkpoint")
     inputs = {

@@ -27,7 +27,7 @@ def page(capsys, *arguments):
 
 
 @pytest.mark.parametrize("arguments", [(), ("help",), ("--help",), ("-h",)])
-def test_fastuft_alone_shows_the_path_and_every_command(capsys, arguments):
+def test_bare_fastuft_shows_the_workflow_and_every_command(capsys, arguments):
     text = page(capsys, *arguments)
     assert text.strip() == front_page()
     steps = [line.split("fastuft ")[1].split()[0] for line in text.splitlines() if ". fastuft " in line]
@@ -35,7 +35,7 @@ def test_fastuft_alone_shows_the_path_and_every_command(capsys, arguments):
     assert all(f"  {name} " in text for name in COMMANDS)
 
 
-def test_the_steps_of_the_path_parse(monkeypatch):
+def test_the_workflow_commands_parse(monkeypatch):
     calls = []
     for name, command in list(COMMANDS.items()):
         monkeypatch.setitem(COMMANDS, name, dataclasses.replace(command, run=lambda config: calls.append(config) or 0))
@@ -59,12 +59,12 @@ def test_short_help_fits_two_screens_with_types_defaults_and_examples(capsys, na
         ("demo", "[--OPTION VALUE ...]"),
     ],
 )
-def test_usage_says_whether_one_or_several_are_taken(name, usage):
+def test_usage_shows_how_many_values_an_option_takes(name, usage):
     assert command_help(name).splitlines()[0] == f"usage: fastuft {name} {usage}"
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_all_options_are_shown_whole(name):
+def test_help_all_shows_every_option_in_full(name):
     command = COMMANDS[name]
     text = " ".join(command_help(name, "all").split())
     for full, kind in option_types(command.config).items():
@@ -77,11 +77,11 @@ def test_all_options_are_shown_whole(name):
 
 
 @pytest.mark.parametrize("name", sorted(name for name, command in COMMANDS.items() if command.first))
-def test_what_matters_first_names_options(name):
+def test_the_first_shown_options_exist(name):
     assert set(COMMANDS[name].first) <= set(option_types(COMMANDS[name].config))
 
 
-def test_a_group_of_options(capsys):
+def test_help_shows_a_group_of_options(capsys):
     text = page(capsys, "finetune", "--help", "optim")
     assert "--optim.weight_decay" in text and "--data.batch_size" not in text
     assert "default: 0.24)" in " ".join(page(capsys, "pretrain", "--help", "optim").split())
@@ -94,13 +94,13 @@ def test_a_group_of_options(capsys):
         (("help", "finetuen"), ["unknown command 'finetuen'", "finetune, pretrain"]),
     ],
 )
-def test_unknown_topics_are_refused_in_one_line(capsys, arguments, words):
+def test_unknown_topics_give_a_one_line_error(capsys, arguments, words):
     assert main(list(arguments)) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and all(word in err for word in words)
 
 
-def test_texts_and_defaults_are_read_from_the_class():
+def test_help_texts_and_defaults_come_from_the_class():
     @dataclasses.dataclass
     class Options:
         """Some options.
@@ -120,7 +120,7 @@ def test_texts_and_defaults_are_read_from_the_class():
     assert [default_of(option) for option in dataclasses.fields(Options)] == ["required", "[true, null]"]
 
 
-def test_completion_offers_options_of_the_command(tmp_path):
+def test_completion_offers_the_options_of_the_command(tmp_path):
     pytest.importorskip("shtab")
     bash = shutil.which("bash") or pytest.skip("no bash")
     script = tmp_path / "completion.bash"
@@ -132,7 +132,7 @@ def test_completion_offers_options_of_the_command(tmp_path):
     assert done.stdout.split() == ["--optim.weight_decay", "--optim.warmup_epochs"], done.stdout + done.stderr
 
 
-def test_completion_without_shtab_says_how_to_get_it(capsys, monkeypatch):
+def test_completion_without_shtab_names_the_package(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)  # importing it raises ModuleNotFoundError
     assert main(["completion"]) == 2
     assert "fastuft[completion]" in capsys.readouterr().err

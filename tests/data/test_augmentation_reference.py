@@ -39,7 +39,7 @@ def photos(tmp_path_factory):
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
-def test_decoding_beside_torchvision(photos, loader):
+def test_decoding_agrees_with_torchvision(photos, loader):
     """The whole image, neither resized nor cropped beyond a square."""
     io = pytest.importorskip("torchvision.io")
     ours = next(iter(EvalStream(photos, size=375, resize=375, loading=plain(loader))))[0] * 255
@@ -120,7 +120,7 @@ def reference(case, image, view, row):
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
 @pytest.mark.parametrize("case", CASES)
-def test_operators_beside_torchvision(photos, case, loader):
+def test_operators_agree_with_torchvision(photos, case, loader):
     view = parameters(case)
     kept = set(CASES[case])
     spec = ViewSpec(
@@ -140,7 +140,7 @@ def test_operators_beside_torchvision(photos, case, loader):
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
-def test_evaluation_beside_torchvision(photos, loader):
+def test_evaluation_views_agree_with_torchvision(photos, loader):
     ours = next(iter(EvalStream(photos, size=SIZE, resize=256, loading=plain(loader))))[0]
     theirs = []
     for path in photos:

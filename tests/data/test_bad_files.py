@@ -21,7 +21,7 @@ from fastuft.data.decoding import read_image
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_skipped_files_have_replacements_of_their_kind_on_every_rank(manifest, tmp_path, loader):
+def test_replacements_come_from_the_same_set_on_every_rank(manifest, tmp_path, loader):
     """A file that fails only in the decoder: the same replacements for one rank, two ranks and a restart."""
     paths = []
     for index, path in enumerate(manifest.paths):
@@ -91,7 +91,7 @@ def test_files_are_read_in_parallel_and_ahead_of_the_batch(manifest, monkeypatch
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_file_that_hangs_is_named_and_does_not_hold_up_the_others(manifest, monkeypatch, loader):
+def test_a_hanging_file_is_named_and_does_not_block_the_others(manifest, monkeypatch, loader):
     hung = threading.Event()
 
     def read(path, max_megapixels):
@@ -109,7 +109,7 @@ def test_a_file_that_hangs_is_named_and_does_not_hold_up_the_others(manifest, mo
 
 
 @pytest.mark.parametrize("error", [TypeError("no"), NotImplementedError(), MemoryError(), struct.error("short")])
-def test_whatever_one_file_makes_a_parser_raise_is_that_files_fault(manifest, monkeypatch, error):
+def test_any_parser_exception_is_attributed_to_its_file(manifest, monkeypatch, error):
     def read(path, max_megapixels):
         if path == manifest.paths[3]:
             raise error
@@ -144,7 +144,7 @@ class StubbornBackend:
         pass
 
 
-def test_a_file_that_only_pillow_decodes_is_left_to_it_wherever_it_is_named(manifest, monkeypatch, capsys):
+def test_pillow_decodes_files_that_dali_refuses(manifest, monkeypatch, capsys):
     """Also where a list of labeled images names it twice."""
     monkeypatch.setattr(feed_module, "make_backend", lambda spec: StubbornBackend(spec))
     monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
@@ -155,7 +155,7 @@ def test_a_file_that_only_pillow_decodes_is_left_to_it_wherever_it_is_named(mani
     stream.close()
 
 
-def test_a_failure_that_is_not_a_files_fault_names_the_images_under_way(manifest, monkeypatch):
+def test_other_failures_name_the_images_in_progress(manifest, monkeypatch):
     monkeypatch.setattr(feed_module, "make_backend", lambda spec: StubbornBackend(spec))
     monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
     trials = iter([[False]])

@@ -14,7 +14,7 @@ from fastuft.data.backend import ViewSpec
 
 
 @pytest.mark.parametrize("strong", [None, StrongConfig()], ids=["moco", "strong"])
-def test_the_pipeline_of_a_gpu_is_well_formed(strong):
+def test_the_gpu_pipeline_builds(strong):
     """Without a GPU too: arguments that DALI's operators do not have, or parameters of views on the GPU, are refused."""
     pytest.importorskip("nvidia.dali")
     from fastuft.data.dali import _view_pipeline
@@ -47,7 +47,7 @@ def test_the_pipeline_of_a_gpu_is_well_formed(strong):
             assert (device, inputs[0], set(inputs[1:])) == ("gpu", "gpu", {"cpu"}), name
 
 
-def test_results_are_bound_to_the_consumers_stream(manifest, monkeypatch):
+def test_results_are_ordered_on_the_consumers_stream(manifest, monkeypatch):
     """DALI's ``run`` takes the stream by position only; as a keyword it would be an input of the pipeline."""
     pytest.importorskip("nvidia.dali")
     stream = small_stream(manifest)
@@ -78,7 +78,7 @@ def test_gpu_views_agree_with_the_cpu(jpegs, dtype):
 
 
 @pytest.mark.gpu
-def test_gpu_views_do_not_make_the_host_wait(jpegs):
+def test_gpu_views_do_not_block_the_host(jpegs):
     pytest.importorskip("nvidia.dali")
     device = torch.device("cuda", torch.cuda.current_device())
     data = DataConfig(batch_size=8, loader="dali")

@@ -35,7 +35,7 @@ def photographs(tmp_path):
     return sorted(map(str, folder.iterdir()))
 
 
-def test_different_images_do_not_look_alike(photographs):
+def test_different_images_are_not_duplicates(photographs):
     found = find_duplicates(photographs)
     assert (found.checked, found.total, found.repeated, found.pair) == (40, 40, 0, ())
     assert found.share == 0 and found.line() == ""
@@ -45,7 +45,7 @@ def test_different_images_do_not_look_alike(photographs):
     ("suffix", "scale", "options"),
     [("jpg", 1.0, {"quality": 60}), ("png", 1.0, {}), ("jpg", 0.7, {"quality": 90}), ("webp", 1.0, {"quality": 70})],
 )
-def test_copies_look_alike(photographs, tmp_path, suffix, scale, options):
+def test_copies_are_duplicates(photographs, tmp_path, suffix, scale, options):
     copies = []
     for number in range(10):
         with Image.open(photographs[number]) as image:
@@ -57,14 +57,14 @@ def test_copies_look_alike(photographs, tmp_path, suffix, scale, options):
     assert found.pair[0] in photographs and found.pair[1] in copies
 
 
-def test_groups_count_once_each(photographs, tmp_path):
+def test_each_group_counts_once(photographs, tmp_path):
     copies = [shutil.copy(photographs[0], tmp_path / f"{number}.jpg") for number in range(3)]
     found = find_duplicates([*photographs, *map(str, copies)])
     assert found.repeated == 3 and found.pair[0] == photographs[0]
     assert found.line().startswith("3 of 43 images look like another one (first: ")
 
 
-def test_small_images_are_the_same_only_pixel_by_pixel(tmp_path):
+def test_small_images_are_compared_by_pixels(tmp_path):
     """Two strokes on 28 px are alike in every coarse measure."""
     paths = []
     for number in range(4):
@@ -77,19 +77,19 @@ def test_small_images_are_the_same_only_pixel_by_pixel(tmp_path):
     assert found.repeated == 2 and found.pair == (paths[0], paths[1])
 
 
-def test_files_that_are_no_images_do_not_count(photographs, tmp_path):
+def test_files_that_are_not_images_do_not_count(photographs, tmp_path):
     (tmp_path / "damaged.jpg").write_bytes(b"\xff\xd8\xff" + b"x" * 500)
     found = find_duplicates([*photographs, str(tmp_path / "damaged.jpg"), str(tmp_path / "missing.jpg")])
     assert (found.checked, found.total, found.repeated) == (40, 42, 0)
 
 
-def test_time_is_bounded(photographs, monkeypatch):
+def test_the_search_is_bounded_in_time(photographs, monkeypatch):
     monkeypatch.setattr(duplicates, "_AT_ONCE", 8)
     found = find_duplicates(photographs, seconds=0.0)
     assert found.checked == 8 and found.total == 40
 
 
-def test_every_copy_is_found_by_its_bands():
+def test_every_copy_is_found_by_band_hashing():
     """Rows that differ in no more bits than are allowed share a band of eight."""
     generator = np.random.default_rng(0)
     bits = generator.integers(0, 256, (500, 16)).astype(np.uint8)
@@ -101,7 +101,7 @@ def test_every_copy_is_found_by_its_bands():
     assert pairs == {(row, 500 + row) for row in range(500)}
 
 
-def test_test_images_among_the_training_images_raise_a_doubt(photographs, tmp_path):
+def test_overlap_of_test_and_training_images_raises_a_doubt(photographs, tmp_path):
     for name, numbers in (("train", range(30)), ("test", range(25, 40))):
         for number in numbers:
             folder = tmp_path / name / f"class{number % 2}"
@@ -112,7 +112,7 @@ def test_test_images_among_the_training_images_raise_a_doubt(photographs, tmp_pa
     assert doubt.startswith("5 of 15 test images look like a training image") and "flattered" in doubt
 
 
-def test_verify_data_tells_of_copies(photographs, tmp_path, capsys):
+def test_verify_data_reports_copies(photographs, tmp_path, capsys):
     folder = tmp_path / "photographs"
     assert main(["verify-data", str(folder)]) == 0
     assert "no two of 40 images look alike" in capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_verify_data_tells_of_copies(photographs, tmp_path, capsys):
     assert "alike" not in capsys.readouterr().out
 
 
-def test_a_run_is_told_of_few_images_and_of_copies(photographs, tmp_path):
+def test_a_run_warns_of_few_images_and_of_copies(photographs, tmp_path):
     few, copies = doubts_about(Manifest.build([*photographs, shutil.copy(photographs[0], tmp_path / "copy.jpg")]))
     assert few.startswith("41 target images are few") and copies.startswith("1 of 41 images look like another one")
     assert len(doubts_about(Manifest.build(photographs))) == 1

@@ -95,7 +95,7 @@ def test_the_tag_is_read_in_either_byte_order(order, value):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_each_orientation_turns_pixels_alike_in_both_loaders(tmp_path, kind):
+def test_both_loaders_apply_each_orientation_equally(tmp_path, kind):
     stored = Image.open(io.BytesIO(encode(kind))).convert("RGB")
     paths = []
     for value in range(1, 9):
@@ -126,7 +126,7 @@ def test_each_orientation_turns_pixels_alike_in_both_loaders(tmp_path, kind):
         assert np.abs(row.permute(1, 2, 0).numpy() * 255 - np.asarray(small)).max() < 4
 
 
-def test_damaged_tags_and_other_metadata_turn_nothing_in_either_loader(tmp_path):
+def test_damaged_tags_and_other_metadata_do_not_rotate_images(tmp_path):
     paths = []
     for name, content in UPRIGHT.items():
         (tmp_path / name).write_bytes(content)
@@ -140,7 +140,7 @@ def test_damaged_tags_and_other_metadata_turn_nothing_in_either_loader(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_pixels_stay_plain(kind):
+def test_removing_metadata_keeps_the_pixels(kind):
     data = encode(kind) if kind == "BMP" else with_exif(kind, oriented(1))
     bare = plain(data, read_header(data))
     assert not read_header(bare).described
@@ -159,7 +159,7 @@ def test_the_tag_that_we_write_is_the_one_that_we_read(kind, value):
     assert Image.open(io.BytesIO(again)).getexif().get(0x0112, 1) == value
 
 
-def test_text_over_pillows_limit_is_not_damage(tmp_path):
+def test_text_beyond_the_pillow_limit_is_not_damage(tmp_path):
     data = encode("PNG")
     (tmp_path / "text.png").write_bytes(
         data[:33] + chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000))) + data[33:]
@@ -192,7 +192,7 @@ def read_all(place):
 @seed(0)
 @settings(max_examples=800, deadline=None)
 @given(st.binary(max_size=80), st.sampled_from(["JPEG", "PNG", "WEBP"]), st.sampled_from([b"", *TIFF.values()]))
-def test_any_bytes_in_place_of_tags_leave_a_readable_image(tmp_path_factory, exif, kind, start):
+def test_any_bytes_instead_of_tags_leave_a_readable_image(tmp_path_factory, exif, kind, start):
     data = with_exif(kind, start + exif)
     header = read_header(data)
     assert (header.width, header.height) == (WIDTH, HEIGHT) and 1 <= header.orientation <= 8

@@ -14,7 +14,7 @@ counts = st.integers(1, 60)
 
 @settings(max_examples=60, deadline=None)
 @given(counts, st.integers(0, 60), st.integers(1, 16), st.booleans(), st.integers(0, 5))
-def test_union_covers_everything_once(num_target, num_source, batch, drop_last, epoch):
+def test_the_union_order_covers_every_image_once(num_target, num_source, batch, drop_last, epoch):
     if drop_last and num_target + num_source < batch:
         return
     plan = EpochPlan(num_target, num_source, batch, drop_last=drop_last)
@@ -27,7 +27,9 @@ def test_union_covers_everything_once(num_target, num_source, batch, drop_last, 
 
 @settings(max_examples=60, deadline=None)
 @given(counts, counts, st.integers(2, 16), st.floats(0, 1), st.booleans())
-def test_balanced_covers_the_target_once_and_the_source_evenly(num_target, num_source, batch, share, drop_last):
+def test_the_balanced_order_covers_the_target_once_and_the_source_evenly(
+    num_target, num_source, batch, share, drop_last
+):
     try:
         plan = EpochPlan(num_target, num_source, batch, "balanced", share, drop_last)
     except ValueError:

@@ -128,7 +128,7 @@ KINDS = [
 ]
 
 
-def test_each_kind_is_read_upright_as_rgb(tmp_path):
+def test_each_format_is_read_upright_as_rgb(tmp_path):
     """Grayscale, palette, CMYK, 16 bits, transparency (dropped), first frame, orientation: the same in both loaders."""
     places = [tmp_path / kind for kind in KINDS]
     truth = [np.ascontiguousarray(write(kind, place)) for kind, place in zip(KINDS, places, strict=True)]
@@ -149,7 +149,7 @@ def test_each_kind_is_read_upright_as_rgb(tmp_path):
             assert difference.mean() < 3, (kind, loader)
 
 
-def test_metadata_that_dali_stumbles_over_do_not_reach_it(tmp_path, capsys):
+def test_metadata_that_dali_cannot_parse_is_removed(tmp_path, capsys):
     """Its parser misreads what stands behind a chunk of odd length in WebP files."""
     generator = np.random.default_rng(0)
     for index in range(32):
@@ -165,7 +165,7 @@ def test_metadata_that_dali_stumbles_over_do_not_reach_it(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_formats_that_only_pillow_decodes_are_read_where_they_are_named(tmp_path, loader):
+def test_pillow_only_formats_are_read_when_named(tmp_path, loader):
     """A TIFF that is turned, and a GIF; under the suffix of another format they are bad."""
     turned(picture(), 6, tmp_path / "a.tif")
     picture().convert("P").save(tmp_path / "b.gif")
@@ -246,7 +246,7 @@ def moco_stream(paths, loader, **changes):
 
 @ignore_bombs
 @pytest.mark.parametrize("loader", LOADERS)
-def test_training_names_or_replaces_each_kind_of_bad_file(tmp_path, loader):
+def test_training_names_or_replaces_bad_files(tmp_path, loader):
     good = [tmp_path / f"good{index}.jpg" for index in range(len(BAD) + 2)]
     for place in good:
         picture().save(place)
@@ -280,7 +280,7 @@ def test_training_names_or_replaces_each_kind_of_bad_file(tmp_path, loader):
     ],
     ids=["vanished", "emptied", "cut", "smaller", "pipe"],
 )
-def test_a_file_that_goes_bad_during_training_is_named_or_replaced(tmp_path, loader, spoil, reason):
+def test_a_file_damaged_during_training_is_named_or_replaced(tmp_path, loader, spoil, reason):
     """What a crop is drawn for is what is decoded: a region beyond the pixels would end the process."""
     places = [tmp_path / f"{index}.jpg" for index in range(6)]
     for place in places:
@@ -297,7 +297,7 @@ def test_a_file_that_goes_bad_during_training_is_named_or_replaced(tmp_path, loa
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_file_rewritten_with_the_same_length_and_size_is_trained_as_it_is_now(tmp_path, loader):
+def test_a_rewritten_file_of_equal_length_and_size_is_read_again(tmp_path, loader):
     """Nothing was drawn for another shape; times of changes differ for many reasons, and are not compared."""
     places = [tmp_path / f"{index}.bmp" for index in range(6)]
     for place in places:
@@ -331,7 +331,7 @@ def test_tiny_and_very_wide_images_train(tmp_path, loader):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_file_names_that_are_no_text(tmp_path, loader):
+def test_file_names_that_are_not_text_work(tmp_path, loader):
     """Bytes of another encoding: read, listed by list files, named in messages, written to the list of bad files."""
     for name in (b"caf\xe9.jpg", b"bad\xff.jpg"):
         (tmp_path / os.fsdecode(name)).touch()

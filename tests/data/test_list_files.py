@@ -40,7 +40,7 @@ def read(folder, content, name="list.txt"):
         ("gone.jpg", ["gone.jpg"]),  # a missing file is the streams' affair
     ],
 )
-def test_lines_are_read_where_their_meaning_is_plain(folder, content, expected):
+def test_unambiguous_lines_are_read(folder, content, expected):
     assert read(folder, content) == expected
 
 
@@ -53,7 +53,7 @@ def test_lines_are_read_where_their_meaning_is_plain(folder, content, expected):
         ("0\t3.0\ta.jpg\n1\t2.0\tb c.png\n", "list.lst"),
     ],
 )
-def test_tables_give_their_column_of_paths(folder, content, name):
+def test_tables_are_read_by_their_column_of_paths(folder, content, name):
     assert read(folder, content, name) == ["a.jpg", "b c.png"]
 
 
@@ -69,7 +69,7 @@ def test_tables_give_their_column_of_paths(folder, content, name):
         ("# nothing\n", "has no images"),
     ],
 )
-def test_other_lines_are_named_by_their_number(folder, content, message):
+def test_ambiguous_lines_are_named_by_number(folder, content, message):
     with pytest.raises(ValueError, match=message):
         read(folder, content)
 
@@ -84,7 +84,7 @@ def test_a_pipe_is_not_a_list(tmp_path):
 @seed(0)
 @settings(max_examples=1500, deadline=None)
 @given(st.lists(st.one_of(st.binary(max_size=30), st.sampled_from([b"a.jpg", b"inner", b"\xff\xfe", b"\t1", b","]))))
-def test_any_content_gives_paths_or_a_named_line(tmp_path_factory, parts):
+def test_any_content_gives_paths_or_an_error_with_the_line(tmp_path_factory, parts):
     place = tmp_path_factory.getbasetemp() / "fuzzed"
     place.mkdir(exist_ok=True)
     (place / "list.txt").write_bytes(b"\n".join(parts))

@@ -11,7 +11,7 @@ from fastuft import messages
 from fastuft.data import Manifest, labeled_folder, list_images
 
 
-def test_links_are_followed_but_not_for_ever(tmp_path, manifest):
+def test_links_are_followed_without_loops(tmp_path, manifest):
     (tmp_path / "a" / "b").mkdir(parents=True)
     os.link(manifest.paths[0], tmp_path / "a" / "b" / "one.png")
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
@@ -61,14 +61,14 @@ def test_files_left_out_are_counted_and_named_once(mixed, capsys):
     )
 
 
-def test_suffixes_say_what_is_an_image(mixed):
+def test_suffixes_select_the_images(mixed):
     found = list_images(str(mixed), (".png", ".tif", ""))
     assert [os.path.basename(path) for path in found] == ["a.TIF", "b.tif", "one.png", "raw"]
     with pytest.raises(ValueError, match=r"suffix 'tif' is not allowed; suffixes begin with a dot"):
         list_images(str(mixed), ("tif",))
 
 
-def test_classes_are_neither_hidden_nor_left_behind_by_systems(mixed):
+def test_hidden_and_system_folders_are_not_classes(mixed):
     assert labeled_folder(str(mixed))[2] == ["cats"]
 
 
@@ -80,7 +80,7 @@ def test_an_empty_class_is_named(mixed):
         labeled_folder(str(mixed))
 
 
-def test_an_image_has_one_class_wherever_links_lead(mixed, manifest, capsys):
+def test_a_linked_image_has_one_class(mixed, manifest, capsys):
     (mixed / "dogs").mkdir()
     os.link(manifest.paths[1], mixed / "dogs" / "two.png")
     os.link(manifest.paths[1], mixed / "beside.png")
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
         list_images(str(tmp_path))
 
 
-def test_a_folder_that_fails_while_it_is_read_is_named(mixed, monkeypatch):
+def test_a_folder_that_fails_during_a_scan_is_named(mixed, monkeypatch):
     whole = os.scandir
 
     def failing(folder):

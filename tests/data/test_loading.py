@@ -34,7 +34,7 @@ def test_threads_are_derived_from_processors_quota_and_ranks(
     assert plain(threads=threads).num_threads == expected
 
 
-def test_a_missing_dali_is_said_once_and_an_asked_for_one_is_an_error(monkeypatch, capsys):
+def test_missing_dali_is_reported_once_and_is_an_error_if_requested(monkeypatch, capsys):
     monkeypatch.setattr(messages, "_said", set())
     monkeypatch.setattr(loading_module.importlib, "util", types.SimpleNamespace(find_spec=lambda name: None))
     assert [loading_module.resolve_loader("auto") for _ in range(2)] == ["torch", "torch"]

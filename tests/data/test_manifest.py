@@ -30,7 +30,7 @@ def test_the_replayed_share_is_fixed_by_its_seed_and_saved(folders, tmp_path):
     assert saved == {**first.summary(), "paths": list(first.paths)}
 
 
-def test_the_same_data_elsewhere_is_the_same_set(folders, tmp_path):
+def test_the_content_hash_does_not_depend_on_the_location(folders, tmp_path):
     """Under another root, behind a link, from a replay cache: what resumes is the data, not the place."""
     first = Manifest.build(*folders, fraction=0.3)
     shutil.copytree(folders[0], tmp_path / "moved")
@@ -47,7 +47,7 @@ def test_the_same_data_elsewhere_is_the_same_set(folders, tmp_path):
     assert Manifest.build(str(tmp_path / "moved")).content_hash != Manifest.build(folders[0]).content_hash
 
 
-def test_a_list_of_the_same_names_elsewhere_is_the_same_set(folders, tmp_path):
+def test_the_content_hash_of_a_list_does_not_depend_on_its_location(folders, tmp_path):
     shutil.copytree(folders[0], tmp_path / "moved")
     hashes = []
     for root in (folders[0], str(tmp_path / "moved")):

@@ -15,7 +15,7 @@ boto3 = pytest.importorskip("boto3")
 moto_server = pytest.importorskip("moto.server")
 
 
-def test_shards_in_s3_are_the_folder(folders, tmp_path, monkeypatch):
+def test_shards_in_s3_equal_the_folder(folders, tmp_path, monkeypatch):
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     url = "http://{}:{}".format(*server.get_host_and_port())

@@ -37,7 +37,7 @@ def views(paths, loader):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["dali", "torch"])
-def test_images_behind_50_ms_come_as_fast_as_local_ones(jpegs, loader):
+def test_read_ahead_hides_a_latency_of_50_ms(jpegs, loader):
     """Printed: the ratio of the rates, of the fastest of four alternating rounds each, with the wait for the first batch."""
     local = list(jpegs.paths) * 40
     distant = Images.of([Distant(local, local)])

@@ -31,7 +31,7 @@ def replayed(manifest, tmp_path):
     return types.SimpleNamespace(originals=tmp_path / "originals", cache=tmp_path / "cache", build=build)
 
 
-def test_the_replay_cache_follows_changed_originals_and_survives_a_cut_index(replayed):
+def test_the_replay_cache_follows_changed_originals_and_survives_a_truncated_index(replayed):
     copies = replayed.build()
     stamps = [os.stat(path).st_mtime_ns for path in copies]
     changed = replayed.originals / "02.png"
@@ -78,7 +78,7 @@ def test_a_replay_cache_that_cannot_be_a_folder_is_refused(replayed):
         replayed.build(replayed.originals / "02.png")
 
 
-def test_an_unreadable_original_is_left_to_the_rule_for_bad_files(replayed):
+def test_an_unreadable_original_follows_on_bad_file(replayed):
     (replayed.originals / "04.png").unlink()
     (replayed.originals / "04.png").symlink_to("nowhere.png")
     paths = replayed.build()
@@ -95,7 +95,7 @@ Manifest.build(sys.argv[1], sys.argv[2], fraction=1.0, replay_cache=sys.argv[3])
 
 
 @pytest.mark.slow
-def test_copying_survives_kills_and_ranks_copy_once(tmp_path):
+def test_the_replay_cache_survives_kills_and_is_shared_by_ranks(tmp_path):
     """A process is killed again and again while it copies; then three at once finish, each file copied by one."""
     generator = np.random.default_rng(0)
     for folder, count in (("target", 1), ("source", 3000)):
@@ -137,7 +137,7 @@ def test_copying_survives_kills_and_ranks_copy_once(tmp_path):
         assert Path(copy).parent == cache and Path(copy).read_bytes() == original.read_bytes()
 
 
-def test_replay_cache_copies_once_and_goes_on(folders, tmp_path):
+def test_the_replay_cache_copies_once_and_resumes(folders, tmp_path):
     place = tmp_path / "cache"
     first = Manifest.build(*folders, fraction=0.3, replay_cache=str(place))
     copies = [path for path in first.paths if path.startswith(str(place))]

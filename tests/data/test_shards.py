@@ -46,7 +46,7 @@ def build(places, **options):
     return Manifest.build(*places, **{"fraction": 0.3, "seed": 1, **options})
 
 
-def test_names_sizes_and_order_are_those_of_the_folder(folders, shards):
+def test_names_sizes_and_order_equal_the_folder(folders, shards):
     ours, theirs = list_images(shards[1]), list_images(folders[1])
     assert [path.split(".tar/")[1] for path in ours] == [os.path.relpath(path, folders[1]) for path in theirs]
     assert [read_bytes(path) for path in ours] == [Path(path).read_bytes() for path in theirs]
@@ -55,7 +55,7 @@ def test_names_sizes_and_order_are_those_of_the_folder(folders, shards):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_pixels_order_and_restarts_are_the_folders_for_any_ranks(folders, shards, loader):
+def test_pixels_order_and_restarts_equal_the_folder_for_any_ranks(folders, shards, loader):
     def batches(places, rank=0, world_size=1, start=0):
         data = DataConfig(batch_size=16, loader=loader, threads=1 + rank % 2)
         stream = stream_of(build(places), data, seed=3, rank=rank, world_size=world_size)
@@ -70,7 +70,7 @@ def test_pixels_order_and_restarts_are_the_folders_for_any_ranks(folders, shards
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_evaluation_reads_shards_as_folders(folders, shards, loader):
+def test_evaluation_of_shards_equals_the_folder(folders, shards, loader):
     def images(place):
         return torch.cat([views for views, _ in EvalStream(list_images(place), loading=plain(loader), size=32)])
 
@@ -82,7 +82,7 @@ def test_evaluation_reads_shards_as_folders(folders, shards, loader):
     assert verify_files(paths, decode=True) == []
 
 
-def test_ways_to_name_shards(shards, folders, tmp_path):
+def test_shards_are_named_by_folder_pattern_or_braces(shards, folders, tmp_path):
     expected = list_images(shards[0])
     folder = os.path.dirname(shards[0])
     (tmp_path / "link").symlink_to(folder)
@@ -96,7 +96,7 @@ def test_ways_to_name_shards(shards, folders, tmp_path):
     assert len(list_images([folder, f"{folder}/*.tar", one_by_one[0]])) == len(expected)  # each shard once
 
 
-def test_folders_and_shards_may_be_mixed(folders, shards, tmp_path):
+def test_folders_and_shards_can_be_combined(folders, shards, tmp_path):
     both = list_images([folders[0], shards[1]])
     assert len(both) == 41 + 90 and both[0].startswith(folders[0]) and both[-1].startswith(os.path.dirname(shards[1]))
     assert len(both[40:43]) == 3 and list(both[40:43]) == list(both)[40:43]
@@ -135,7 +135,7 @@ FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_names_of_every_kind(tmp_path, folders, kind):
+def test_member_names_of_every_tar_format(tmp_path, folders, kind):
     content = contents(folders[0])[0][1]
     long = "/".join(["folder" * 5] * 4) + "/" + "n" * 60 + ".jpg"
     names = ["./a b.jpg", "ü/ä.png", long, "/abs/x.JPG", "../up.webp"]
@@ -148,12 +148,12 @@ def test_names_of_every_kind(tmp_path, folders, kind):
         assert len(list_images(str(tmp_path / "x.tar"), [os.path.splitext(name)[1]])) >= 1
 
 
-def test_a_member_that_is_added_again_replaces_the_earlier(tmp_path):
+def test_a_repeated_member_replaces_the_earlier_one(tmp_path):
     write_tar(tmp_path / "x.tar", [("a.jpg", b"first"), ("b.jpg", b"other"), ("a.jpg", b"second")])
     assert [read_bytes(path) for path in list_images(str(tmp_path / "x.tar"))] == [b"second", b"other"]
 
 
-def test_webdataset_classes_and_what_is_left_out(tmp_path, capsys):
+def test_webdataset_classes_and_left_out_files(tmp_path, capsys):
     for shard in range(2):
         members = []
         for row in range(6):
@@ -182,7 +182,7 @@ def test_webdataset_classes_and_what_is_left_out(tmp_path, capsys):
         labeled_folder(str(tmp_path / "flat.tar"))
 
 
-def test_the_index_is_kept_and_follows_the_shard(tmp_path, own_cache, monkeypatch):
+def test_the_index_is_cached_and_follows_the_shard(tmp_path, own_cache, monkeypatch):
     place = write_tar(tmp_path / "x.tar", [(f"{row}.jpg", bytes([row + 1]) * 700) for row in range(4)])
     walked = []
     real = tar_index.walk
@@ -201,7 +201,7 @@ def test_the_index_is_kept_and_follows_the_shard(tmp_path, own_cache, monkeypatc
     assert len(list_images(str(place))) == 4 and len(walked) == 2
 
 
-def test_an_index_that_lies_is_found_when_a_member_is_read(tmp_path, own_cache):
+def test_an_outdated_index_is_detected_on_reading(tmp_path, own_cache):
     """A shard that was written anew with the same size and time, as a careless copy may leave it."""
     place = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 700), ("b.jpg", b"2" * 100)])
     time_before, size = place.stat().st_mtime_ns, place.stat().st_size
@@ -247,14 +247,14 @@ def test_missing_shards_are_all_named(shards):
         list_images(shards[0].replace("{00..02}", "{9..3}"))
 
 
-def test_shards_that_hold_no_images_are_refused(tmp_path):
+def test_shards_without_images_are_refused(tmp_path):
     write_tar(tmp_path / "x.tar", [("a.txt", b"x")])
     with pytest.raises(ValueError, match=r"x.tar' has no images"):
         list_images(str(tmp_path / "x.tar"))
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_shard_that_changes_during_a_run_is_a_bad_file_of_each_member(folders, tmp_path, loader):
+def test_each_member_of_a_shard_changed_during_a_run_is_a_bad_file(folders, tmp_path, loader):
     """Stops with the member's and the shard's name; where bad files are skipped, each is counted and listed."""
     text = pack(folders[0], tmp_path, "t", 4)
 

@@ -49,7 +49,7 @@ def test_a_restart_at_any_step_gives_the_same_rows(manifest, changes):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_batches_that_are_held_are_not_overwritten(manifest, loader):
+def test_held_batches_are_not_overwritten(manifest, loader):
     held = [batch for epoch in range(3) for batch in small_stream(manifest, loader).epoch(epoch)]
     stream = small_stream(manifest, loader)
     held_of_one = [batch for epoch in range(3) for batch in stream.epoch(epoch)]
@@ -59,7 +59,7 @@ def test_batches_that_are_held_are_not_overwritten(manifest, loader):
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("taken", [1, 3, 4])
-def test_an_epoch_that_is_left_leaves_nothing_behind(manifest, loader, taken):
+def test_an_abandoned_epoch_leaves_nothing_behind(manifest, loader, taken):
     """Also where every batch was taken and only the end was not reached."""
     stream = small_stream(manifest, loader)
     left = stream.epoch(0)
@@ -72,7 +72,7 @@ def test_an_epoch_that_is_left_leaves_nothing_behind(manifest, loader, taken):
     stream.close()  # twice does no harm
 
 
-def test_prefill_draws_no_view_of_training(manifest):
+def test_prefill_and_training_draw_different_views(manifest):
     stream = small_stream(manifest, "torch")
     prefilled = list(stream.prefill(60))
     assert [len(views) for views in prefilled] == [8] * 8
@@ -105,7 +105,7 @@ for epoch in range(epoch, epochs):
 
 
 @pytest.mark.slow
-def test_soak_with_kills_covers_every_epoch_exactly(manifest, tmp_path):
+def test_repeated_kills_cover_every_epoch_exactly(manifest, tmp_path):
     """200 epochs in a process that is killed every few epochs and resumed: each image once an epoch, pixels as in an
     uninterrupted run.
     """

@@ -33,7 +33,7 @@ def make(folders, loader="dali", augment=SMALL_IMAGES, seed=3, **changes):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_an_epoch_covers_the_union_once(folders, loader):
+def test_an_epoch_covers_every_image_once(folders, loader):
     stream = make(folders, loader, drop_last=False)
     batches = list(stream.epoch(0))
     index = torch.cat([batch.index for batch in batches])
@@ -67,7 +67,7 @@ def test_pixels_do_not_depend_on_ranks_or_threads(folders, loader, augment):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_restart_goes_on_with_the_same_pixels(folders, loader):
+def test_a_restart_continues_with_the_same_pixels(folders, loader):
     whole = list(make(folders, loader).epoch(2))
     stream = make(folders, loader)
     next(stream.epoch(0))  # an epoch that is left early leaves nothing behind
@@ -77,7 +77,7 @@ def test_a_restart_goes_on_with_the_same_pixels(folders, loader):
         assert torch.equal(ours.query, theirs.query) and torch.equal(ours.key, theirs.key)
 
 
-def test_epochs_and_seeds_differ(folders):
+def test_epochs_and_seeds_give_different_views(folders):
     first, second = (next(make(folders).epoch(e)) for e in (0, 1))
     other = next(make(folders, seed=4).epoch(0))
     assert not torch.equal(first.index, second.index) and not torch.equal(first.index, other.index)
@@ -104,14 +104,14 @@ def test_balanced_replay_fixes_the_share_of_each_batch(folders):
     assert len(set(targets.tolist())) == len(targets) == 36
 
 
-def test_prefill_gives_key_views_of_many_images(folders):
+def test_prefill_gives_key_views(folders):
     stream = make(folders, "torch")
     views = list(stream.prefill(150))
     assert sum(len(v) for v in views) == 160 and all(len(v) == 16 for v in views)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_evaluation_is_in_order_and_keeps_the_last_images(folders, loader):
+def test_evaluation_keeps_the_order_and_the_last_batch(folders, loader):
     paths, labels, names = labeled_folder(folders[0])
     assert names == ["class0", "class1", "class2"]
     stream = EvalStream(paths, labels, size=32, resize=36, batch_size=16, loading=plain(loader))

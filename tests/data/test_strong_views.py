@@ -79,7 +79,7 @@ def test_views_do_not_depend_on_batches_threads_or_loader_order(paths):
         assert not torch.equal(first[1], other[1])
 
 
-def test_draws_cover_operators_magnitudes_signs_and_places():
+def test_draws_cover_operators_magnitudes_signs_and_positions():
     config = StrongConfig()
     drawn = draw_strong(config, 32, np.random.default_rng(0).random((20000, draws_of(config))))
     share = np.bincount(drawn.op.ravel(), minlength=len(config.ops)) / drawn.op.size

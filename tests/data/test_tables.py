@@ -41,7 +41,7 @@ def data_set(folders, tmp_path_factory):
     return place
 
 
-def test_rows_are_the_folders_images(folders, data_set, tmp_path):
+def test_rows_equal_the_images_of_the_folder(folders, data_set, tmp_path):
     expected, labels, names = labeled_folder(folders[0])
     for text in (
         data_set,
@@ -58,7 +58,7 @@ def test_rows_are_the_folders_images(folders, data_set, tmp_path):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_pixels_are_the_folders_for_any_ranks(folders, data_set, loader):
+def test_pixels_equal_the_folder_for_any_ranks(folders, data_set, loader):
     def batches(target, rank=0, world_size=1):
         data = DataConfig(batch_size=8, loader=loader, threads=1)
         return list(stream_of(Manifest.build(target), data, seed=3, rank=rank, world_size=world_size).epoch(1))

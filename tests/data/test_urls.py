@@ -56,7 +56,7 @@ def places(server, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["s3", "http"])
-def test_shards_behind_urls_are_the_folder(server, folders, scheme):
+def test_shards_behind_urls_equal_the_folder(server, folders, scheme):
     target, source = places(server, scheme)
     ours, theirs = list_images(source), list_images(folders[1])
     assert [path.split(".tar/")[1] for path in ours] == [os.path.relpath(path, folders[1]) for path in theirs]
@@ -69,7 +69,7 @@ def test_shards_behind_urls_are_the_folder(server, folders, scheme):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_pixels_are_the_folders_for_any_ranks_and_restarts(server, folders, loader):
+def test_pixels_equal_the_folder_for_any_ranks_and_restarts(server, folders, loader):
     def batches(named, rank=0, world_size=1, start=0):
         manifest = Manifest.build(*named, fraction=0.3, seed=1)
         data = DataConfig(batch_size=16, loader=loader, threads=1)
@@ -84,7 +84,7 @@ def test_pixels_are_the_folders_for_any_ranks_and_restarts(server, folders, load
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/photos/", "s3://bucket/photos", "s3://bucket/photos/**/*"])
-def test_images_that_are_objects_are_the_folder(server, folders, text):
+def test_single_objects_equal_the_folder(server, folders, text):
     ours, theirs = list_images(text), list_images(folders[0])
     assert [path.removeprefix("s3://bucket/photos/") for path in ours] == [
         os.path.relpath(p, folders[0]) for p in theirs
@@ -98,7 +98,7 @@ def test_images_that_are_objects_are_the_folder(server, folders, text):
     assert labeled_folder(text)[1:] == labeled_folder(folders[0])[1:]
 
 
-def test_ways_to_name_objects(server):
+def test_objects_are_named_by_prefix_pattern_or_braces(server):
     expected = list_images(places(server, "s3")[0])
     for text in ("s3://bucket/shards/target/", "s3://bucket/shards/target/*.tar", "s3://bucket/**/t-0[0-2].tar"):
         assert list_images(text) == expected
@@ -142,7 +142,7 @@ def test_credentials_are_used_and_never_shown(server, tmp_path, capsys):
     assert json.loads(texts[-2])["paths"][0].startswith(f"{server.url}/bucket/shards/target/t-00.tar/class0/")
 
 
-def test_troubles_that_pass_are_waited_for_and_told(server, capsys):
+def test_transient_failures_are_retried_and_reported(server, capsys):
     """One line for each, with shard and member; a body that is cut off is read again."""
     found = list_images(places(server, "s3")[0])
     shard, member = found[7].partition(".tar")[0] + ".tar", found[7].split(".tar/")[1]
@@ -154,7 +154,7 @@ def test_troubles_that_pass_are_waited_for_and_told(server, capsys):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_storm_ends_in_an_error_or_a_counted_skip(server, loader, monkeypatch):
+def test_persistent_failures_end_in_an_error_or_a_counted_skip(server, loader, monkeypatch):
     monkeypatch.setattr(remote, "_TRIES", 3)
     target = places(server, "s3")[0]
 
@@ -172,7 +172,7 @@ def test_a_storm_ends_in_an_error_or_a_counted_skip(server, loader, monkeypatch)
         list_images(target)
 
 
-def test_a_server_that_hangs_is_given_up(server, monkeypatch):
+def test_a_hanging_server_is_given_up(server, monkeypatch):
     monkeypatch.setattr(remote, "_ANSWER", 0.2)
     monkeypatch.setattr(remote, "_TRIES", 2)
     remote._bucket.cache_clear()
@@ -194,7 +194,7 @@ def test_a_server_without_ranges_is_refused(server):
 
 
 @pytest.mark.parametrize("scheme", ["s3", "http"])
-def test_another_etag_is_another_shard(server, scheme, tmp_path):
+def test_a_changed_etag_is_detected(server, scheme, tmp_path):
     """While a run reads it: a bad file. At the next start: a new index."""
     place = f"/bucket/other/{scheme}.tar"
     one = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 700)])
@@ -208,7 +208,7 @@ def test_another_etag_is_another_shard(server, scheme, tmp_path):
     assert read_bytes(list_images(text)[0]) == b"2" * 700
 
 
-def test_the_index_is_kept_and_the_draw_reads_no_image(server):
+def test_the_index_is_cached_and_the_draw_reads_no_image(server):
     target, source = places(server, "s3")
     Manifest.build(target, source)
     server.asked.clear()
@@ -226,7 +226,7 @@ def test_drawn_members_are_copied_once_and_read_from_the_copies(server, folders,
     assert all(Path(path).is_file() for path in again.paths)
 
 
-def test_obstore_is_asked_for_when_it_is_missing(monkeypatch):
+def test_missing_obstore_is_named(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "obstore", None)

@@ -16,7 +16,7 @@ from fastuft.data.views import draw_views, uniforms
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 3000), st.integers(1, 300), st.integers(1, 300))
-def test_numbers_belong_to_positions(first, count, split):
+def test_draws_depend_on_position_only(first, count, split):
     """Any cut of a range of positions into batches gives the same numbers."""
     positions = np.arange(first, first + count)
     whole = uniforms(1, 2, 0, positions)
@@ -25,7 +25,7 @@ def test_numbers_belong_to_positions(first, count, split):
     assert not np.array_equal(whole, uniforms(1, 2, 1, positions))
 
 
-def test_views_have_the_distribution_that_the_config_says():
+def test_views_have_the_configured_distribution():
     augment = AugmentConfig()
     n = 40_000
     sizes = np.tile([500, 375], (n, 1))
@@ -44,14 +44,14 @@ def test_views_have_the_distribution_that_the_config_says():
     assert (view.angle == 0).all()
 
 
-def test_the_preset_for_small_images_is_the_one_in_the_documentation():
+def test_the_small_image_preset_equals_the_documentation():
     page = (Path(__file__).parents[2] / "docs" / "augmentations.md").read_text()
     lines = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
     pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in lines["augment"].items()}
     assert AugmentConfig(**pairs) == SMALL_IMAGES
 
 
-def test_crops_of_a_seed_stay_what_they_are():
+def test_crops_of_a_seed_are_fixed():
     """Resumed runs and committed figures rest on them."""
     sizes = np.tile([500, 375], (3, 1))
     view = draw_views(AugmentConfig(), sizes, uniforms(0, 0, 0, np.arange(3)))

@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
     return write_demo_images(tmp_path_factory.mktemp("images"), num_glyphs=124)
 
 
-def test_images_are_what_they_say(folders):
+def test_demo_images_have_the_expected_classes_and_splits(folders):
     glyphs = sorted(Path(folders.source).rglob("*.png"))
     assert len(glyphs) == 124 and len({path.parent.name.lower() for path in glyphs}) == len(CHARACTERS) == 62
     train, test = (sorted(Path(folder).rglob("*.png")) for folder in (folders.train, folders.test))
@@ -51,7 +51,7 @@ def test_images_are_fixed_by_their_seed(folders, tmp_path):
         assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first[::20], second[::20], strict=True))
 
 
-def test_matched_arm_takes_the_steps_of_replaying(folders, tmp_path):
+def test_the_matched_arm_takes_as_many_steps_as_replaying(folders, tmp_path):
     matched = arm_config("naive, same steps as + SDR", folders, tmp_path, tmp_path / "a", 0, 40)
     plain = arm_config("naive", folders, tmp_path, tmp_path / "b", 0, 40)
     assert plain.optim.epochs == 40
@@ -59,7 +59,7 @@ def test_matched_arm_takes_the_steps_of_replaying(folders, tmp_path):
     assert matched.optim.epochs == round(40 * 4 / 3)
 
 
-def test_figures_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
+def test_figures_of_other_settings_are_not_reused(tmp_path, monkeypatch):
     reached = RuntimeError("the work began")
 
     def begin(*_, **__):
@@ -73,7 +73,7 @@ def test_figures_of_other_settings_are_not_mixed(tmp_path, monkeypatch):
         run.run_demo(str(tmp_path), trials=3, shots=[1])
 
 
-def test_lines_tell_their_run():
+def test_lines_name_their_run():
     lines = io.StringIO()
     labeled = run._Labeled("seed 0, naive", lines)
     assert not labeled.isatty()
@@ -100,7 +100,7 @@ def until(condition, seconds: float = 120) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_demo_leaves_no_process(tmp_path, how):
+def test_a_stopped_demo_leaves_no_processes(tmp_path, how):
     options = ["--out", str(tmp_path), "--num-glyphs", "310", "--pretrain-epochs", "1000"]
     command = "import sys\nfrom fastuft.cli import main\nsys.exit(main(sys.argv[1:]))"
     demo = subprocess.Popen(
@@ -124,7 +124,7 @@ def test_a_stopped_demo_leaves_no_process(tmp_path, how):
 
 
 @pytest.mark.e2e
-def test_the_whole_demo_runs_and_is_found_done(tmp_path, capsys):
+def test_the_demo_runs_and_is_then_complete(tmp_path, capsys):
     from fastuft.cli import main
 
     arguments = ["demo", "--out", str(tmp_path), "--pretrain-epochs", "1", "--finetune-epochs", "1", "--shots", "[1]"]

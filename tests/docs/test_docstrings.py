@@ -92,7 +92,7 @@ def described(value):
     return texts
 
 
-def test_there_are_public_objects():
+def test_public_objects_are_found():
     assert len(OBJECTS) > 60 and len(PUBLIC) > 10 and len(CALLABLES) > 100
 
 
@@ -149,16 +149,16 @@ def test_everything_public_has_a_docstring():
     assert not [name for name, value in (*OBJECTS, *CALLABLES) if not inspect.getdoc(value)]
 
 
-def test_tensors_have_shapes_and_quantities_units():
+def test_docstrings_give_shapes_and_units():
     assert not [wrong for name, value in CALLABLES for wrong in without_shape_or_unit(name, value)]
 
 
-def test_errors_that_are_raised_are_documented():
+def test_raised_errors_are_documented():
     classes = [(name, value) for name, value in OBJECTS if inspect.isclass(value)]
     assert not [wrong for name, value in (*CALLABLES, *classes) for wrong in undocumented_errors(name, value)]
 
 
-def test_the_checks_find_what_is_wrong():
+def test_the_docstring_checks_find_mistakes():
     def scaled(x: Tensor, timeout: float) -> Tensor:
         """Scale.
 
@@ -177,7 +177,7 @@ def test_the_checks_find_what_is_wrong():
     assert list(undocumented_errors("scaled", scaled)) == ["scaled: ValueError"]
 
 
-def test_a_quantity_without_its_unit_is_found():
+def test_a_missing_unit_is_found():
     def wait(timeout: float) -> None:
         """Wait.
 

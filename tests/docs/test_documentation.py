@@ -52,7 +52,7 @@ def parse_only(monkeypatch):
 
 
 @pytest.mark.parametrize(("page", "line"), EVERY_COMMAND, ids=[f"{page.name}: {line}" for page, line in EVERY_COMMAND])
-def test_every_command_of_a_page_is_one_that_works(page, line, parse_only, capsys):
+def test_every_command_of_a_page_parses(page, line, parse_only, capsys):
     words = shlex.split(line)
     if words[0] == "torchrun":
         words = ["fastuft", *words[words.index("fastuft.cli") + 1 :]]
@@ -69,7 +69,7 @@ def test_every_command_of_a_page_is_one_that_works(page, line, parse_only, capsy
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=lambda page: page.name)
-def test_options_of_a_page_are_read_from_a_file(page, parse_only, tmp_path, capsys):
+def test_option_files_of_a_page_parse(page, parse_only, tmp_path, capsys):
     for number, block in enumerate(blocks(page, "yaml")):
         file = tmp_path / f"{number}.yaml"
         file.write_text(block)
@@ -130,7 +130,7 @@ def test_every_page_is_in_the_table_of_contents():
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"} <= listed
 
 
-def test_the_scaling_page_shows_its_models_table():
+def test_the_scaling_page_shows_the_table_of_its_model():
     model = runpy.run_path(str(ROOT / "docs" / "scaling.py"))
     cluster = model["Cluster"]()
     page = (ROOT / "docs" / "scaling.md").read_text()
@@ -140,7 +140,7 @@ def test_the_scaling_page_shows_its_models_table():
     assert f"| {model['PARAMETERS']:,} |" in page
 
 
-def test_the_scaling_models_parameters_are_those_of_a_resnet50_with_its_head():
+def test_the_scaling_model_counts_the_parameters_of_a_resnet50():
     backbone = build_backbone("resnet50")
     encoder = Encoder(backbone, 128)
     model = runpy.run_path(str(ROOT / "docs" / "scaling.py"))
@@ -190,7 +190,7 @@ def test_the_notebook_runs():
     assert any("retrieval" in output.get("text", "") for output in outputs)
 
 
-def test_the_tests_that_the_table_of_layouts_names_are_there():
+def test_the_tests_named_in_the_table_of_layouts_exist():
     rows = [line for line in (ROOT / "docs" / "checkpoints.md").read_text().splitlines() if "`test_" in line]
     assert len(rows) >= 20
     for row in rows:

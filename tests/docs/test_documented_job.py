@@ -43,7 +43,7 @@ def run(line):
 
 
 @pytest.mark.timeout(300)
-def test_the_commands_of_the_readme_do_the_job(place, capsys):
+def test_the_commands_of_the_readme_work(place, capsys):
     lines = [line for line in commands(ROOT / "README.md") if line.startswith("fastuft ")]
     lines += [
         line for line in INLINE.findall((ROOT / "README.md").read_text()) if line.split()[1] in ("embed", "search")
@@ -57,7 +57,7 @@ def test_the_commands_of_the_readme_do_the_job(place, capsys):
 
 
 @pytest.mark.timeout(300)
-def test_the_commands_of_the_tutorial_do_the_job(place, capsys):
+def test_the_commands_of_the_tutorial_work(place, capsys):
     lines = commands(ROOT / "docs" / "tutorial.md")
     assert [line.split()[1] for line in lines] == [
         "doctor",

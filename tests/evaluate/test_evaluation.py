@@ -64,7 +64,7 @@ def full(folders, told):
     return evaluate_backbone(ColorNet(), options, before=ColorNet(1), progress=lambda *said: told.append(said))
 
 
-def test_every_longer_part_tells_its_progress_to_the_end(full, told):
+def test_every_long_part_reports_progress_to_the_end(full, told):
     last = {part: (done, total) for part, done, total in told}
     images = {"train": 24, "test": 15, "source": 12}
     assert all(
@@ -123,7 +123,7 @@ def test_written_files_read_back_without_pickle(full, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["eval.json", "eval_arrays.npz", "fewshot_draws.json"])
-def test_a_full_disk_names_the_file_and_leaves_the_evaluation_that_was_there(full, tmp_path, monkeypatch, file):
+def test_a_full_disk_names_the_file_and_keeps_the_earlier_evaluation(full, tmp_path, monkeypatch, file):
     write_evaluation(tmp_path, full)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write = Path.write_bytes
@@ -141,20 +141,20 @@ def test_a_full_disk_names_the_file_and_leaves_the_evaluation_that_was_there(ful
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_folder_that_cannot_be_made_is_named(full, tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(full, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="could not be written") as error:
         write_evaluation(tmp_path / "file" / "run", full)
     assert error.value.filename == str(tmp_path / "file" / "run")
 
 
-def test_draws_of_an_earlier_evaluation_do_not_stay(full, tmp_path):
+def test_draws_of_an_earlier_evaluation_are_removed(full, tmp_path):
     write_evaluation(tmp_path, full)
     write_evaluation(tmp_path, dataclasses.replace(full, draws={}))
     assert {path.name for path in tmp_path.iterdir()} == {"eval.json", "eval_arrays.npz"}
 
 
-def test_names_that_are_not_utf8_are_written(tmp_path):
+def test_non_utf8_names_are_written(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     config_ = config(
         {
@@ -176,12 +176,12 @@ def test_a_missing_device_is_refused(folders):
         evaluate_backbone(ColorNet(), config(folders, device="cuda"))
 
 
-def test_figures_repeat_with_the_seed(folders, full):
+def test_figures_are_reproducible_with_the_seed(folders, full):
     again = evaluate_backbone(ColorNet(), config(folders, source=folders["source"]), before=ColorNet(1))
     assert {**again.metrics, "timings": 0} == {**full.metrics, "timings": 0}
 
 
-def test_backbone_is_left_as_it_was(folders):
+def test_the_backbone_is_unchanged(folders):
     backbone = ColorNet().train()
     state = {name: value.clone() for name, value in backbone.state_dict().items()}
     evaluate_backbone(backbone, config(folders, fewshot=FewShotConfig(shots=[1], epochs=1), trials=1))
@@ -189,7 +189,7 @@ def test_backbone_is_left_as_it_was(folders):
     assert backbone.training
 
 
-def test_without_labels_the_report_says_what_is_not_known(folders):
+def test_without_labels_the_report_says_what_is_unknown(folders):
     result = evaluate_backbone(ColorNet(), config(folders, train=folders["flat"], test=None), before=ColorNet(1))
     metrics = result.metrics
     assert not metrics["labeled"] and not {"retrieval", "clustering", "fewshot", "forgetting"} & set(metrics)
@@ -202,7 +202,7 @@ def test_without_labels_the_report_says_what_is_not_known(folders):
         assert not (arrays[f"{prefix}neighbors"] == arrays["queries"][:, None]).any()
 
 
-def test_labeled_train_without_test_clusters_only(folders):
+def test_without_a_test_set_only_clustering_is_measured(folders):
     metrics = evaluate_backbone(ColorNet(), config(folders, test=None)).metrics
     assert "clustering" in metrics and "retrieval" not in metrics and "fewshot" not in metrics
     assert any("No labeled test set" in s for s in metrics["statements"])
@@ -217,20 +217,20 @@ def test_unlabeled_test_and_source(folders):
     assert any("source has no class folders" in s for s in metrics["statements"])
 
 
-def test_few_shot_runs_that_do_not_settle_are_said(folders):
+def test_few_shot_runs_that_do_not_converge_are_reported(folders):
     metrics = evaluate_backbone(
         ColorNet(), config(folders, fewshot=dataclasses.replace(QUICK, lr=1e-6), trials=1)
     ).metrics
     assert any("did not converge (training loss up to 1.1" in s for s in metrics["statements"])
 
 
-def test_single_trial_has_no_spread_and_shots_may_be_left_out(folders):
+def test_a_single_trial_has_no_spread_and_shots_can_be_disabled(folders):
     without = config(folders, trials=1, fewshot=FewShotConfig(shots=[]), gallery=0, map=MapConfig(points=0))
     metrics = evaluate_backbone(ColorNet(), without).metrics
     assert metrics["clustering"]["std"] is None and "fewshot" not in metrics
 
 
-def test_cache_changes_nothing(folders, full, tmp_path):
+def test_the_cache_does_not_change_results(folders, full, tmp_path):
     changed = config(folders, source=folders["source"], cache=str(tmp_path / "cache"))
     for _ in range(2):
         metrics = evaluate_backbone(ColorNet(), changed, before=ColorNet(1)).metrics
@@ -259,7 +259,7 @@ def test_bad_files_are_named_or_left_out(folders, tmp_path):
     assert metrics["retrieval"] > 0.9
 
 
-def test_the_size_is_that_of_the_run_or_of_the_network(folders, tmp_path):
+def test_the_input_size_comes_from_the_run_or_the_network(folders, tmp_path):
     quick = {"size": None, "fewshot": FewShotConfig(shots=[]), "gallery": 0, "map": MapConfig(points=0), "trials": 1}
     run = RunFolder(tmp_path)
     run.write_config({"augment": {"size": 24}}, {})

@@ -35,7 +35,7 @@ def test_features_come_in_order_and_in_eval_mode():
     torch.testing.assert_close(features, expected)
 
 
-def test_no_labels_no_images():
+def test_missing_labels_give_none_and_no_images_are_refused():
     assert extract_features(backbone(), stream(labels=False))[1] is None
     with pytest.raises(ValueError, match="yielded no images"):
         extract_features(backbone(), iter(()))
@@ -43,7 +43,7 @@ def test_no_labels_no_images():
         extract_features(backbone(), stream(), precision="fp8")
 
 
-def test_cache_hits_on_equal_content_and_misses_on_any_change(tmp_path):
+def test_the_cache_hits_on_equal_content_and_misses_on_any_change(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(name)
     paths, cache = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "cache"
@@ -74,7 +74,7 @@ def test_cache_hits_on_equal_content_and_misses_on_any_change(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "foreign"])
-def test_a_damaged_entry_of_the_cache_is_made_again(tmp_path, damage):
+def test_a_damaged_cache_entry_is_recomputed(tmp_path, damage):
     (tmp_path / "a").write_text("a")
     paths, cache = [str(tmp_path / "a")] * 7, tmp_path / "cache"
     first = cached_features(backbone(), stream(), paths, cache, settings="32")
@@ -88,14 +88,14 @@ def test_a_damaged_entry_of_the_cache_is_made_again(tmp_path, damage):
     assert torch.equal(cached_features(backbone(), iter(()), paths, cache, settings="32"), first)
 
 
-def test_a_cache_that_cannot_be_written_loses_no_features(tmp_path):
+def test_an_unwritable_cache_loses_no_features(tmp_path):
     (tmp_path / "a").write_text("a")
     with pytest.warns(UserWarning, match=r"could not be cached in .*a/.*: File exists"):
         found = cached_features(backbone(), stream(), [str(tmp_path / "a")] * 7, tmp_path / "a", settings="32")
     assert found.shape == (7, 5)
 
 
-def test_hashes_see_structure_values_and_order(tmp_path):
+def test_hashes_depend_on_structure_values_and_order(tmp_path):
     assert weights_hash(backbone()) == weights_hash(backbone())
     assert weights_hash(backbone()) != weights_hash(nn.Sequential(*backbone(), nn.Identity()))
     (tmp_path / "x").write_text("x")
@@ -104,7 +104,7 @@ def test_hashes_see_structure_values_and_order(tmp_path):
     assert files_hash([x, y]) != files_hash([y, x])
 
 
-def test_a_pipe_among_the_images_is_named_and_not_waited_for(tmp_path):
+def test_a_pipe_among_the_images_is_named_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "x.jpg")
     with pytest.raises(ValueError, match=r"x\.jpg: cannot be read \(it is a pipe"):
         files_hash([str(tmp_path / "x.jpg")])

@@ -59,14 +59,11 @@ def paths_and_labels(root, part):
     return paths, [int(p.split("/c")[-1][0]) for p in paths]
 
 
-def test_stream(paths, labels):
+def eval_stream(paths, labels):
     pool = [image[:, 2:18] for image in decode(paths, 16)]
     for start in range(0, len(paths), 5):
         batch = normalize(torch.stack(pool[start : start + 5]).float(), MEAN, STD)
         yield batch, torch.tensor(labels[start : start + 5])
-
-
-test_stream.__test__ = False
 
 
 def test_draws_are_seeded_nested_and_balanced():
@@ -84,7 +81,7 @@ def test_finetuning_learns_and_leaves_the_backbone_alone(folder):
     backbone = SmallNet()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     train, test = paths_and_labels(folder, "train"), paths_and_labels(folder, "test")
-    result = fewshot(backbone, *train, test_stream(*test), test[1], config=quick(1, 4), trials=2, **SIDE)
+    result = fewshot(backbone, *train, eval_stream(*test), test[1], config=quick(1, 4), trials=2, **SIDE)
     assert result.draws.shape == (2, CLASSES, 4)
     assert {k: len(v) for k, v in result.top1.items()} == {1: 2, 4: 2}
     assert min(result.top1[4]) >= 0.9
@@ -96,7 +93,7 @@ def test_finetuning_learns_and_leaves_the_backbone_alone(folder):
 def test_results_repeat_with_the_seed(folder):
     train, test = paths_and_labels(folder, "train"), paths_and_labels(folder, "test")
     first, again = (
-        fewshot(SmallNet(), *train, test_stream(*test), test[1], config=quick(1), trials=2, seed=5, **SIDE)
+        fewshot(SmallNet(), *train, eval_stream(*test), test[1], config=quick(1), trials=2, seed=5, **SIDE)
         for _ in range(2)
     )
     assert first.top1 == again.top1
@@ -130,13 +127,13 @@ def test_batchnorm_stays_in_eval_mode_but_learns(folder):
     assert not Classifier(SmallNet(), CLASSES, 0).train().backbone.bn.training
 
 
-def test_several_models_share_one_pass(folder):
+def test_several_models_share_one_pass_over_the_images(folder):
     paths, labels = paths_and_labels(folder, "test")
     passes = []
 
     def stream():
         passes.append(1)
-        yield from test_stream(paths, labels)
+        yield from eval_stream(paths, labels)
 
     models = [Classifier(SmallNet(), CLASSES, seed).eval() for seed in range(3)]
     together = predict(models, stream())
@@ -144,7 +141,7 @@ def test_several_models_share_one_pass(folder):
     np.testing.assert_array_equal(together[1], predict(models[1:2], stream())[0])
 
 
-def test_views_without_crop_and_flip_are_the_image():
+def test_views_without_crop_and_flip_equal_the_image():
     image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8)
     generator = np.random.default_rng(0)
     view = random_views([image], 12, generator, scale=(1.0, 1.0), flip_p=0.0, mean=MEAN, std=STD)
@@ -153,7 +150,7 @@ def test_views_without_crop_and_flip_are_the_image():
     torch.testing.assert_close(flipped, view.flip(3))
 
 
-def test_decode_keeps_the_aspect_and_order(tmp_path):
+def test_decoding_keeps_aspect_ratio_and_order(tmp_path):
     for name, size in (("a.png", (50, 20)), ("b.jpg", (20, 50)), ("c.png", (10, 10))):
         Image.new("L" if name == "c.png" else "RGB", size, 100).save(tmp_path / name)
     shapes = [tuple(i.shape) for i in decode([str(tmp_path / n) for n in ("a.png", "b.jpg", "c.png")], 16)]
@@ -170,11 +167,11 @@ def run_with(folder, train_labels=None, test_labels=None, config=None):
     train, test = paths_and_labels(folder, "train"), paths_and_labels(folder, "test")
     train_labels = train[1] if train_labels is None else train_labels
     test_labels = test[1] if test_labels is None else test_labels
-    stream = test_stream(*test)
+    stream = eval_stream(*test)
     return fewshot(SmallNet(), train[0], train_labels, stream, test_labels, config=config or quick(1), trials=1, **SIDE)
 
 
-def test_too_few_images_a_class_name_the_class():
+def test_too_few_images_per_class_name_the_class():
     with pytest.raises(ValueError, match=r"8 shots need .* but 1 of 2 classes have fewer: 'pug'"):
         draw_shots([0] * 9 + [1] * 3, 8, seed=0, classes=["cat", "pug"])
 
@@ -187,12 +184,12 @@ def test_unseen_test_class_and_single_class_are_refused(folder):
 
 
 @pytest.mark.parametrize(("run", "recipe"), [(fewshot, FewShotConfig), (fixmatch, SemiConfig)])
-def test_nothing_to_draw_is_refused(folder, run, recipe):
+def test_an_empty_draw_is_refused(folder, run, recipe):
     (paths, labels), test = paths_and_labels(folder, "train"), paths_and_labels(folder, "test")
     with pytest.raises(ValueError, match="shots is empty; name at least one"):
-        run(SmallNet(), paths, labels, test_stream(*test), test[1], config=recipe(shots=[]))
+        run(SmallNet(), paths, labels, eval_stream(*test), test[1], config=recipe(shots=[]))
     with pytest.raises(ValueError, match="trials=0 is out of range"):
-        run(SmallNet(), paths, labels, test_stream(*test), test[1], config=recipe(shots=[1]), trials=0)
+        run(SmallNet(), paths, labels, eval_stream(*test), test[1], config=recipe(shots=[1]), trials=0)
 
 
 def test_logits_are_float32_under_autocast():
@@ -203,12 +200,12 @@ def test_logits_are_float32_under_autocast():
     assert all(len(row.unique()) > 990 for row in logits)  # bfloat16 has a few hundred values in their range
 
 
-def test_a_diverged_finetuning_is_said(folder):
+def test_a_diverged_finetuning_is_reported(folder):
     with pytest.raises(UndefinedError, match=r"diverged .* at fewshot\.lr=1e\+30"):
         run_with(folder, config=quick(1, lr=1e30, backbone_lr=1e30))
 
 
-def test_a_diverged_finetuning_leaves_those_of_other_shots(folder, monkeypatch):
+def test_a_diverged_finetuning_keeps_those_of_other_shots(folder, monkeypatch):
     def diverges_for_two(backbone, images, *arguments, **options):
         if len(images) == 2 * CLASSES:
             raise UndefinedError("few-shot finetuning diverged")

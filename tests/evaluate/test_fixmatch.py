@@ -78,7 +78,7 @@ def test_the_unlabeled_loss_by_hand():
     assert strong.grad[0].tolist() == pytest.approx([(0.25 - 1) / 2, 0.75 / 2])
 
 
-def test_separable_colors_are_learned_and_the_backbone_is_left_alone(colors):
+def test_separable_colors_are_learned_and_the_backbone_is_unchanged(colors):
     backbone = SmallNet()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     result = run(colors, backbone, config=quick(2, threshold=0.4))
@@ -87,14 +87,14 @@ def test_separable_colors_are_learned_and_the_backbone_is_left_alone(colors):
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
-def test_draws_are_those_of_few_shot_finetuning(colors):
+def test_draws_equal_those_of_few_shot_finetuning(colors):
     (paths, labels), (test_paths, test_labels) = colors
     stream = EvalStream(test_paths, size=16, resize=16, batch_size=5, loading=LOADING)
     plain = fewshot(SmallNet(), paths, labels, stream, test_labels, config=RATES, **COMMON)
     np.testing.assert_array_equal(run(colors).draws, plain.draws)
 
 
-def test_the_same_seed_gives_the_same_and_another_does_not(colors):
+def test_results_depend_on_the_seed_only(colors):
     first, again, other = run(colors), run(colors), run(colors, seed=4)
     assert first.train_loss == again.train_loss and first.top1 == again.top1
     assert first.train_loss != other.train_loss
@@ -134,7 +134,7 @@ def test_labels_of_the_unlabeled_images_are_not_used(colors):
         ({"finetuning": dataclasses.replace(RATES, lr=1e30)}, "diverged"),
     ],
 )
-def test_what_cannot_work_is_refused(colors, changes, words):
+def test_impossible_settings_are_refused(colors, changes, words):
     (paths, labels), (test_paths, test_labels) = colors
     if changes.get("test") == "absent":
         changes = {"test": (test_paths, [label + 5 for label in test_labels])}

@@ -16,12 +16,12 @@ def folders_of(tmp_path, train, test=None):
     )
 
 
-def test_a_class_that_only_test_has_is_refused(tmp_path):
+def test_a_class_only_in_the_test_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"train lacks: 'rot' \(only in train: 'red'\)"):
         folders_of(tmp_path, ["green", "red"], ["green", "rot"])
 
 
-def test_labels_of_test_images_count_in_the_classes_of_train(tmp_path):
+def test_test_labels_use_the_classes_of_the_training_set(tmp_path):
     folders = folders_of(tmp_path, ["blue", "green", "red"], ["blue", "red"])
     assert folders.judged and folders.test.labels.tolist() == [0, 0, 2, 2]
     assert folders.test.classes == folders.train.classes
@@ -29,7 +29,7 @@ def test_labels_of_test_images_count_in_the_classes_of_train(tmp_path):
 
 
 @pytest.mark.parametrize("left", [["only"], ["only", "spoilt"]])
-def test_the_labels_of_a_single_class_are_ignored_with_a_statement(tmp_path, left):
+def test_labels_of_a_single_class_are_ignored_with_a_statement(tmp_path, left):
     train, source = (write_images(tmp_path / name, left, 3, 0) for name in ("train", "source"))
     for path in tmp_path.rglob("spoilt/*"):
         path.write_bytes(b"")
@@ -40,7 +40,7 @@ def test_the_labels_of_a_single_class_are_ignored_with_a_statement(tmp_path, lef
     assert [f"{name} {said}." for name in ("train", "source")] == folders.doubts[:2]
 
 
-def test_accuracies_that_were_asked_for_need_two_classes(tmp_path):
+def test_requested_accuracies_need_two_classes(tmp_path):
     folder = write_images(tmp_path, ["only"], 3, 0)
     with pytest.raises(
         ValueError, match=r"watch\.train='.*' has only one class folder \('only'\), but accuracies need"
@@ -49,7 +49,7 @@ def test_accuracies_that_were_asked_for_need_two_classes(tmp_path):
     assert read_classes("watch.test", folder, fewest=1).classes == ["only"]
 
 
-def test_images_of_other_suffixes_are_read_where_they_are_named(tmp_path):
+def test_other_suffixes_are_evaluated_when_named(tmp_path):
     train = write_images(tmp_path, ["blue", "red"], 2, 0)
     for path in list(tmp_path.rglob("*.png")):
         path.rename(path.with_suffix(".tif"))
@@ -68,7 +68,7 @@ def test_a_single_image_is_refused(tmp_path):
         read_folders(EvalConfig(checkpoint="c", train=write_images(tmp_path, ["one"], 1, 0) + "/one"))
 
 
-def test_loose_images_beside_sub_folders_mean_no_labels(tmp_path):
+def test_images_beside_sub_folders_mean_no_labels(tmp_path):
     write_images(tmp_path, ["mixed/red", "mixed/green"], 3, 0)
     (tmp_path / "mixed" / "red" / "0.png").rename(tmp_path / "mixed" / "loose.png")
     images = read_images(str(tmp_path / "mixed"))
@@ -79,16 +79,16 @@ def test_loose_images_beside_sub_folders_mean_no_labels(tmp_path):
     ("classes", "what"),
     [(["train", "val"], "parts of a data set"), (["2023", "2024"], "dates"), (["2023-05", "2023-06", "trip"], "dates")],
 )
-def test_names_that_look_like_an_accident_raise_a_doubt(tmp_path, classes, what):
+def test_accidental_looking_class_names_raise_a_doubt(tmp_path, classes, what):
     (doubt,) = folders_of(tmp_path, classes).doubts
     assert repr(classes[0]) in doubt and f"look like {what}" in doubt
 
 
-def test_names_of_classes_raise_none(tmp_path):
+def test_ordinary_class_names_raise_no_doubt(tmp_path):
     assert folders_of(tmp_path, ["cat", "test", "1", "20"]).doubts == []
 
 
-def test_a_class_without_a_good_file_is_left_out(tmp_path):
+def test_a_class_without_readable_images_is_left_out(tmp_path):
     train = write_images(tmp_path, ["blue", "green", "red"], 4, 0)
     for path in (tmp_path / "green").iterdir():
         path.write_bytes(b"")
@@ -97,7 +97,7 @@ def test_a_class_without_a_good_file_is_left_out(tmp_path):
     assert len(folders.bad_files) == 4
 
 
-def test_mostly_bad_files_are_refused(tmp_path):
+def test_a_folder_of_mostly_bad_files_is_refused(tmp_path):
     train = write_images(tmp_path, ["blue", "red"], 2, 0)
     for path in sorted(tmp_path.rglob("*.png"))[:3]:
         path.write_bytes(b"")

@@ -25,7 +25,7 @@ def test_the_sample_leaves_bad_files_out(sample):
     assert len(sample.target) == 23 and len(sample.source) == 10
 
 
-def test_a_look_at_the_start_compares_with_itself(sample):
+def test_a_look_at_the_start_equals_the_start(sample):
     features = sample.features(ColorNet(), CPU)
     look = look_at(features, features, 0)
     assert (look.step, look.images, look.neighbors_kept) == (0, 23, 1.0)
@@ -34,7 +34,7 @@ def test_a_look_at_the_start_compares_with_itself(sample):
     assert 0 < look.view_agreement <= 1 and look.alignment > 0 and look.uniformity < 0
 
 
-def test_looks_repeat_and_leave_the_backbone_as_it_was(sample):
+def test_looks_are_reproducible_and_do_not_change_the_backbone(sample):
     backbone = ColorNet().train()
     backbone.conv.eval()
     state = {name: value.clone() for name, value in backbone.state_dict().items()}
@@ -44,7 +44,7 @@ def test_looks_repeat_and_leave_the_backbone_as_it_was(sample):
     assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
 
 
-def test_collapsed_features_have_measures_where_those_exist(sample):
+def test_collapsed_features_have_the_measures_that_exist(sample):
     class Collapsed(ColorNet):
         def forward(self, x):
             return super().forward(x) * 0 + 1

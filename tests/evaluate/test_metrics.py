@@ -44,7 +44,7 @@ def test_bcubed_equals_its_definition(pairs):
 
 
 @given(labelings, st.randoms(use_true_random=False))
-def test_bcubed_ignores_names_and_order(pairs, random):
+def test_bcubed_ignores_cluster_names_and_order(pairs, random):
     clusters, labels = zip(*pairs, strict=True)
     names = random.sample(range(100), 7)
     random.shuffle(pairs)
@@ -77,7 +77,7 @@ def test_bcubed_equals_the_published_package():
         assert fastuft.bcubed_precision(found, torch.from_numpy(truth)) == pytest.approx(theirs)
 
 
-def test_bcubed_at_food101_size_is_immediate():
+def test_bcubed_at_food101_size_is_fast():
     rng = np.random.default_rng(2)
     truth = np.repeat(np.arange(101), 750)
     value = fastuft.bcubed_precision(rng.permutation(truth), truth)
@@ -132,7 +132,7 @@ def test_retrieval_equals_torchmetrics():
     assert fastuft.retrieval_accuracy(train, train_y, test, test_y) == pytest.approx(np.mean(expected))
 
 
-def test_neighbors_among_oneself_leave_the_item_out():
+def test_neighbors_within_one_set_exclude_the_item():
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     x[7] = x[3]  # a duplicate: equal similarity to itself and to its twin
     _, indices = evaluate.nearest_neighbors(x, x, 3, own=torch.arange(20))
@@ -183,7 +183,7 @@ def test_kmeans_refills_empty_clusters_as_sklearn_does():
     assert len(np.unique(ours.labels)) == 5
 
 
-def test_kmeans_in_blocks_is_the_same(monkeypatch):
+def test_kmeans_does_not_depend_on_blocks(monkeypatch):
     x = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
     whole = evaluate.kmeans(x, 5, seed=3)
     monkeypatch.setattr(clustering, "BLOCK_VALUES", 5 * 17)
@@ -220,7 +220,7 @@ def test_alignment_and_uniformity_by_hand():
     assert evaluate.uniformity(x) == pytest.approx(math.log(math.exp(-2 * 2)))
 
 
-def test_uniformity_equals_all_pairs():
+def test_uniformity_equals_the_mean_over_all_pairs():
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(3))
     unit = torch.nn.functional.normalize(x.double(), dim=1)
     expected = torch.pdist(unit).square().mul(-2).exp().mean().log()
@@ -242,7 +242,7 @@ def test_neighbor_overlap_of_unrelated_features_is_chance():
     assert evaluate.neighbor_overlap(x, y) == pytest.approx(5 / 399, abs=0.01)
 
 
-def test_effective_rank_by_its_definition():
+def test_effective_rank_equals_its_definition():
     generator = torch.Generator().manual_seed(6)
     for shape in ((40, 8), (8, 40)):
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -253,7 +253,7 @@ def test_effective_rank_by_its_definition():
 
 
 @pytest.mark.parametrize("width", [6, 300])
-def test_lidar_by_its_definition(width):
+def test_lidar_equals_its_definition(width):
     generator = torch.Generator().manual_seed(7)
     images = torch.randn(40, width, generator=generator, dtype=torch.float64) * torch.linspace(1, 3, width)
     a, b = (images + 0.4 * torch.randn(40, width, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -270,7 +270,7 @@ def test_lidar_by_its_definition(width):
     assert evaluate.lidar(3 * a, 3 * b) == pytest.approx(evaluate.lidar(a, b))
 
 
-def test_lidar_counts_the_directions_that_tell_images_apart():
+def test_lidar_counts_the_discriminative_directions():
     generator = torch.Generator().manual_seed(8)
     images = torch.zeros(200, 10)
     images[:, :3] = torch.randn(200, 3, generator=generator)
@@ -333,7 +333,7 @@ def test_bad_inputs_are_refused(call, message):
 
 
 @pytest.mark.gpu
-def test_gpu_gives_the_cpu_results_and_is_deterministic(monkeypatch):
+def test_gpu_results_equal_cpu_results_and_are_deterministic(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     generator = torch.Generator().manual_seed(6)
     means = torch.randn(12, 64, generator=generator)

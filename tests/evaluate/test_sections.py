@@ -63,7 +63,7 @@ def test_collapsed_features_are_stated_and_the_rest_is_measured(folders, tmp_pat
     assert json.loads((tmp_path / "eval.json").read_text())["not_known"] == metrics["not_known"]
 
 
-def test_a_diverged_finetuning_leaves_the_others(folders):
+def test_a_diverged_finetuning_keeps_the_other_sections(folders):
     metrics = evaluate(
         folders,
         fewshot=FewShotConfig(shots=[1], epochs=5, lr=1e38, backbone_lr=1e38),
@@ -74,7 +74,7 @@ def test_a_diverged_finetuning_leaves_the_others(folders):
     assert "diverged" in metrics["not_known"]["FixMatch accuracy"] and metrics["retrieval"] > 0.7
 
 
-def test_more_shots_than_images_leave_the_possible_ones(folders):
+def test_impossible_shots_are_dropped_and_possible_ones_kept(folders):
     metrics = evaluate(folders, fewshot=FewShotConfig(shots=[1, 4, 9], epochs=1)).metrics
     assert set(metrics["fewshot"]) == {"1", "4"}
     assert metrics["not_known"] == {
@@ -125,7 +125,7 @@ def test_a_section_that_fails_is_stated(folders, error):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError])
-def test_defects_and_interrupts_are_not_hidden(folders, error):
+def test_bugs_and_interrupts_are_raised(folders, error):
     def fails(_):
         raise error
 
@@ -133,7 +133,7 @@ def test_defects_and_interrupts_are_not_hidden(folders, error):
         run_sections(context_for(folders), (Section("one", "The first", fails),))
 
 
-def test_a_value_that_is_not_finite_is_stated():
+def test_a_non_finite_value_is_stated():
     part = Part()
     part.put({"mean": float("nan"), "trials": []}, "forgetting", "after")
     assert part.metrics == {} and part.not_known == {"forgetting after": "it is not a finite number"}

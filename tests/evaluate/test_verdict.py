@@ -21,18 +21,18 @@ def good(step, view_agreement=0.6, **changes):
     return later(step, **{"view_agreement": view_agreement, "uniformity": -2.4, **changes})
 
 
-def test_views_that_agree_over_features_that_spread_are_better():
+def test_agreeing_views_with_spread_features_are_better():
     verdict = judge([START, later(10, view_agreement=0.4), good(20), good(30, 0.7), good(40, 0.65)])
     assert (verdict.outcome, verdict.step) == ("better", 30)
     assert "better than the start (best at step 30); effective rank 40.0 -> 40.0" in verdict.line()
 
 
-def test_views_that_agree_less_are_no_better_and_the_start_is_the_best():
+def test_less_agreement_is_not_better_and_selects_the_start():
     verdict = judge([START, good(10, 0.45), good(20, 0.54)])
     assert (verdict.outcome, verdict.step) == ("no better", 0)
 
 
-def test_view_agreement_and_alignment_never_say_better_alone():
+def test_view_agreement_and_alignment_alone_never_mean_better():
     verdict = judge([START, later(10, view_agreement=0.9, alignment=0.01)])
     assert (verdict.outcome, verdict.step) == ("not known", 10)
 
@@ -47,14 +47,14 @@ def test_view_agreement_and_alignment_never_say_better_alone():
         {"effective_rank": 30.0},
     ],
 )
-def test_little_agreement_or_a_fall_of_another_measure_is_not_known(fallen):
+def test_a_small_gain_or_conflicting_measures_are_unknown(fallen):
     assert judge([START, good(10, **fallen)]).outcome == "not known"
 
 
 @pytest.mark.parametrize(
     "change", [{"effective_rank": 5.0}, {"effective_rank": None}, {"uniformity": -0.01}, {"uniformity": None}]
 )
-def test_features_that_become_alike_have_collapsed(change):
+def test_equal_features_are_a_collapse(change):
     looks = [START, later(10, **change)]
     assert (judge(looks).outcome, judge(looks).step) == ("collapsed", 0)
     assert should_stop(looks)
@@ -65,7 +65,7 @@ def test_a_good_look_before_a_collapse_is_selected():
     assert (verdict.outcome, verdict.step) == ("better", 10)
 
 
-def test_a_start_that_lies_close_together_is_not_taken_for_a_collapse():
+def test_a_compact_start_is_not_a_collapse():
     start = dataclasses.replace(START, uniformity=-0.1)
     look = dataclasses.replace(start, step=5, view_agreement=0.6, uniformity=-0.3)
     assert judge([start, look]).outcome == "better"
@@ -79,12 +79,12 @@ def test_a_start_that_lies_close_together_is_not_taken_for_a_collapse():
         ([dataclasses.replace(START, view_agreement=None), later(10)], "has no value"),
     ],
 )
-def test_what_cannot_be_told_is_not_known_and_keeps_the_last(looks, why):
+def test_an_unknown_verdict_selects_the_last_step(looks, why):
     verdict = judge(looks)
     assert (verdict.outcome, verdict.step) == ("not known", looks[-1].step) and why in verdict.why
 
 
-def test_the_best_so_far_is_the_last_or_one_before():
+def test_the_best_so_far_is_the_last_or_an_earlier_step():
     """What lets a run keep one file: adding a look makes it the best, or leaves the best as it was."""
     looks = [START]
     best = None
@@ -96,7 +96,7 @@ def test_the_best_so_far_is_the_last_or_one_before():
     assert best.step == 6
 
 
-def test_a_run_stops_when_nothing_became_better_for_some_looks():
+def test_a_run_stops_after_looks_without_improvement():
     looks = [START, good(1), later(2), later(3)]
     assert not should_stop(looks)
     assert should_stop([*looks, later(4)])
@@ -104,7 +104,7 @@ def test_a_run_stops_when_nothing_became_better_for_some_looks():
     assert not should_stop([START])
 
 
-def test_agreement_counts_by_its_odds():
+def test_agreement_is_compared_by_its_odds():
     """From 60 to 68 % and from 18 to 24 % is the same step."""
     for start, now in ((0.602, 0.683), (0.18, 0.238)):
         looks = [dataclasses.replace(START, view_agreement=start), good(10, now)]

@@ -29,7 +29,7 @@ def pod_template(job):
 
 
 @pytest.mark.peers
-def test_the_operators_own_model_takes_every_field(job):
+def test_the_kubeflow_model_accepts_every_field(job):
     models = pytest.importorskip("kubeflow.training.models")
 
     def read(value, model):
@@ -51,7 +51,7 @@ def test_the_operators_own_model_takes_every_field(job):
 
 
 @pytest.mark.peers
-def test_the_pods_are_valid_for_the_cluster(job):
+def test_the_pods_are_valid(job):
     validate = pytest.importorskip("kubernetes_validate")
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "worker"}, "spec": pod_template(job)["spec"]}
     version = validate.latest_version()
@@ -61,7 +61,7 @@ def test_the_pods_are_valid_for_the_cluster(job):
         validate.validate(pod, version, strict=True)
 
 
-def test_mounts_have_volumes_and_the_container_has_the_operators_name(job):
+def test_mounts_have_volumes_and_the_container_name_is_pytorch(job):
     spec = pod_template(job)["spec"]
     (container,) = spec["containers"]
     assert container["name"] == "pytorch"
@@ -83,13 +83,13 @@ def start(job, folder, torchrun):
 
 
 @pytest.mark.parametrize(("left", "ends", "status"), [("", 0, 0), ("stopped.json", 0, 85), ("", 3, 3)])
-def test_the_status_tells_a_stop_from_an_end(job, tmp_path, left, ends, status):
+def test_the_exit_status_distinguishes_a_stop(job, tmp_path, left, ends, status):
     leave = f"touch {tmp_path}/photos/{left}; " if left else ""
     _, process = start(job, tmp_path, f"{leave}exit {ends}")
     assert process.wait(20) == status
 
 
-def test_a_drain_reaches_the_run_and_waits_for_its_checkpoint(job, tmp_path):
+def test_a_drain_signals_the_run_and_waits_for_its_checkpoint(job, tmp_path):
     saves = f"trap 'sleep 0.3; touch {tmp_path}/photos/stopped.json; exit 0' TERM; touch {tmp_path}/ready; "
     _, process = start(job, tmp_path, saves + "while :; do sleep 0.05; done")
     deadline = time.monotonic() + 20
@@ -100,7 +100,7 @@ def test_a_drain_reaches_the_run_and_waits_for_its_checkpoint(job, tmp_path):
     assert process.wait(20) == 85
 
 
-def test_the_command_is_one_that_the_program_takes(job, monkeypatch, capsys):
+def test_the_command_parses(job, monkeypatch, capsys):
     monkeypatch.setitem(COMMANDS, "finetune", dataclasses.replace(COMMANDS["finetune"], run=lambda config: 0))
     script = pod_template(job)["spec"]["containers"][0]["args"][0].replace("\\\n", " ")
     (line,) = (line for line in script.splitlines() if "fastuft.cli" in line)

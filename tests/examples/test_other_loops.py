@@ -32,7 +32,7 @@ def trainer_example():
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_lightning_resumes_as_if_it_had_not_stopped(lightning_example, tmp_path, precision):
+def test_lightning_resumes_exactly(lightning_example, tmp_path, precision):
     fit = lightning_example["fit"]
     whole = fit(tmp_path / "whole", 2, precision=precision)
     fit(tmp_path / "parts", 1, precision=precision)
@@ -41,7 +41,7 @@ def test_lightning_resumes_as_if_it_had_not_stopped(lightning_example, tmp_path,
     assert int(resumed.queue.pointer) == 2 * 96 % 1024
 
 
-def test_lightning_learns_and_its_queue_holds_the_last_keys(lightning_example, tmp_path):
+def test_lightning_learns_and_its_queue_has_the_last_keys(lightning_example, tmp_path):
     start = lightning_example["fit"](tmp_path / "a", 1)
     after = lightning_example["fit"](tmp_path / "b", 12)
     views = lightning_example["views"]().tensors
@@ -56,7 +56,7 @@ def test_lightning_learns_and_its_queue_holds_the_last_keys(lightning_example, t
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_trainer_resumes_as_if_it_had_not_stopped(trainer_example, tmp_path, bf16):
+def test_the_transformers_trainer_resumes_exactly(trainer_example, tmp_path, bf16):
     fit = trainer_example["fit"]
     whole = fit(tmp_path / "whole", 2, bf16=bf16)
     fit(tmp_path / "parts", 1, bf16=bf16)
@@ -66,7 +66,7 @@ def test_the_trainer_resumes_as_if_it_had_not_stopped(trainer_example, tmp_path,
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
-def test_the_trainer_keeps_the_queue_in_its_checkpoints(trainer_example, tmp_path):
+def test_the_transformers_trainer_saves_the_queue(trainer_example, tmp_path):
     from safetensors.torch import load_file
 
     trainer = trainer_example["fit"](tmp_path, 1)

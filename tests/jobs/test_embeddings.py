@@ -43,7 +43,7 @@ def config(photos, checkpoint, tmp_path):
     )
 
 
-def test_features_are_those_of_the_network_on_its_own_preprocessing(config, photos, checkpoint):
+def test_features_use_the_networks_own_preprocessing(config, photos, checkpoint):
     found = embed_images(config)
     backbone = load_backbone(checkpoint)
     assert found.features.shape == (10, backbone.num_features) and found.features.dtype == np.float32
@@ -58,7 +58,7 @@ def test_features_are_those_of_the_network_on_its_own_preprocessing(config, phot
     assert torch.cosine_similarity(torch.from_numpy(found.features[3]), expected, dim=0) > 0.999
 
 
-def test_a_stopped_embedding_goes_on_after_its_last_whole_part(config, monkeypatch):
+def test_a_stopped_embedding_resumes_after_its_last_whole_part(config, monkeypatch):
     whole = embed_images(config, keep=False).features
     extract, calls = embedding.extract_features, []
 
@@ -84,7 +84,7 @@ def test_a_stopped_embedding_goes_on_after_its_last_whole_part(config, monkeypat
 
 
 @pytest.mark.parametrize("change", ["size", "images", "file"])
-def test_parts_of_another_embedding_are_not_used(config, photos, tmp_path, monkeypatch, change):
+def test_parts_of_another_embedding_are_ignored(config, photos, tmp_path, monkeypatch, change):
     copy = tmp_path / "copy"
     copy.mkdir()
     for index in range(10):
@@ -105,7 +105,7 @@ def test_parts_of_another_embedding_are_not_used(config, photos, tmp_path, monke
 
 
 @pytest.mark.parametrize("ending", [".npz", ".parquet"])
-def test_files_hold_what_was_embedded(tmp_path, ending):
+def test_embeddings_round_trip(tmp_path, ending):
     if ending == ".parquet":
         pytest.importorskip("pyarrow")
     features = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
@@ -116,7 +116,7 @@ def test_files_hold_what_was_embedded(tmp_path, ending):
     assert (found.paths, found.settings) == (written.paths, written.settings)
 
 
-def test_names_that_are_not_utf8_are_kept_in_npz(tmp_path):
+def test_non_utf8_names_are_kept_in_npz(tmp_path):
     written = Embeddings(np.ones((1, 2), np.float32), ("/\udcff.png",), {})
     write_embeddings(str(tmp_path / "e.npz"), written)
     assert read_embeddings(str(tmp_path / "e.npz")).paths == ("/\udcff.png",)
@@ -126,7 +126,7 @@ def test_names_that_are_not_utf8_are_kept_in_npz(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["e.npz"]
 
 
-def test_other_endings_and_tables_without_pyarrow_are_refused_before_any_work(config, monkeypatch):
+def test_unsupported_outputs_are_refused_before_any_work(config, monkeypatch):
     with pytest.raises(ValueError, match=r"ends in \.csv; allowed: \.npz, \.parquet"):
         embed_images(dataclasses.replace(config, out="e.csv"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -157,7 +157,7 @@ NOT_EMBEDDINGS = {
 
 
 @pytest.mark.parametrize("content", NOT_EMBEDDINGS.values(), ids=NOT_EMBEDDINGS)
-def test_files_that_hold_no_embeddings_are_refused(tmp_path, content):
+def test_files_without_embeddings_are_refused(tmp_path, content):
     file = tmp_path / "e.npz"
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -167,7 +167,7 @@ def test_files_that_hold_no_embeddings_are_refused(tmp_path, content):
         read_embeddings(str(file))
 
 
-def test_images_of_other_suffixes_are_embedded_where_they_are_named(config, photos, tmp_path):
+def test_other_suffixes_are_embedded_when_named(config, photos, tmp_path):
     folder = tmp_path / "scans"
     folder.mkdir()
     Image.open(photos / "7.png").save(folder / "seven.tif")
@@ -177,18 +177,18 @@ def test_images_of_other_suffixes_are_embedded_where_they_are_named(config, phot
     assert embed_images(wanted, keep=False).paths == (str(folder / "seven.tif"),)
 
 
-def test_a_file_of_another_kind_is_named_by_the_option_that_named_it():
+def test_a_file_of_the_wrong_kind_is_reported_with_its_option():
     with pytest.raises(ValueError, match=r"in='list\.txt' ends in \.txt; allowed: \.npz, \.parquet"):
         read_embeddings("list.txt")
 
 
-def test_a_pipe_holds_no_embeddings(tmp_path):
+def test_a_pipe_is_not_an_embeddings_file(tmp_path):
     os.mkfifo(tmp_path / "e.npz")
     with pytest.raises(ValueError, match=r"e\.npz is not a file; name one that `fastuft embed` wrote"):
         read_embeddings(str(tmp_path / "e.npz"))
 
 
-def test_sizes_that_no_machine_can_hold_are_refused_before_memory_is_asked_for(config):
+def test_impossible_sizes_are_refused_before_allocation(config):
     with pytest.raises(
         ValueError, match=r"size=1000000 and resize=1142857 with 3 images per batch need .*TB, but there are"
     ):
@@ -214,7 +214,7 @@ def test_search_prints_the_nearest_images(collection, photos, capsys):
     assert similarities == sorted(similarities, reverse=True)
 
 
-def test_search_looks_for_images_of_other_suffixes(collection, photos, tmp_path, capsys):
+def test_search_takes_other_suffixes(collection, photos, tmp_path, capsys):
     Image.open(photos / "7.png").save(tmp_path / "seven.tif")
     words = ["search", str(tmp_path), "--in", collection, "--top", "1", "--suffixes", ".tif"]
     assert main(words) == 0
@@ -229,7 +229,7 @@ def test_search_with_other_weights_is_refused(collection, photos, tmp_path, caps
     assert "does not have the weights" in capsys.readouterr().err
 
 
-def test_search_in_a_file_without_settings_is_refused(photos, tmp_path, capsys):
+def test_searching_a_file_without_settings_is_refused(photos, tmp_path, capsys):
     np.savez(
         tmp_path / "e.npz", features=np.ones((1, 3), "f4"), paths=np.array(["a"]), settings=np.array(json.dumps({}))
     )
@@ -237,12 +237,12 @@ def test_search_in_a_file_without_settings_is_refused(photos, tmp_path, capsys):
     assert "lacks settings" in capsys.readouterr().err
 
 
-def test_help_of_search_says_how_the_file_is_given(capsys):
+def test_the_help_of_search_shows_how_to_give_the_file(capsys):
     assert main(["search", "--help"]) == 0
     assert "--in" in capsys.readouterr().out.split()
 
 
-def test_embeddings_need_neither_charts_nor_scikit_learn():
+def test_embedding_imports_neither_charts_nor_scikit_learn():
     code = "import sys, fastuft.jobs; assert not {'matplotlib', 'sklearn', 'jinja2', 'nvidia.dali'} & {*sys.modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

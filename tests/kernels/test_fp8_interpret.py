@@ -40,7 +40,7 @@ def through(which, values, dtype):
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_every_code_is_decoded_as_pytorch_does(native):
+def test_decoding_equals_pytorch_for_every_code(native):
     codes = torch.arange(256).to(torch.uint8)
     expected = codes.view(fp8.FP8).float()
     found = through(2 if native else 1, codes, torch.float32)
@@ -48,7 +48,7 @@ def test_every_code_is_decoded_as_pytorch_does(native):
     assert finite.sum() == 254 and torch.equal(found[finite], expected[finite])
 
 
-def test_every_rounding_is_pytorchs():
+def test_rounding_equals_pytorch():
     """All codes, what lies halfway between neighbors, a little to each side of that, and random values."""
     codes = torch.arange(127).to(torch.uint8).view(fp8.FP8).float()
     halfway = (codes[1:] + codes[:-1]) / 2
@@ -69,7 +69,7 @@ def make(batch, keys, width, dtype):
 @pytest.mark.parametrize("unit", [False, True], ids=["maximum", "unit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [(5, 130, 48), (3, 64, 16)], ids=str)
-def test_the_sweep_is_that_over_the_decoded_rows_bit_for_bit(size, dtype, unit):
+def test_the_sweep_equals_that_over_decoded_rows_bitwise(size, dtype, unit):
     from fastuft.kernels import queue_sweep
 
     *tensors, (codes, scales) = make(*size, dtype)
@@ -87,7 +87,7 @@ def test_the_sweep_is_that_over_the_decoded_rows_bit_for_bit(size, dtype, unit):
 
 
 @pytest.mark.parametrize("descriptors", [False, True])
-def test_every_way_to_read_and_decode_agrees(descriptors, monkeypatch):
+def test_all_ways_to_read_and_decode_agree(descriptors, monkeypatch):
     from fastuft.kernels import queue_sweep
 
     launch, chip = queue_sweep.launch, queue_sweep.chip
@@ -119,7 +119,7 @@ def test_enqueue_rounds_and_scales(batch, size):
     torch.testing.assert_close(scales[same], queue.scales[same])
 
 
-def test_enqueue_of_a_nan_key():
+def test_a_nan_key_is_enqueued_as_nan():
     from fastuft.kernels import enqueue
 
     queue = fastuft.KeyQueue(4, 24, dtype=fp8.FP8)

@@ -47,7 +47,7 @@ def test_values_and_gradients_against_float64(size, dtype):
         assert_as_good(a, b, c, GRADIENT)
 
 
-def test_the_kernels_are_what_runs():
+def test_the_kernels_are_used():
     from torch.profiler import ProfilerActivity, profile
 
     tensors = make(64, 64, 14, torch.bfloat16)

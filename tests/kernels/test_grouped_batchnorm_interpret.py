@@ -84,7 +84,7 @@ def test_any_number_of_tiles_and_channels(size):
     check(size, *make(size, torch.float32), True)
 
 
-def test_bfloat16_is_read_and_written():
+def test_bfloat16_is_supported():
     """Up to one unit in the last place: the interpreter truncates where a GPU rounds."""
     from fastuft.kernels import grouped_batchnorm, grouped_batchnorm_gradient
 
@@ -108,7 +108,7 @@ def test_without_affine_parameters():
     check(SIZES[0], x, None, None, None, upstream, False)
 
 
-def test_large_means_do_not_cancel():
+def test_large_means_cause_no_cancellation():
     size = (2, 16, 24, 24, 1)
     x, weight, bias, _, upstream = make(size, torch.float32, offset=3000.0)
     check(size, x, weight, bias, None, upstream, False)

@@ -23,6 +23,6 @@ def test_every_position_is_in_one_split(images, channels, side):
 
 
 @pytest.mark.parametrize(("channels", "side"), LAYERS)
-def test_a_resnets_layers_fill_a_chip(channels, side):
+def test_resnet_layers_fill_the_gpu(channels, side):
     block, splits, _ = plan_positions(8, 32 * side * side, channels, 132)
     assert 8 * splits * -(-channels // block) >= 132

@@ -19,7 +19,7 @@ def short_and_tall(arch, precision, width):
 
 @pytest.mark.parametrize("multiprocessors", [1, 58, 108, 132, 148, 192])
 @pytest.mark.parametrize("precision", ["bf16", "ieee"])
-def test_programs_take_every_unit_once_in_one_wave(multiprocessors, precision):
+def test_programs_cover_every_unit_once_in_one_wave(multiprocessors, precision):
     from fastuft.kernels.launch_plan import plan_units
     from fastuft.kernels.launch_table import ARCHS, WIDTHS
 
@@ -33,7 +33,7 @@ def test_programs_take_every_unit_once_in_one_wave(multiprocessors, precision):
             assert plan.programs <= multiprocessors * config.ctas and plan.units < 2**31
 
 
-def test_no_batch_size_leaves_the_chip_idle():
+def test_no_batch_size_leaves_the_gpu_idle():
     """At least 85% of a whole wave works, for every batch above one tile of rows; no cliff between batch sizes."""
     from fastuft.kernels.launch_plan import plan_units, tall_rows
     from fastuft.kernels.launch_table import launch
@@ -47,7 +47,7 @@ def test_no_batch_size_leaves_the_chip_idle():
     assert min(least.values()) >= 0.75
 
 
-def test_rows_of_a_tile_follow_the_bytes_that_cross_the_cache():
+def test_tile_rows_follow_the_l2_traffic():
     from fastuft.kernels.launch_plan import tall_rows
 
     assert not tall_rows(256, 65536, 128)  # 67 MB with 64 rows
@@ -67,7 +67,7 @@ def test_the_claimed_size_stays_below_ten_megabytes(multiprocessors):
 
 
 @pytest.mark.parametrize(("major", "arch"), [(8, 80), (9, 90), (10, 100), (12, 80)])
-def test_a_chip_is_looked_up_once(major, arch, monkeypatch):
+def test_the_device_is_queried_once(major, arch, monkeypatch):
     from fastuft.kernels import launch_plan
 
     asked = []

@@ -108,7 +108,7 @@ def of_sweep(results: dict[Job, Compiled], **fields: object) -> dict[Job, Compil
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_nothing_spills_and_shared_memory_fits(results, arch):
+def test_no_kernel_spills_and_shared_memory_fits(results, arch):
     from fastuft.kernels.launch_table import SHARED_BYTES
 
     mine = {job: result for job, result in results.items() if job.arch == arch}
@@ -117,7 +117,7 @@ def test_nothing_spills_and_shared_memory_fits(results, arch):
     assert {str(job): r.shared for job, r in mine.items() if r.shared > SHARED_BYTES[arch]} == {}
 
 
-def test_the_plan_counts_on_as_many_programs_per_multiprocessor_as_fit(results):
+def test_the_plan_assumes_an_occupancy_that_fits(results):
     for job, result in of_sweep(results).items():
         planned = config_of(job).ctas
         assert result.ctas >= planned, f"{job}: {result.ctas} fit, {planned} are planned"
@@ -133,20 +133,20 @@ def test_products_on_sm_90_are_never_serialized(results):
         assert not job.need_mu or result.loop["barrier"] <= 3, f"{job}: {result.loop}"
 
 
-def test_converted_tiles_on_sm_90_take_wgmma_up_to_256_columns(results):
+def test_converted_tiles_on_sm_90_use_wgmma_up_to_256_columns(results):
     """An fp32 or fp8 queue passes through registers; at D = 512 they do not hold 64 rows of sums beside it."""
     for queue in ("fp32", "fp8"):
         for job, result in of_sweep(results, arch=90, precision="bf16", queue=queue).items():
             assert result.matrix == ("HMMA" if job.width == 512 else "HGMMA"), str(job)
 
 
-def test_only_chips_that_convert_fp8_are_asked_to(results):
+def test_only_gpus_with_fp8_conversion_use_it(results):
     """On sm_80 codes are taken apart bit by bit; Triton refuses the type there."""
     for job, result in of_sweep(results, queue="fp8").items():
         assert ("cvt.rn.f16x2.e4m3x2" in result.ptx) == (job.arch >= 90), str(job)
 
 
-def test_combine_is_launched_while_the_sweep_runs(results):
+def test_combine_launches_while_the_sweep_runs(results):
     """From sm_90 on; what the sweep wrote, and all else, is read after its end."""
     combines = {job: result.ptx for job, result in results.items() if job.name in ("combine", "combine-one-key", "lse")}
     for job, ptx in combines.items():
@@ -183,7 +183,7 @@ def test_unit_rows_need_no_maximum(results):
         assert result.loop["shuffle"] < other.loop["shuffle"] and result.loop["all"] < other.loop["all"], str(job)
 
 
-def test_half_precision_uses_the_matrix_units(results):
+def test_half_precision_uses_tensor_cores(results):
     for job, result in of_sweep(results).items():
         if job.precision != "ieee":
             assert result.matrix in ({90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA"), 80: ("HMMA",)}[job.arch]), str(
@@ -191,11 +191,11 @@ def test_half_precision_uses_the_matrix_units(results):
             )
 
 
-def test_exact_single_precision_takes_none_of_them(results):
+def test_exact_single_precision_uses_no_tensor_cores(results):
     assert {result.matrix for result in of_sweep(results, precision="ieee").values()} == {"FFMA"}
 
 
-def test_every_launch_is_in_the_table():
+def test_every_launch_is_in_the_launch_table():
     """What the launcher would take for any shape is one of the compiled configurations."""
     from fastuft.kernels.launch_table import PRECISIONS, WIDTHS, launch, table
 

@@ -73,7 +73,7 @@ def test_many_rows():
     assert_as_good(loss[rows], exact, reference.info_nce(q[rows], k[rows], queue), VALUE)
 
 
-def test_nothing_waits_and_memory_stays_small():
+def test_the_loss_never_synchronizes_and_uses_little_memory():
     q, k_a, k_b, lam, queue = make(256, 65536, 128, torch.bfloat16)
     q.requires_grad_()
     store = fastuft.KeyQueue(65536, 128, dtype=torch.bfloat16, device="cuda")

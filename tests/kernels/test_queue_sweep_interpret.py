@@ -93,17 +93,17 @@ def test_larger_sizes_against_float64(size, dtype):
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.07, 1.0])
-def test_temperatures(temperature):
+def test_any_temperature_matches_float64(temperature):
     check(*make(20, 150, 32, torch.float32), temperature=temperature)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
-def test_one_weight_for_all(lam):
+def test_one_weight_applies_to_all_rows(lam):
     q, k_a, k_b, _, queue = make(9, 70, 32, torch.float32)
     check(q, k_a, k_b, torch.tensor([lam]), queue)
 
 
-def test_one_key_is_equation_4():
+def test_equal_keys_give_equation_4():
     q, k, _, _, queue = make(9, 70, 32, torch.float32)
     one = run(q, k, None, None, queue)
     exact = reference.info_nce(q.double(), k.double(), queue.double())
@@ -122,7 +122,7 @@ def test_docstring_expression():
     torch.testing.assert_close(loss.mean(), expected)
 
 
-def test_queries_in_the_queue_and_unnormalised_rows():
+def test_queries_in_the_queue_and_unnormalized_rows():
     q, k_a, k_b, lam, queue = make(12, 90, 32, torch.float32)
     queue[:12] = F.normalize(q, dim=1)
     check(q, k_a, k_b, lam, queue, temperature=0.02)
@@ -182,7 +182,7 @@ def test_unit_rows_at_any_temperature(temperature, precision):
     check(q, k_a, k_b, lam, queue[6:12], temperature, precision=precision, unit_queue=True)
 
 
-def test_where_the_maximum_is_needed():
+def test_the_maximum_is_tracked_where_needed():
     problem = Problem(*make(2, 3, 16, torch.float32), None, 0.05, True, True, "auto", "none", True, "triton")
     is_unit = sweep().is_unit
     assert is_unit(problem, "ieee") and is_unit(problem, "bf16") and not is_unit(problem, "fp16")
@@ -232,14 +232,14 @@ def test_strided_inputs():
     check(wide[:, ::2], k_a.T.contiguous().T, k_b, lam, torch.cat([queue, queue], 1)[:, :32])
 
 
-def test_weights_with_gaps():
+def test_strided_weights():
     q, k_a, k_b, lam, queue = make(9, 60, 32, torch.float32)
     gaps = torch.stack([lam, torch.full_like(lam, torch.nan)], 1)[:, 0]
     dense, found = (run(q, k_a, k_b, weight, queue) for weight in (lam, gaps))
     assert all(map(torch.equal, found, dense))
 
 
-def test_a_query_that_is_not_a_number_gives_none():
+def test_a_nan_query_gives_nan():
     z, _, _, _, queue = make(5, 60, 32, torch.float32)
     expected = run_lse(z, queue)
     z[2] = torch.nan
@@ -248,7 +248,7 @@ def test_a_query_that_is_not_a_number_gives_none():
         torch.testing.assert_close(found[[0, 1, 3, 4]], good[[0, 1, 3, 4]], rtol=1e-6, atol=1e-6)
 
 
-def test_every_number_of_programs_agrees(force):
+def test_results_do_not_depend_on_the_number_of_programs(force):
     """Programs that end within a tile of rows, at its end and beyond it."""
     inputs = make(70, 130, 16, torch.float32)
     exact, same = (in_dtype(inputs, dtype) for dtype in (torch.float64, torch.float32))
@@ -287,7 +287,7 @@ def test_loss_alone_skips_the_gradient():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -0.1, 1.1])
-def test_bad_weight_poisons_its_row_only(bad):
+def test_a_bad_weight_gives_nan_in_its_row_only(bad):
     q, k_a, k_b, lam, queue = make(4, 30, 32, torch.float32)
     lam[2] = bad
     loss, grad, *_ = run(q, k_a, k_b, lam, queue)

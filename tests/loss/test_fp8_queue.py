@@ -19,7 +19,7 @@ def unit_rows(count, width=64, seed=0):
     return F.normalize(torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def test_rows_keep_their_length_and_e4m3s_precision():
+def test_rows_keep_their_norm_to_e4m3_precision():
     rows = unit_rows(500)
     codes, scales = fp8.encode(rows)
     found = fp8.decode(codes, scales)
@@ -29,7 +29,7 @@ def test_rows_keep_their_length_and_e4m3s_precision():
     assert error.mean() > 0.01 and error.max() < 2**-4  # half a unit of four places
 
 
-def test_rows_of_zeros_tiny_and_nan_values():
+def test_zero_tiny_and_nan_rows():
     rows = unit_rows(4)
     rows[1], rows[2] = 0, 1e-9 * rows[2]
     rows[3, 5] = torch.nan
@@ -39,7 +39,7 @@ def test_rows_of_zeros_tiny_and_nan_values():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_queue_holds_the_last_keys(device):
+def test_the_queue_has_the_last_keys(device):
     queue = fastuft.KeyQueue(8, 64, dtype=FP8, device=device)
     start, new = queue.rows(), unit_rows(5, seed=1).to(device)
     assert queue.keys.dtype == torch.uint8 and queue.keys.nbytes + queue.scales.nbytes == 8 * (64 + 4)
@@ -58,7 +58,7 @@ def test_the_queue_holds_the_last_keys(device):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_losses_are_those_of_the_decoded_rows(dtype, place):
+def test_losses_equal_those_of_decoded_rows(dtype, place):
     device, impl = place
     if dtype == torch.float64 and impl == "triton":
         pytest.skip("no float64 kernel")
@@ -73,7 +73,7 @@ def test_losses_are_those_of_the_decoded_rows(dtype, place):
     torch.testing.assert_close(found, expected)
 
 
-def test_a_saved_queue_goes_on_in_its_own_kind_and_in_the_other(tmp_path):
+def test_a_saved_queue_loads_into_either_dtype(tmp_path):
     queue, wide = fastuft.KeyQueue(8, 64, dtype=FP8), fastuft.KeyQueue(8, 64)
     for target in (queue, wide):
         target.enqueue_(unit_rows(3))
@@ -90,7 +90,7 @@ def test_a_saved_queue_goes_on_in_its_own_kind_and_in_the_other(tmp_path):
     assert torch.equal(copy.deepcopy(queue).rows(), queue.rows())
 
 
-def test_casting_a_model_leaves_its_queue_as_it_is():
+def test_casting_a_model_does_not_cast_its_queue():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), fastuft.KeyQueue(8, 64, dtype=FP8))
     before = model[1].rows()
     model.bfloat16()
@@ -98,7 +98,7 @@ def test_casting_a_model_leaves_its_queue_as_it_is():
     assert model[1].scales.dtype == torch.float32 and torch.equal(model[1].rows(), before)
 
 
-def test_a_nan_key_shows_in_the_loss():
+def test_a_nan_key_gives_a_nan_loss():
     queue = fastuft.KeyQueue(8, 64, dtype=FP8)
     keys = unit_rows(2)
     keys[1, 3] = torch.nan

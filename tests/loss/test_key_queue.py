@@ -23,7 +23,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=name_of)
-def test_starts_with_random_unit_rows(dtype, device):
+def test_a_queue_starts_with_random_unit_rows(dtype, device):
     queue = fastuft.KeyQueue(50, 24, dtype=dtype, device=device)
     assert queue.keys.shape == (50, 24) and queue.keys.dtype == dtype and queue.keys.device.type == device
     assert queue.pointer.dtype == torch.int64 and queue.pointer == 0
@@ -33,7 +33,7 @@ def test_starts_with_random_unit_rows(dtype, device):
     assert repr(queue) == "KeyQueue(size=50, dim=24)"
 
 
-def test_random_start_follows_the_generator():
+def test_the_random_start_follows_the_generator():
     first, second = (fastuft.KeyQueue(9, 4, generator=torch.Generator().manual_seed(s)).keys for s in (3, 3))
     other = fastuft.KeyQueue(9, 4, generator=torch.Generator().manual_seed(4)).keys
     assert torch.equal(first, second) and not torch.equal(first, other)
@@ -42,7 +42,7 @@ def test_random_start_follows_the_generator():
 @pytest.mark.parametrize("device", DEVICES)
 @settings(max_examples=30, deadline=None)
 @given(size=st.integers(1, 12), batches=st.lists(st.integers(0, 30), max_size=6))
-def test_holds_the_last_keys_in_ring_order(device, size, batches):
+def test_a_queue_has_the_last_keys_in_ring_order(device, size, batches):
     queue = fastuft.KeyQueue(size, 4, device=device)
     start = queue.keys.clone()
     written: deque[torch.Tensor] = deque(maxlen=size)
@@ -63,7 +63,7 @@ def test_holds_the_last_keys_in_ring_order(device, size, batches):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_takes_keys_of_any_kind(device):
+def test_a_queue_takes_keys_of_any_dtype_and_layout(device):
     queue = fastuft.KeyQueue(8, 4, dtype=torch.float16, device=device)
     keys = torch.randn(3, 4, device=device, requires_grad=True)
     queue.enqueue_(keys)
@@ -130,7 +130,7 @@ class Learner(nn.Module):
         return loss
 
 
-def test_training_goes_on_from_a_lightning_style_checkpoint(tmp_path):
+def test_a_lightning_style_checkpoint_resumes(tmp_path):
     def train(learner, optimizer, steps):
         losses = []
         for step in steps:
@@ -228,7 +228,7 @@ def test_distributed_data_parallel(dtype, tmp_path):
 
 
 @pytest.mark.gpu
-def test_enqueue_never_waits_for_the_gpu():
+def test_enqueue_never_synchronizes():
     queue = fastuft.KeyQueue(100, 32, device="cuda")
     keys = torch.randn(70, 32, device="cuda")
     queue.enqueue_(keys)

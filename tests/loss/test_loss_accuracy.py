@@ -80,7 +80,7 @@ def random_rows(keys: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, F.normalize(torch.randn(keys, 128, generator=generator), dim=1)
 
 
-def test_errors_on_random_rows():
+def test_errors_on_random_rows_are_bounded():
     for tau in (0.03, 0.07, 0.2):
         found = errors(*random_rows(1024), tau)
         assert found["ieee"][0] < 1e-6 and found["ieee"][1] < 1e-6
@@ -131,7 +131,7 @@ def trained_features() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.slow
-def test_errors_on_features_of_a_trained_network():
+def test_errors_on_trained_features_are_bounded():
     rows = trained_features()
     of_tau = {tau: errors(*rows, tau) for tau in (0.03, 0.07, 0.2)}
     show("random rows", {tau: errors(*random_rows(65536), tau) for tau in of_tau})

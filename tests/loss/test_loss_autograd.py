@@ -38,7 +38,7 @@ def test_gradcheck(normalize):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_any_upstream_gradient(place):
+def test_any_upstream_gradient_is_applied(place):
     device, impl = place
     case = Case.random(9, 70, 16, device=device)
     upstream = torch.randn(9, device=device)
@@ -140,7 +140,7 @@ def test_forward_mode_is_refused():
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_without_gradients(place):
+def test_results_are_equal_without_gradients(place):
     device, impl = place
     case = Case.random(9, 70, 16, device=device)
     expected = outputs(case.q.clone().requires_grad_(), case, impl)
@@ -292,7 +292,7 @@ def test_compile_fullgraph_with_inductor(place):
     compiled_agrees(*place, "inductor")
 
 
-def test_compiled_bad_weight_poisons_its_row():
+def test_a_bad_weight_gives_nan_in_its_row_when_compiled():
     case = Case.random(4, 10, 16)
     torch.compiler.reset()
 
@@ -322,7 +322,7 @@ def test_export():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_a_step_never_waits_for_the_gpu(impl):
+def test_a_step_never_synchronizes(impl):
     case = Case.random(64, 4096, 128, device="cuda")
     queue = fastuft.KeyQueue(4096, 128, device="cuda")
 

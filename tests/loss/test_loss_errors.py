@@ -60,12 +60,12 @@ def mixed(**changes):
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
-def test_mixed_info_nce(changes, message):
+def test_mixed_info_nce_refuses_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         mixed(**changes)
 
 
-def test_names_of_the_other_functions():
+def test_other_functions_name_their_arguments():
     with pytest.raises(ValueError, match=r"^k has 3 rows"):
         fastuft.info_nce(CASE.q, CASE.k_a[:3], CASE.queue)
     with pytest.raises(ValueError, match=r"^z has shape"):
@@ -78,12 +78,12 @@ def test_names_of_the_other_functions():
 
 @pytest.mark.parametrize("module", [fastuft.InfoNCELoss, fastuft.MixedInfoNCELoss])
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"reduction": "max"}, {"impl": "cuda"}], ids=str)
-def test_modules_refuse_options_when_made(module, options):
+def test_modules_refuse_bad_options_when_constructed(module, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         module(**options)
 
 
-def test_numbers_of_other_libraries_are_numbers():
+def test_numpy_numbers_are_accepted():
     expected = mixed(temperature=0.25, lam=0.5)
     assert torch.equal(mixed(temperature=np.float32(0.25), lam=np.float32(0.5)), expected)
     assert torch.equal(mixed(temperature=np.float64(0.25), lam=np.float64(0.5)), expected)
@@ -98,7 +98,7 @@ def test_kernels_on_a_cpu_are_refused():
 
 
 @pytest.mark.gpu
-def test_kernels_refuse_what_they_cannot_take():
+def test_kernels_refuse_unsupported_inputs():
     q, k, queue = (t.cuda() for t in (CASE.q, CASE.k_a, CASE.queue))
     with pytest.raises(ValueError, match="float64 has no fused kernel"):
         fastuft.info_nce(q.double(), k, queue, impl="triton")
@@ -112,7 +112,7 @@ def test_kernels_refuse_what_they_cannot_take():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_bad_weight_on_a_gpu_poisons_its_row_without_a_wait(impl):
+def test_a_bad_weight_on_a_gpu_gives_nan_in_its_row_without_a_sync(impl):
     q, k_a, k_b, queue = (t.cuda() for t in (CASE.q, CASE.k_a, CASE.k_b, CASE.queue))
     lam = torch.tensor([0.5, 2.0, -1.0, torch.nan], device="cuda")
     fastuft.mixed_info_nce(q, k_a, k_b, lam, queue, impl=impl)

@@ -49,7 +49,7 @@ def run(case: Case, impl: str, what: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("what", ["info_nce", "mixed_info_nce", "loss alone", "queue_lse"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=name_of)
-def test_peak_below_the_logits(dtype, what, place, tmp_path):
+def test_peak_memory_stays_below_the_logits(dtype, what, place, tmp_path):
     device, impl = place
     if dtype == torch.float64 and impl == "triton":
         pytest.skip("no float64 kernel")
@@ -59,14 +59,14 @@ def test_peak_below_the_logits(dtype, what, place, tmp_path):
     assert 0 < peak < min(batch * keys * dtype.itemsize, 10 * MEGABYTE)
 
 
-def test_one_tile_holds_for_any_batch(tmp_path):
+def test_tile_memory_does_not_grow_with_the_batch(tmp_path):
     """Extra memory grows with the rows of the query, never with the keys."""
     short, long = (Case.random(3000, keys, 16, torch.bfloat16) for keys in (4096, 16384))
     first, second = (peak_bytes(lambda c=c: run(c, "torch", "mixed_info_nce"), tmp_path, "cpu") for c in (short, long))
     assert second == first < 10 * MEGABYTE
 
 
-def test_the_textbook_expression_is_seen_by_this_measure(tmp_path):
+def test_the_memory_measure_detects_the_textbook_expression(tmp_path):
     case = Case.random(64, 4096, 16)
     peak = peak_bytes(lambda: reference.info_nce(case.q, case.k_a, case.queue), tmp_path, "cpu")
     assert peak > 64 * 4096 * 4

@@ -68,11 +68,11 @@ def case() -> Case:
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2, 0.5])
 @pytest.mark.parametrize("formula", [moco, ntxent_by_pairs])
-def test_published_formulas(formula, temperature, case):
+def test_losses_equal_published_formulas(formula, temperature, case):
     agree(formula, case, temperature)
 
 
-def test_mixed_queries_are_two_of_moco_losses(case):
+def test_the_mixed_loss_is_a_weighted_sum_of_two_moco_losses(case):
     """Eq. 6 as two calls of moco's expression, one a positive."""
     q = case.q.requires_grad_()
     lam = 0.3
@@ -132,7 +132,7 @@ def test_lightly_formula_with_the_bank():
         torch.testing.assert_close(loss.memory_bank.keys, reference)
 
 
-def test_lightly_drop_in_survives_a_restart(tmp_path):
+def test_the_lightly_drop_in_resumes(tmp_path):
     loss = NTXentLoss(memory_bank_size=(10, 16))
     loss(torch.randn(7, 16, requires_grad=True), torch.randn(7, 16))
     torch.save(loss.state_dict(), tmp_path / "loss.pt")
@@ -156,7 +156,7 @@ def test_lightly_drop_in_survives_a_restart(tmp_path):
     ],
     ids=str,
 )
-def test_lightly_arguments_that_are_refused(arguments, message):
+def test_unsupported_lightly_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         NTXentLoss(**arguments)
 
@@ -174,7 +174,7 @@ def test_examples_run(name, capsys):
     assert "loss" in capsys.readouterr().out
 
 
-def test_modules_in_a_foreign_loop():
+def test_modules_work_in_another_training_loop():
     """The one-line change: a module built once, called with the queue that the project already has."""
     encoder, criterion = nn.Linear(16, 8), fastuft.MixedInfoNCELoss()
     foreign_queue = F.normalize(torch.randn(8, 40), dim=0)  # [D, K], as moco keeps it

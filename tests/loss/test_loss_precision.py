@@ -50,7 +50,7 @@ def chosen(monkeypatch):
     ],
     ids=str,
 )
-def test_half_precision_of_either_side_decides(query, queue, expected, chosen):
+def test_half_precision_of_either_input_decides(query, queue, expected, chosen):
     case, keys = Case.random(4, 10, 16, query), fastuft.KeyQueue(10, 16, dtype=queue)
     fastuft.info_nce(case.q, case.k_a, keys)
     fastuft.queue_lse(case.q, keys)
@@ -60,7 +60,7 @@ def test_half_precision_of_either_side_decides(query, queue, expected, chosen):
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
-def test_autocast_decides_where_nothing_else_is_asked_for(dtype, expected, chosen):
+def test_autocast_decides_unless_a_precision_is_given(dtype, expected, chosen):
     case = Case.random(4, 10, 16)
     with torch.autocast("cpu", dtype=dtype):
         fastuft.info_nce(case.q, case.k_a, case.queue)
@@ -93,7 +93,7 @@ def test_compiled_under_autocast(chosen):
     torch.testing.assert_close(found, fastuft.info_nce(case.q, case.k_a, case.queue))
 
 
-def test_the_portable_path_is_exact_whatever_the_precision():
+def test_the_portable_path_is_exact_at_any_precision():
     case = Case.random(6, 40, 16)
     exact = fastuft.info_nce(case.q, case.k_a, case.queue)
     for precision in ("ieee", "tf32", "bf16"):
@@ -101,7 +101,7 @@ def test_the_portable_path_is_exact_whatever_the_precision():
         assert torch.equal(found, exact)
 
 
-def test_exact_products_are_told_of_once(monkeypatch):
+def test_exact_products_warn_once(monkeypatch):
     ops._tell_of_exact_products.cache_clear()
     q, queue = torch.randn(4, 16), F.normalize(torch.randn(10, 16), dim=1)
     with pytest.warns(RuntimeWarning, match="precision='auto' multiplies them exactly") as caught:

@@ -42,23 +42,23 @@ def test_against_float64(size, dtype, place):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_a_full_queue(dtype, place):
+def test_a_full_queue_matches_float64(dtype, place):
     device, impl = place
     if device == "cpu" and dtype != torch.float32:
-        pytest.skip("in test_a_full_queue_in_half_precision")
+        pytest.skip("in test_a_full_half_precision_queue_matches_float64")
     Case.random(256, 65536, 128, dtype, device=device).check(impl)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
-def test_a_full_queue_in_half_precision(dtype):
+def test_a_full_half_precision_queue_matches_float64(dtype):
     Case.random(256, 65536, 128, dtype).check("torch")
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("temperature", [0.02, 0.07, 0.2, 1.0])
-def test_temperatures(temperature, normalize, place):
+def test_any_temperature_matches_float64(temperature, normalize, place):
     device, impl = place
     case = Case.random(20, 300, 32, device=device, temperature=temperature, normalize=normalize)
     if not normalize:
@@ -68,7 +68,7 @@ def test_temperatures(temperature, normalize, place):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 1, "row"])
-def test_weights(lam, place):
+def test_any_weight_matches_float64(lam, place):
     device, impl = place
     lam = torch.tensor([0.0, 0.5, 1.0] * 3, device=device) if lam == "row" else lam
     replace(Case.random(9, 70, 32, device=device), lam=lam).check(impl)
@@ -85,7 +85,7 @@ def test_forms_of_one_weight_agree(place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_equal_keys_are_equation_4(place):
+def test_equal_keys_give_equation_4(place):
     device, impl = place
     case = Case.random(33, 500, 64, device=device)
     q = case.q.requires_grad_()
@@ -98,7 +98,7 @@ def test_equal_keys_are_equation_4(place):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_queries_in_the_queue_and_unnormalised_rows(place):
+def test_queries_in_the_queue_and_unnormalized_rows(place):
     device, impl = place
     case = Case.random(12, 90, 32, device=device)
     case.queue[:12] = F.normalize(case.q, dim=1)
@@ -138,7 +138,7 @@ def test_empty_queue(place):
 
 
 @pytest.mark.parametrize("keys", [1023, 1024, 3 * 1024, 5 * 1024 + 7])
-def test_parts_of_the_queue_merge(keys, monkeypatch):
+def test_the_lse_of_queue_parts_merges(keys, monkeypatch):
     """More parts than the attention operator is given at once, a rest, several blocks of rows."""
     monkeypatch.setattr(portable, "_PART_BYTES", 1)  # parts of 1024 keys
     monkeypatch.setattr(portable, "_PARTS", 2)
@@ -306,7 +306,7 @@ def test_largest_batch(place):
     assert loss.isfinite().all() and gradient.isfinite().all()
 
 
-def test_float64_is_exact():
+def test_float64_inputs_are_exact():
     case = Case.random(9, 2100, 24, torch.float64)
     case = replace(case, lam=case.lam.double())
     found, exact = case.run(reduction="none", impl="torch"), case.run(reference.mixed_info_nce)
@@ -353,5 +353,5 @@ def test_docstring_expressions(function):
     lam=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
-def test_any_shape(batch, keys, width, temperature, lam, seed):
+def test_any_shape_matches_float64(batch, keys, width, temperature, lam, seed):
     Case.random(batch, keys, width, seed=seed, temperature=temperature, lam=lam).check("torch")

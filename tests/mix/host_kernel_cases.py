@@ -20,7 +20,7 @@ torch.ops.load_library(os.environ["FASTUFT_HOST_KERNELS"])
 OPS = torch.ops.fastuft
 
 
-def test_bad_boxes_are_clamped_and_bad_partners_poison():
+def test_bad_boxes_are_clamped_and_bad_partners_give_nan():
     images = torch.rand(4, 3, 16, 16)
     boxes = torch.tensor([[0, 0, 4, 5], [-5, -5, 99, 99], [0, 0, 4, 4], [9, 9, 2, 2]], dtype=torch.int32)
     partner = torch.tensor([99, 0, -1, 2])
@@ -39,7 +39,7 @@ def test_bad_boxes_are_clamped_and_bad_partners_poison():
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan"), float("inf")])
-def test_bad_weights_and_partners_poison(bad):
+def test_bad_weights_and_partners_give_nan(bad):
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8):
         x = (torch.rand(4, 3, 8, 8) * 200 + 1).to(dtype)
         mixed = OPS.mixup(x, torch.tensor([bad, 0.5, 1.0, 0.25]), torch.tensor([1, 0, 7, 2]))
@@ -51,7 +51,7 @@ def test_bad_weights_and_partners_poison(bad):
         assert torch.equal(paired[1:3], x[1:3])
 
 
-def test_more_samples_than_a_grid_has_rows():
+def test_more_samples_than_grid_rows():
     images = torch.arange(65_538 * 2, dtype=torch.float32).view(65_538, 1, 1, 2)
     boxes = torch.tensor([[0, 0, 1, 1]], dtype=torch.int32).expand(65_538, 4).contiguous()
     partner = torch.arange(65_538).flip(0)
@@ -96,7 +96,7 @@ def test_nothing_to_do():
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-def test_boxes_in_a_view_leave_its_surroundings(data):
+def test_boxes_in_a_view_leave_the_storage_around_it(data):
     """Rows of a multiple of 16 bytes, cropped: vectors are used, their parts outside the box and the view stay."""
     number = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     dtype = data.draw(st.sampled_from([torch.uint8, torch.float16, torch.float32, torch.float64]))

@@ -89,7 +89,7 @@ def kernels() -> list[Kernel]:
     return found
 
 
-def test_every_kernel_is_there_for_each_chip(kernels):
+def test_every_kernel_is_compiled_for_each_architecture(kernels):
     chips = {kernel.chip for kernel in kernels}
     assert chips in (CHIPS, CHIPS_BEFORE_CUDA_12_8)
     for chip in chips:
@@ -97,6 +97,6 @@ def test_every_kernel_is_there_for_each_chip(kernels):
         assert {name: names.count(name) for name in sorted(set(names))} == INSTANCES, chip
 
 
-def test_nothing_spills(kernels):
+def test_no_kernel_spills_registers(kernels):
     spilled = [str(kernel) for kernel in kernels if kernel.stack or kernel.local]
     assert not spilled, "\n".join(spilled)

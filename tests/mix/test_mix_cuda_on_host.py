@@ -37,7 +37,7 @@ def kernels(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("order", ["forward", "backward"])
-def test_kernels_on_the_host(kernels, order, tmp_path):
+def test_kernels_run_on_the_host(kernels, order, tmp_path):
     copy_package(tmp_path)
     variables = {"FASTUFT_HOST_KERNELS": str(kernels)}
     if order == "backward":

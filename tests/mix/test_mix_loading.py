@@ -47,7 +47,7 @@ print(*loaded, ops.HAS_CUDA_EXTENSION, ops._why_the_reference_runs(), sep="|")
     ],
     ids=["CUDA", "CUDA without the library", "CPU", "ROCm"],
 )
-def test_importing_asks_no_driver(tmp_path, cuda, hip, has_library, loaded, reason):
+def test_importing_does_not_initialize_cuda(tmp_path, cuda, hip, has_library, loaded, reason):
     folder = copy_package(tmp_path)
     shutil.copy2(ops.find_library("_C"), folder)
     if has_library:

@@ -60,7 +60,7 @@ def batches(draw, in_place=False):
 
 @RELAXED
 @given(batches())
-def test_cutmix_is_bitwise_the_reference(batch):
+def test_cutmix_equals_the_reference_bitwise(batch):
     images, boxes, partner, _ = batch
     before = images.clone()
     mixed = fastuft.cutmix(images, boxes, partner)
@@ -71,7 +71,7 @@ def test_cutmix_is_bitwise_the_reference(batch):
 
 @RELAXED
 @given(batches(in_place=True))
-def test_cutmix_in_place_is_bitwise_the_reference(batch):
+def test_cutmix_in_place_equals_the_reference_bitwise(batch):
     images, boxes, _, _ = batch
     expected = images.clone()
     reference.cutmix_(expected, boxes)
@@ -100,7 +100,7 @@ def test_mixup_in_place_rounds_once(batch):
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 6, 12])
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
-def test_pairs_within_groups_are_those_of_each_group_alone(group, form):
+def test_grouped_pairs_equal_separate_calls_per_group(group, form):
     images = torch.rand(12, 3, 9, 7).contiguous(memory_format=form)
     pairs = 12 // group * (group // 2)
     boxes, lam = fastuft.sample_boxes(pairs, 9, 7, generator=torch.Generator().manual_seed(group))
@@ -117,7 +117,7 @@ def test_pairs_within_groups_are_those_of_each_group_alone(group, form):
     assert torch.equal(mixed, expected) and torch.equal(plain, expected)
 
 
-def test_a_failed_check_leaves_autograds_version_alone():
+def test_a_failed_check_does_not_bump_the_version_counter():
     images = torch.rand(4, 3, 4, 4)
     before = images._version
     with pytest.raises(ValueError, match="does not fit"):
@@ -134,7 +134,7 @@ def brute_force_cutmix(images, boxes, partner):
     return mixed
 
 
-def test_the_reference_is_the_definition():
+def test_the_reference_equals_the_definition():
     images = fill([5, 3, 6, 7], torch.float32, (0, 1, 2, 3), 0)
     boxes, lam = fastuft.sample_boxes(5, 6, 7, generator=torch.Generator().manual_seed(1))
     partner = torch.tensor([4, 4, 0, 3, 1])
@@ -145,7 +145,7 @@ def test_the_reference_is_the_definition():
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_odd_batches_leave_the_middle(batch):
+def test_odd_batches_keep_the_middle_sample(batch):
     images = fill([batch, 2, 4, 4], torch.float32, (0, 2, 3, 1), 0)
     before = images.clone()
     whole = torch.tensor([[0, 0, 4, 4]] * (batch // 2), dtype=torch.int32).reshape(-1, 4)
@@ -153,7 +153,7 @@ def test_odd_batches_leave_the_middle(batch):
     assert torch.equal(images, before.flip(0))
 
 
-def test_non_dense_views_work_in_place_and_out_of_place():
+def test_non_dense_views_are_supported():
     base = fill([6, 3, 8, 20], torch.float32, (0, 1, 2, 3), 0)
     for view in (base[:, :, :, ::2], base[:, :, 1:7, 3:11], base[::2]):
         boxes, _ = fastuft.sample_boxes(len(view) // 2, *view.shape[2:], generator=torch.Generator().manual_seed(2))
@@ -171,7 +171,7 @@ def test_non_dense_views_work_in_place_and_out_of_place():
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 2, 3)], ids=str)
-def test_outputs_larger_than_the_cache(order):
+def test_outputs_larger_than_the_cache_are_exact(order):
     """Those are written by streaming stores, here at odd offsets; the sizes exceed any last-level cache in use."""
     side = 1501
     images = fill([6, 3, side, side], torch.float32, order, 0)
@@ -181,7 +181,7 @@ def test_outputs_larger_than_the_cache(order):
     assert torch.equal(fastuft.mixup(images, lam, partner), reference.mixup(images, lam, partner))
 
 
-def test_writes_in_place_are_seen_by_autograd():
+def test_in_place_writes_bump_the_version_counter():
     images = torch.rand(4, 3, 4, 4)
     weight = torch.rand(1, requires_grad=True)
     loss = (weight * images).sum()
@@ -202,7 +202,7 @@ def test_writes_in_place_are_seen_by_autograd():
         ("mixup_", lambda: (LAM[:2] * float("nan"),)),
     ],
 )
-def test_operators_check_values_too(name, rest):
+def test_operators_check_values(name, rest):
     """Compiled programs come without the Python side's checks of values."""
     images = torch.rand(4, 3, 4, 4)
     before = images.clone()
@@ -237,7 +237,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x: fastuft.mixup(x, lam, partner), images)
 
 
-def test_compiles_whole():
+def test_compiles_without_graph_breaks():
     images = fill([4, 3, 8, 8], torch.float32, (0, 2, 3, 1), 0)
     boxes, lam = fastuft.sample_boxes(4, 8, 8, generator=torch.Generator().manual_seed(0))
     partner = torch.tensor([3, 2, 1, 0])
@@ -280,7 +280,7 @@ LAM = torch.full((4,), 0.5)
         (lambda x: fastuft.cutmix_(x, BOX, group=2), r"boxes is \(4, 4\) of torch.int32; it must be a tensor \[2, 4\]"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(call, message):
+def test_bad_input_is_refused_before_any_write(call, message):
     LAM.requires_grad_(False)
     images = torch.rand(4, 3, 4, 4)
     before = images.clone()
@@ -315,7 +315,7 @@ def test_boxes_follow_the_definition(alpha, size):
     assert abs(float(area.double().mean()) / (height * width) - float(expected)) < 0.004
 
 
-def test_boxes_are_reproducible_and_checkpoint():
+def test_boxes_are_reproducible_from_the_generator():
     generator = torch.Generator().manual_seed(3)
     fastuft.sample_boxes(5, 8, 8, 0.4, generator)
     state = generator.get_state()
@@ -325,7 +325,7 @@ def test_boxes_are_reproducible_and_checkpoint():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_tiny_alpha_gives_no_nan():
+def test_a_tiny_alpha_gives_no_nan():
     _, lam = fastuft.sample_boxes(1000, 16, 16, 1e-4, torch.Generator().manual_seed(0))
     assert lam.isfinite().all() and 0.3 < lam.mean() < 0.75
 
@@ -339,7 +339,7 @@ def test_impossible_boxes_are_refused(arguments, message):
         fastuft.sample_boxes(*arguments)
 
 
-def test_the_reference_serves_where_the_extension_is_missing(tmp_path):
+def test_without_the_extension_the_reference_is_used(tmp_path):
     """A copy of the package without libraries warns once, says how to build, and computes the same."""
     import shutil
     import subprocess
@@ -421,7 +421,7 @@ class TestOnTheGpu:
         # and the bits of the CPU's operators
         assert torch.equal(blended.cpu(), fastuft.mixup(images.cpu(), lam.cpu(), partner.cpu()))
 
-    def test_views_with_gaps_and_misaligned_starts(self):
+    def test_views_with_gaps_and_misaligned_starts_are_exact(self):
         base = torch.rand(6, 3, 40, 61, device="cuda")
         for view in (
             base[:, :, 1:, 3:],
@@ -453,7 +453,7 @@ class TestOnTheGpu:
         torch.cuda.synchronize()
         assert images.grad.isfinite().all()
 
-    def test_bad_values_poison_or_clamp(self):
+    def test_bad_values_give_nan_or_are_clamped(self):
         images = torch.rand(4, 3, 16, 16, device="cuda")
         boxes = torch.tensor([[0, 0, 4, 4], [-5, -5, 99, 99], [0, 0, 4, 4], [9, 9, 2, 2]], dtype=torch.int32).cuda()
         partner = torch.tensor([99, 0, -1, 2]).cuda()
@@ -469,7 +469,7 @@ class TestOnTheGpu:
 
     @pytest.mark.parametrize("name", ["cutmix", "cutmix_", "mixup", "mixup_"])
     @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=str)
-    def test_captured_in_a_graph(self, name, order):
+    def test_a_captured_graph_replays_on_new_inputs(self, name, order):
         """Replayed on other images, boxes, weights and partners than it was captured with."""
         mix, static = gpu_case(name, order, seed=0)
         warm = torch.cuda.Stream()

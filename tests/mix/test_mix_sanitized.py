@@ -17,7 +17,7 @@ TESTS = "bitwise or rounds_once or odd_batches or non_dense or larger_than_the_c
 
 
 @pytest.mark.slow
-def test_no_access_leaves_the_batch(tmp_path):
+def test_no_access_is_out_of_bounds(tmp_path):
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake")
     build, site = tmp_path / "build", tmp_path / "site"

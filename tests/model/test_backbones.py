@@ -29,14 +29,14 @@ PARAMETERS = {"resnet18": 11_176_512, "resnet34": 21_284_672, "resnet50": 23_508
 
 
 @pytest.mark.parametrize("arch", TORCHVISION)
-def test_state_dict_is_torchvisions(arch):
+def test_state_dict_equals_torchvision(arch):
     backbone = build_backbone(arch)
     assert fingerprint(backbone.state_dict()) == TORCHVISION[arch]
     assert sum(p.numel() for p in backbone.parameters()) == PARAMETERS[arch]
 
 
 @pytest.mark.parametrize("arch", TORCHVISION)
-def test_outputs_equal_torchvisions(arch):
+def test_outputs_equal_torchvision(arch):
     torchvision = pytest.importorskip("torchvision")
     theirs = getattr(torchvision.models, arch)(weights=None)
     theirs.fc = nn.Identity()
@@ -66,7 +66,7 @@ def test_forward_shape_and_backward(arch, stem, width):
 @pytest.mark.parametrize(
     ("arch", "stem"), [("resnet_tiny", "small"), ("bit_resnet_tiny", "small"), ("resnet18", "imagenet")]
 )
-def test_every_network_is_a_backbone_that_says_what_it_is(arch, stem):
+def test_every_network_is_a_backbone_with_its_attributes(arch, stem):
     backbone = build_backbone(arch, stem).eval()
     assert isinstance(backbone, Backbone)
     assert (backbone.arch, backbone.stem) == (arch, stem)
@@ -75,16 +75,16 @@ def test_every_network_is_a_backbone_that_says_what_it_is(arch, stem):
     assert torch.equal(backbone(images), backbone.features(images))
 
 
-def test_stem_is_chosen_by_configuration_alone():
+def test_the_stem_follows_the_configuration_only():
     assert build_backbone("resnet18", "small").conv1.kernel_size == (3, 3)
     assert build_backbone("resnet18").conv1.kernel_size == (7, 7)
 
 
-def test_tiny_network_is_the_demos_size():
+def test_the_tiny_network_has_the_size_of_the_demo():
     assert 70_000 < sum(p.numel() for p in build_backbone("resnet_tiny", "small").parameters()) < 100_000
 
 
-def test_bit_has_no_batchnorm_and_its_own_normalization():
+def test_bit_has_no_batchnorm_and_its_own_mean_and_std():
     backbone = build_backbone("bit_resnet50")
     assert not has_batchnorm(backbone) and has_batchnorm(build_backbone("resnet18"))
     assert (backbone.mean, backbone.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -104,12 +104,12 @@ def test_unknown_networks_are_refused(arch, stem, message):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_timm_missing_is_said():
+def test_missing_timm_is_named():
     with pytest.raises(ValueError, match="needs timm; pip install timm"):
         build_backbone("timm:resnet18")
 
 
-def test_timm_networks_work_where_timm_is_installed():
+def test_timm_networks_work():
     timm = pytest.importorskip("timm")
     backbone = build_backbone("timm:resnet18")
     assert backbone(torch.randn(2, 3, 64, 64)).shape == (2, 512)
@@ -143,7 +143,7 @@ def test_split_batchnorm_equals_batchnorm_on_chunks(memory_format):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_split_batchnorm_running_statistics_are_the_groups_mean():
+def test_split_batchnorm_running_statistics_average_the_groups():
     split = set_batchnorm_mode(nn.BatchNorm2d(3), "split", 4)
     x = torch.randn(8, 3, 5, 5) * 3 + 1
     split(x)
@@ -162,7 +162,7 @@ def test_split_batchnorm_on_half_precision_accumulates_in_fp32():
     torch.testing.assert_close(got.float(), exact, rtol=2e-2, atol=2e-2)
 
 
-def test_the_compiled_formula_of_split_batchnorm_is_the_eager_one(monkeypatch):
+def test_compiled_split_batchnorm_equals_eager(monkeypatch):
     x = torch.randn(8, 3, 5, 5) * 3 + 1
     weights = torch.randn(8, 3, 5, 5)
     results = []
@@ -177,7 +177,7 @@ def test_the_compiled_formula_of_split_batchnorm_is_the_eager_one(monkeypatch):
         torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-4)
 
 
-def test_split_batchnorm_keeps_keys_and_goes_back():
+def test_split_batchnorm_keeps_state_dict_keys_and_converts_back():
     backbone = build_backbone("resnet_tiny", "small")
     keys = list(backbone.state_dict())
     set_batchnorm_mode(backbone, "split", 4)
@@ -190,13 +190,13 @@ def test_split_batchnorm_keeps_keys_and_goes_back():
     torch.testing.assert_close(backbone(x), split_eval)
 
 
-def test_split_batchnorm_compiles_whole():
+def test_split_batchnorm_compiles_without_graph_breaks():
     split = set_batchnorm_mode(nn.BatchNorm2d(4), "split", 2)
     x = torch.randn(4, 4, 3, 3)
     torch.testing.assert_close(torch.compile(split, fullgraph=True, backend="aot_eager")(x), split(x))
 
 
-def test_split_batchnorm_needs_whole_groups():
+def test_split_batchnorm_needs_divisible_batches():
     split = set_batchnorm_mode(nn.BatchNorm2d(4), "split", 3)
     with pytest.raises(ValueError, match="batch of 4 images does not divide into statistics groups of 3"):
         split(torch.randn(4, 4, 3, 3))
@@ -207,7 +207,7 @@ def test_unknown_batchnorm_mode_is_refused():
         set_batchnorm_mode(nn.BatchNorm2d(4), "frozen")
 
 
-def test_key_encoder_is_the_moving_average():
+def test_the_key_encoder_is_the_moving_average():
     torch.manual_seed(0)
     moco = MoCo(build_backbone("resnet_tiny", "small"), 16)
     assert not any(p.requires_grad for p in moco.key_encoder.parameters())

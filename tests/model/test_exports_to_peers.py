@@ -61,7 +61,7 @@ def smaller(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_from_pretrained_loads_every_tensor_and_gives_the_features(tmp_path, smaller, kind):
+def test_from_pretrained_loads_every_tensor_and_reproduces_the_features(tmp_path, smaller, kind):
     transformers = pytest.importorskip("transformers")
     arch, changes, side = NETWORKS[kind]
     if arch.startswith("timm:"):
@@ -78,7 +78,7 @@ def test_from_pretrained_loads_every_tensor_and_gives_the_features(tmp_path, sma
     torch.testing.assert_close(features, backbone(images), rtol=1e-5, atol=1e-5)
 
 
-def test_transformers_image_processor_makes_the_inputs(tmp_path):
+def test_the_transformers_image_processor_reproduces_the_inputs(tmp_path):
     transformers = pytest.importorskip("transformers")
     image = pytest.importorskip("PIL.Image")
     backbone = build_backbone("resnet18")
@@ -97,7 +97,7 @@ def test_transformers_image_processor_makes_the_inputs(tmp_path):
     ("arch", "stem"),
     [("resnet_tiny", "small"), ("bit_resnet_tiny", "small"), ("timm:vit_tiny_patch16_224", "imagenet")],
 )
-def test_onnx_gives_the_features_of_any_batch(tmp_path, smaller, arch, stem):
+def test_onnx_reproduces_the_features_for_any_batch_size(tmp_path, smaller, arch, stem):
     onnx, _, runtime = (pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime"))
     if arch.startswith("timm:"):
         pytest.importorskip("timm")

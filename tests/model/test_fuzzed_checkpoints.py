@@ -87,7 +87,7 @@ def numpy_archive() -> bytes:
 @seed(2)
 @FUZZ
 @given(flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=8), cut=st.floats(0, 1) | st.none())
-def test_flipped_and_cut_files(tmp_path_factory, make, flips, cut):
+def test_flipped_and_truncated_files(tmp_path_factory, make, flips, cut):
     content = bytearray(make())
     for place, change in flips:
         # half of the changes lie in the first 2 KB, where headers are

@@ -41,7 +41,7 @@ def by_group(x, weight, bias, residual, group, relu):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("form", ["plain", "relu", "residual"])
 @pytest.mark.parametrize("group", [2, 3, 6])
-def test_on_a_cpu_it_is_bit_for_bit_one_batchnorm_per_group(dtype, form, group):
+def test_cpu_results_equal_one_batchnorm_per_group_bitwise(dtype, form, group):
     inputs = make(dtype)
     x, weight, bias, residual, upstream = inputs
     residual, relu = residual if form == "residual" else None, form != "plain"
@@ -76,7 +76,7 @@ def test_gradients_against_finite_differences():
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
-def test_operators_are_what_torch_expects(affine, relu):
+def test_operators_pass_opcheck(affine, relu):
     x, weight, bias, residual, upstream = make(affine=affine)
     library.opcheck(
         torch.ops.fastuft.grouped_batch_norm.default, (x, weight, bias, residual if relu else None, 3, EPS, relu)
@@ -90,7 +90,7 @@ def test_operators_are_what_torch_expects(affine, relu):
         )
 
 
-def test_gradients_of_gradients_are_refused():
+def test_double_backward_is_refused():
     x, weight, bias, _, upstream = make()
     out = grouped_batch_norm(BatchNorm(x, weight, bias, None, 3, EPS, True))[0]
     with pytest.raises(RuntimeError, match="differentiable only once; omit create_graph"):
@@ -103,7 +103,7 @@ def a_network():
     return network.to(memory_format=torch.channels_last)
 
 
-def test_a_network_compiles_as_one_graph():
+def test_a_network_compiles_without_graph_breaks():
     network, images = a_network(), torch.randn(8, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     encoder = Encoder(network, 4)
     eager = encoder(images)
@@ -120,7 +120,7 @@ def test_a_network_compiles_as_one_graph():
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_statistics_that_move_together_move_as_those_of_each_layer_alone(momentum):
+def test_fused_statistics_updates_equal_updates_per_layer(momentum):
     alone, together = a_network(), a_network()
     for network in (alone, together):
         for module in network.modules():
@@ -137,7 +137,7 @@ def test_statistics_that_move_together_move_as_those_of_each_layer_alone(momentu
     assert alone.bn1.num_batches_tracked == 2
 
 
-def test_statistics_of_a_pass_that_failed_do_not_move():
+def test_a_failed_forward_leaves_the_running_statistics():
     network = a_network()
     with pytest.raises(RuntimeError, match="on purpose"), one_statistics_update():
         network(torch.randn(8, 3, 8, 8))
@@ -145,7 +145,7 @@ def test_statistics_of_a_pass_that_failed_do_not_move():
     assert network.bn1.num_batches_tracked == 0
 
 
-def test_activation_behind_any_batchnorm_is_the_same():
+def test_fused_activation_equals_batchnorm_then_activation():
     x = torch.randn(4, 3, 5, 5)
     residual = torch.randn_like(x)
     for mode in ("plain", "split"):

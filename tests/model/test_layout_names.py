@@ -64,7 +64,7 @@ STATES = {
 
 @pytest.mark.parametrize("prefix", ["", "model.backbone."])
 @pytest.mark.parametrize("name", STATES)
-def test_what_a_layout_writes_is_found_again(name, prefix):
+def test_layouts_round_trip(name, prefix):
     layout = getattr(transformer_layouts, name, None) or getattr(resnet_layouts, name)
     state = STATES[name]
     written = {prefix + key: value for key, value in layout.export(state).items()}
@@ -74,7 +74,7 @@ def test_what_a_layout_writes_is_found_again(name, prefix):
     assert name.startswith("DINOV2") or set(written) != {prefix + key for key in state}
 
 
-def test_a_tensor_that_a_layout_lacks_is_named():
+def test_a_tensor_missing_from_a_layout_is_named():
     with pytest.raises(ValueError, match=r"layout transformers ViT has no tensor for blocks\.0\.ls1\.gamma"):
         transformer_layouts.HF_VIT.export({"blocks.0.ls1.gamma": torch.ones(4)})
 
@@ -86,7 +86,7 @@ def test_blocks_numbered_in_chunks_are_found():
     assert best.is_whole(state) and best.prefix == "teacher.backbone."
 
 
-def test_dinov3s_joint_bias_is_taken_apart():
+def test_the_joint_bias_of_dinov3_is_split():
     state = {"blocks.0.attn.q_bias": torch.ones(4), "blocks.0.attn.v_bias": torch.full((4,), 3.0)}
     joint = {"blocks.0.attn.qkv.bias": torch.tensor([1.0] * 4 + [2.0] * 4 + [3.0] * 4)}
     best = find_matches(joint, state)[0]

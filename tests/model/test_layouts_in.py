@@ -31,7 +31,7 @@ def test_official_mocov2_layout_with_head(moco, donor, tmp_path):
     assert f"{len(report.matched)} tensors matched" in str(report)
 
 
-def test_mocov1_head_is_replaced_by_a_fresh_one(moco, donor, tmp_path):
+def test_a_mocov1_head_is_replaced_by_a_new_one(moco, donor, tmp_path):
     content = mocov2(donor)
     content["state_dict"] = {k: v for k, v in content["state_dict"].items() if ".fc." not in k}
     content["state_dict"]["module.encoder_q.fc.weight"] = torch.randn(16, 512)
@@ -54,7 +54,7 @@ def test_plain_backbones_under_any_prefix(moco, donor, tmp_path, prefix, suffix)
     assert not report.head_loaded
 
 
-def test_format_is_told_from_content_not_from_the_name(moco, donor, tmp_path):
+def test_the_format_is_detected_from_content_not_from_the_file_name(moco, donor, tmp_path):
     save_file(donor.backbone.state_dict(), tmp_path / "wrong.pth")
     load_init(moco, tmp_path / "wrong.pth")
     assert equal(moco.query_encoder.backbone, donor.backbone)
@@ -77,7 +77,7 @@ def test_lightly_sequential_numbering_with_projection_head(moco, donor, tmp_path
     assert report.layout.startswith("sequential") and report.head_loaded
 
 
-def test_missing_counters_are_fine_and_missing_weights_are_listed(moco, donor, tmp_path):
+def test_missing_counters_are_allowed_and_missing_weights_listed(moco, donor, tmp_path):
     state = {k: v for k, v in donor.backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "a.pth")
     assert all(name.endswith("num_batches_tracked") for name in load_init(moco, tmp_path / "a.pth").missing)
@@ -91,7 +91,7 @@ def test_missing_counters_are_fine_and_missing_weights_are_listed(moco, donor, t
     assert "layer4.1.bn2.weight" in report.missing
 
 
-def test_other_shapes_are_listed(moco, tmp_path):
+def test_mismatched_shapes_are_listed(moco, tmp_path):
     torch.save(build_backbone("resnet18", "small").state_dict(), tmp_path / "small.pth")
     with pytest.raises(ValueError, match=r"conv1\.weight \(file \(64, 3, 3, 3\), network \(64, 3, 7, 7\)\)"):
         load_init(moco, tmp_path / "small.pth")
@@ -99,7 +99,7 @@ def test_other_shapes_are_listed(moco, tmp_path):
     assert "conv1.weight" in report.missing and "conv1.weight" not in report.matched
 
 
-def test_other_network_is_refused(moco, tmp_path):
+def test_weights_of_another_network_are_refused(moco, tmp_path):
     torch.save(build_backbone("resnet_tiny", "small").state_dict(), tmp_path / "tiny.pth")
     with pytest.raises(ValueError, match=r"Choose the model\.arch"):
         load_init(moco, tmp_path / "tiny.pth")
@@ -140,7 +140,7 @@ def test_bit_archives_load_without_pickle(tmp_path):
     assert report.ignored == ("resnet/head/conv2d/kernel",)
 
 
-def test_the_checkpoint_of_lightlys_example_loads_with_its_head(tmp_path):
+def test_a_checkpoint_from_the_lightly_example_loads_with_its_head(tmp_path):
     modules = pytest.importorskip("lightly.models.modules")
     torchvision = pytest.importorskip("torchvision")
 
@@ -161,7 +161,7 @@ def test_the_checkpoint_of_lightlys_example_loads_with_its_head(tmp_path):
     torch.testing.assert_close(ours.query_encoder.eval()(images), expected)
 
 
-def test_half_precision_weights_are_taken_in_full(moco, donor, tmp_path):
+def test_half_precision_weights_are_converted_to_float32(moco, donor, tmp_path):
     save_file(
         {n: v.half() if v.is_floating_point() else v for n, v in donor.backbone.state_dict().items()}, tmp_path / "x"
     )
@@ -170,7 +170,7 @@ def test_half_precision_weights_are_taken_in_full(moco, donor, tmp_path):
     torch.testing.assert_close(moco.query_encoder.backbone.conv1.weight, donor.backbone.conv1.weight.half().float())
 
 
-def test_two_backbones_in_one_file_are_told_and_chosen_by_key(moco, donor, tmp_path):
+def test_a_file_with_two_backbones_loads_by_init_key(moco, donor, tmp_path):
     torch.manual_seed(2)
     momentum = MoCo(build_backbone("resnet18"), 16).query_encoder
     state = {f"module.encoder_q.{name}": value for name, value in donor.backbone.state_dict().items()}
@@ -186,14 +186,14 @@ def test_two_backbones_in_one_file_are_told_and_chosen_by_key(moco, donor, tmp_p
         load_init(moco, tmp_path / "moco.pth", key="encoder")
 
 
-def test_a_deeper_network_is_not_cut_to_a_shallow_one(tmp_path):
+def test_a_deeper_network_is_not_truncated(tmp_path):
     deep = build_backbone("resnet34").state_dict()
     torch.save(deep, tmp_path / "resnet34.pth")
     with pytest.raises(ValueError, match=r"has a larger network than resnet18: 48 more tensors.*layer1\.2\.conv1"):
         load_init(build_backbone("resnet18"), tmp_path / "resnet34.pth")
 
 
-def test_a_bias_that_the_network_has_no_place_for_is_refused_unless_it_is_zero(tmp_path):
+def test_a_bias_that_the_network_lacks_is_refused_unless_zero(tmp_path):
     state = build_backbone("resnet_tiny", "small").state_dict()
     torch.save({**state, "conv1.bias": torch.zeros(16)}, tmp_path / "zero.pth")
     load_init(build_backbone("resnet_tiny", "small"), tmp_path / "zero.pth")
@@ -203,7 +203,7 @@ def test_a_bias_that_the_network_has_no_place_for_is_refused_unless_it_is_zero(t
 
 
 @pytest.mark.parametrize("channels", ["bgr", "gray"])
-def test_first_convolutions_of_other_channels_are_converted_when_asked_for(tmp_path, channels):
+def test_first_convolutions_with_other_channels_are_converted_on_request(tmp_path, channels):
     ours = build_backbone("resnet_tiny", "small").eval()
     state = ours.state_dict()
     images = torch.randn(2, 1 if channels == "gray" else 3, 32, 32)
@@ -220,7 +220,7 @@ def test_first_convolutions_of_other_channels_are_converted_when_asked_for(tmp_p
         load_init(ours, tmp_path / "x.pth", channels="cmyk")
 
 
-def test_gray_needs_a_first_convolution_of_one_channel(moco, donor, tmp_path):
+def test_gray_conversion_needs_a_one_channel_convolution(moco, donor, tmp_path):
     torch.save(donor.backbone.state_dict(), tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"init_channels='gray' needs a first convolution with 1 channel,"):
         load_init(moco, tmp_path / "x.pth", channels="gray")
@@ -276,7 +276,7 @@ class Detectron2(nn.Module):
 
 
 @pytest.mark.parametrize("configured", [False, True])
-def test_detectron2s_pixels_and_strides_are_converted(tmp_path, configured):
+def test_detectron2_pixels_and_strides_are_converted(tmp_path, configured):
     torch.manual_seed(4)
     theirs = Detectron2().eval()
     std = (57.375, 57.12, 58.395) if configured else (1.0, 1.0, 1.0)
@@ -300,7 +300,7 @@ def test_detectron2s_pixels_and_strides_are_converted(tmp_path, configured):
         export_state_dict(ours, "torchvision")
 
 
-def test_detectron2s_other_means_are_refused(tmp_path):
+def test_other_detectron2_means_are_refused(tmp_path):
     state = {f"backbone.bottom_up.{name}": value for name, value in Detectron2().state_dict().items()}
     torch.save({"model": state}, tmp_path / "model_final.pth")
     (tmp_path / "config.yaml").write_text("MODEL: {PIXEL_MEAN: [127.5, 127.5, 127.5]}\n")
@@ -308,7 +308,7 @@ def test_detectron2s_other_means_are_refused(tmp_path):
         load_init(build_backbone("resnet50"), tmp_path / "model_final.pth")
 
 
-def test_mmpretrains_checkpoints_load_by_their_prefix(moco, donor, tmp_path):
+def test_mmpretrain_checkpoints_load_by_prefix(moco, donor, tmp_path):
     state = {f"backbone.{name}": value for name, value in donor.backbone.state_dict().items()}
     torch.save(
         {"meta": {"epoch": 100}, "state_dict": {**state, "head.fc.weight": torch.ones(2, 512)}}, tmp_path / "x.pth"

@@ -126,7 +126,7 @@ def smaller(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
-def test_folders_of_transformers_give_their_features(tmp_path, smaller, kind, shards):
+def test_transformers_folders_reproduce_their_features(tmp_path, smaller, kind, shards):
     arch, changes, make, features, side = NETWORKS[kind]
     smaller(changes)
     theirs = spread_(make())
@@ -150,12 +150,12 @@ def test_folders_of_transformers_give_their_features(tmp_path, smaller, kind, sh
         (lambda: transformers.ConvNextModel(transformers.ConvNextConfig()), "timm:convnext_tiny"),
     ],
 )
-def test_usual_networks_of_transformers_are_told_from_their_configuration(tmp_path, make, arch):
+def test_common_transformers_networks_are_identified_by_configuration(tmp_path, make, arch):
     make().save_pretrained(tmp_path)
     assert load_backbone(tmp_path).arch == arch
 
 
-def test_the_preprocessors_normalization_is_taken_over(tmp_path):
+def test_the_preprocessors_normalization_is_used(tmp_path):
     resnet("basic", [2, 2, 2, 2], [64, 128, 256, 512]).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3})
@@ -182,7 +182,7 @@ def authors_dinov2(state, *, registers: bool, chunks: bool) -> dict:
 @torch.no_grad()
 @pytest.mark.parametrize("registers", [False, True])
 @pytest.mark.parametrize("chunks", [False, True])
-def test_checkpoints_of_dinov2s_authors_load_by_teacher_or_student(tmp_path, smaller, registers, chunks):
+def test_original_dinov2_checkpoints_load_teacher_or_student(tmp_path, smaller, registers, chunks):
     arch = "timm:vit_small_patch14_reg4_dinov2" if registers else "timm:vit_small_patch14_dinov2"
     smaller({"depth": 2, "embed_dim": 192, "num_heads": 3, "img_size": 70})
     networks = {name: spread_(build_backbone(arch).network) for name in ("teacher", "student")}
@@ -203,7 +203,7 @@ def test_checkpoints_of_dinov2s_authors_load_by_teacher_or_student(tmp_path, sma
 
 
 @torch.no_grad()
-def test_checkpoints_of_dinov3s_authors_load_and_their_biases_need_a_place(tmp_path, smaller):
+def test_original_dinov3_checkpoints_load_and_unmatched_biases_are_refused(tmp_path, smaller):
     smaller({"depth": 2, "embed_dim": 192, "num_heads": 3})
     theirs = spread_(build_backbone("timm:vit_small_patch16_dinov3_qkvb").network)
     state = {"mask_token": torch.zeros(1, 192), "rope_embed.periods": torch.ones(16)}
@@ -227,7 +227,7 @@ def test_checkpoints_of_dinov3s_authors_load_and_their_biases_need_a_place(tmp_p
 
 
 @torch.no_grad()
-def test_checkpoints_of_dinos_authors_load_by_timms_own_names(tmp_path):
+def test_original_dino_checkpoints_load_by_timm_names(tmp_path):
     theirs = spread_(timm.create_model("vit_tiny_patch16_224", num_classes=0))
     state = {f"module.backbone.{name}": value for name, value in theirs.state_dict().items()}
     state |= {"module.head.mlp.0.weight": torch.randn(8, 192)}
@@ -237,7 +237,7 @@ def test_checkpoints_of_dinos_authors_load_by_timms_own_names(tmp_path):
     torch.testing.assert_close(ours(images), theirs(images), **TOLERANCE)
 
 
-def test_a_deeper_vit_is_not_cut_to_a_shallow_one(tmp_path, smaller):
+def test_a_deeper_vit_is_not_truncated(tmp_path, smaller):
     torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "x.pth")
     smaller({"depth": 2})
     with pytest.raises(ValueError, match="has a larger network than timm:vit_tiny_patch16_224"):
@@ -269,7 +269,7 @@ def test_a_deeper_vit_is_not_cut_to_a_shallow_one(tmp_path, smaller):
         "edgenext_xx_small",
     ],
 )
-def test_the_width_of_timms_networks_is_that_of_their_features(name):
+def test_num_features_is_the_width_of_timm_features(name):
     backbone = build_backbone(f"timm:{name}").eval()
     images = torch.randn(2, 3, backbone.input_size, backbone.input_size)
     assert backbone(images).shape == (2, backbone.num_features)

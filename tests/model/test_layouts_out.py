@@ -14,7 +14,7 @@ from torch import nn
 from fastuft.model import build_backbone, export, export_backbone, export_state_dict, load_backbone, load_init
 
 
-def test_exported_backbone_says_what_it_is(tmp_path):
+def test_an_exported_backbone_records_its_network_and_preprocessing(tmp_path):
     backbone = build_backbone("bit_resnet_tiny", "small")
     export_backbone(backbone, tmp_path / "run" / "backbone.safetensors")
     for place in (tmp_path / "run", tmp_path / "run" / "backbone.safetensors"):
@@ -25,7 +25,7 @@ def test_exported_backbone_says_what_it_is(tmp_path):
         load_backbone(tmp_path / "run", arch="resnet18")
 
 
-def test_backbone_without_metadata_needs_its_network_named(tmp_path):
+def test_a_backbone_without_metadata_needs_a_network_name(tmp_path):
     backbone = build_backbone("resnet18")
     torch.save(backbone.state_dict(), tmp_path / "x.pth")
     with pytest.raises(ValueError, match="does not name its network"):
@@ -33,7 +33,7 @@ def test_backbone_without_metadata_needs_its_network_named(tmp_path):
     assert equal(load_backbone(tmp_path / "x.pth", arch="resnet18"), backbone)
 
 
-def test_export_reads_back_under_each_layout(tmp_path):
+def test_exports_load_again_in_every_layout(tmp_path):
     backbone = build_backbone("resnet18")
     export_backbone(backbone, tmp_path / "b.safetensors")
     export(tmp_path / "b.safetensors", tmp_path / "tv.pth", layout="torchvision", num_classes=10)
@@ -96,7 +96,7 @@ LAYOUTS = [(arch, "torchvision") for arch in RESNETS] + [(arch, "timm") for arch
 
 
 @pytest.mark.parametrize(("arch", "layout"), LAYOUTS)
-def test_exports_have_the_tensors_of_the_other_librarys_network(arch, layout):
+def test_exports_have_the_tensors_of_the_peer_network(arch, layout):
     with torch.device("meta"):
         backbone = build_backbone(arch)
     backbone = backbone.to_empty(device="cpu")
@@ -132,7 +132,7 @@ def test_exports_load_strictly_in_torchvision_and_timm(tmp_path, arch, layout, n
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_an_export_that_the_disk_refuses_leaves_the_older_file(tmp_path, monkeypatch, suffix):
+def test_a_failed_export_keeps_the_older_file(tmp_path, monkeypatch, suffix):
     backbone = build_backbone("resnet_tiny", "small")
     export_backbone(backbone, tmp_path / "b.safetensors")
     out = tmp_path / f"out{suffix}"

@@ -40,7 +40,7 @@ def run(tmp_path):
 
 
 @torch.no_grad()
-def test_a_torch_export_takes_any_batch_and_says_its_preprocessing(run, tmp_path):
+def test_a_torch_export_takes_any_batch_size_and_records_its_preprocessing(run, tmp_path):
     export(run.path, tmp_path / "x.pt2", layout="torch_export")
     program = torch.export.load(tmp_path / "x.pt2").module()
     backbone = build_backbone("resnet_tiny", "small").eval()
@@ -53,14 +53,14 @@ def test_a_torch_export_takes_any_batch_and_says_its_preprocessing(run, tmp_path
     assert beside["output"]["shape"] == ["batch", 64]
 
 
-def test_a_program_with_other_features_is_not_left(run, tmp_path, monkeypatch):
+def test_a_program_with_wrong_features_is_deleted(run, tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "_TOLERANCE", -1.0)
     with pytest.raises(RuntimeError, match="the features differ from the backbone's"):
         export(run.path, tmp_path / "x.pt2", layout="torch_export")
     assert not (tmp_path / "x.pt2").exists() and not (tmp_path / "x.json").exists()
 
 
-def test_onnx_without_its_libraries_is_said(run, tmp_path, monkeypatch):
+def test_missing_onnx_libraries_are_named(run, tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -68,7 +68,7 @@ def test_onnx_without_its_libraries_is_said(run, tmp_path, monkeypatch):
         export(run.path, tmp_path / "x.onnx", layout="onnx")
 
 
-def test_the_card_of_a_run_says_data_recipe_verdict_and_figures(run, tmp_path):
+def test_a_model_card_has_data_recipe_verdict_and_figures(run, tmp_path):
     export(run.path, tmp_path / "x.safetensors")
     card = (tmp_path / "x.md").read_text()
     for text in (
@@ -88,7 +88,7 @@ def test_the_card_of_a_run_says_data_recipe_verdict_and_figures(run, tmp_path):
         assert text in card, text
 
 
-def test_a_run_of_which_little_is_recorded_gets_a_card_that_says_so(run):
+def test_a_card_says_what_the_run_did_not_record(run):
     run.summary_file.write_text("{")
     run.config_file.unlink()
     (run.path / "eval" / "eval.json").unlink()
@@ -98,12 +98,12 @@ def test_a_run_of_which_little_is_recorded_gets_a_card_that_says_so(run):
     assert "network = torchvision.models.resnet18()" in card
 
 
-def test_checkpoints_that_are_no_run_get_no_card(run, tmp_path):
+def test_exports_of_plain_checkpoints_have_no_card(run, tmp_path):
     export(run.backbone_file, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.md").exists()
 
 
-def test_a_folder_of_transformers_is_read_back(tmp_path):
+def test_an_exported_transformers_folder_loads_again(tmp_path):
     backbone = build_backbone("resnet18").eval()
     export_backbone(backbone, tmp_path / "b.safetensors")
     export(tmp_path / "b.safetensors", tmp_path / "hf", layout="transformers")
@@ -128,7 +128,7 @@ def test_impossible_exports_are_refused(tmp_path, arguments, message):
         export(tmp_path / "b.safetensors", tmp_path / arguments.pop("out"), **arguments)
 
 
-def test_resnet_v2_has_no_folder_of_transformers(tmp_path):
+def test_resnet_v2_cannot_be_exported_to_transformers(tmp_path):
     export_backbone(build_backbone("bit_resnet_tiny", "small"), tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="has no network like bit_resnet_tiny"):
         export(tmp_path / "b.safetensors", tmp_path / "hf", layout="transformers")

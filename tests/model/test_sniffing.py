@@ -120,7 +120,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_that_is_not_a_checkpoint_is_named_for_what_it_is(tmp_path, monkeypatch, kind):
+def test_the_error_says_what_a_file_is_instead_of_a_checkpoint(tmp_path, monkeypatch, kind):
     content, message = FILES[kind]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").write_bytes(content)
@@ -130,7 +130,7 @@ def test_a_file_that_is_not_a_checkpoint_is_named_for_what_it_is(tmp_path, monke
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_torch_archive_with_code_names_it_and_runs_nothing(tmp_path, monkeypatch):
+def test_code_in_a_torch_archive_is_named_and_never_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Bomb()}, tmp_path / "x.pth")
     with pytest.raises(
@@ -140,7 +140,7 @@ def test_a_torch_archive_with_code_names_it_and_runs_nothing(tmp_path, monkeypat
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_damaged_torch_archive_is_said_to_be_damaged(tmp_path):
+def test_a_damaged_torch_archive_is_reported(tmp_path):
     content = bytearray(torch_bytes({"weight": torch.arange(1000.0)}))
     content[content.index(b"ctorch._utils")] = 0xFF  # an opcode that pickle does not have
     (tmp_path / "x").write_bytes(bytes(content))
@@ -149,7 +149,7 @@ def test_a_damaged_torch_archive_is_said_to_be_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["weight", "structure"])
-def test_a_flipped_byte_in_a_torch_archive_is_noticed(tmp_path, place):
+def test_a_flipped_byte_in_a_torch_archive_is_detected(tmp_path, place):
     content = bytearray(torch_bytes({"weight": torch.arange(1000.0)}))
     marks = {"weight": torch.arange(500.0, 510.0).numpy().tobytes(), "structure": b"weight"}
     content[content.index(marks[place])] ^= 1
@@ -160,7 +160,7 @@ def test_a_flipped_byte_in_a_torch_archive_is_noticed(tmp_path, place):
         read_checkpoint(tmp_path / "x")
 
 
-def test_a_torch_archive_that_was_written_without_checksums_is_read(tmp_path):
+def test_a_torch_archive_without_checksums_loads(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
         (tmp_path / "x").write_bytes(torch_bytes({"weight": torch.arange(10.0)}))
@@ -177,7 +177,7 @@ def test_missing_files_and_folders_without_weights_are_named(tmp_path):
         load_init(build_backbone("resnet_tiny", "small"), tmp_path / "run")
 
 
-def test_harmless_objects_beside_the_tensors_are_passed_over(tmp_path):
+def test_harmless_objects_beside_the_tensors_are_ignored(tmp_path):
     content = {
         "args": argparse.Namespace(lr=0.1, out=pathlib.PosixPath("/data")),
         "more": types.SimpleNamespace(a=1),
@@ -195,14 +195,14 @@ def test_harmless_objects_beside_the_tensors_are_passed_over(tmp_path):
     assert list(read_checkpoint(tmp_path / "x.pth").tensors) == ["inner.model.weight"]
 
 
-def test_torch_archives_of_the_old_form_are_read(tmp_path):
+def test_legacy_torch_archives_load(tmp_path):
     torch.save(
         {"args": argparse.Namespace(a=1), "w": torch.ones(3)}, tmp_path / "x", _use_new_zipfile_serialization=False
     )
     assert list(read_checkpoint(tmp_path / "x").tensors) == ["w"]
 
 
-def test_numbers_of_a_numpy_archive_are_read_and_texts_beside_them_passed_over(tmp_path):
+def test_numpy_archives_load_and_their_strings_are_ignored(tmp_path):
     arrays = {"big": np.arange(3, dtype=">f4"), "columns": np.asfortranarray(np.eye(3)[:2]), "classes": np.array(["a"])}
     np.savez_compressed(tmp_path / "x.npz", one=np.float32(2), wide=np.ones(2, np.longdouble), **arrays)
     tensors = read_checkpoint(tmp_path / "x.npz").tensors
@@ -215,7 +215,7 @@ def test_numbers_of_a_numpy_archive_are_read_and_texts_beside_them_passed_over(t
     "said",
     ["not json", "[]", '{"arch": 5}', '{"arch": "resnet_tiny", "stem": "odd"}', '{"traits": [1]}', "[" * 100_000],
 )
-def test_odd_metadata_of_safetensors_is_refused_by_name(tmp_path, said):
+def test_malformed_safetensors_metadata_is_refused_by_name(tmp_path, said):
     save_file(build_backbone("resnet_tiny", "small").state_dict(), tmp_path / "x", metadata={"fastuft": said})
     with pytest.raises(ValueError, match="has a damaged description of its network"):
         load_init(build_backbone("resnet_tiny", "small"), tmp_path / "x")
@@ -229,7 +229,7 @@ def test_dicts_that_contain_themselves_are_refused(tmp_path):
         read_checkpoint(tmp_path / "x")
 
 
-def test_a_name_of_thousands_of_parts_costs_no_time_and_is_cut_in_messages(tmp_path):
+def test_a_name_with_thousands_of_parts_is_fast_and_abbreviated(tmp_path):
     names = {"." * 20_000: torch.ones(1), "a\x1b[31m\n." * 5_000 + "conv1.weight": torch.ones(3)}
     torch.save({**build_backbone("resnet_tiny", "small").state_dict(), **names}, tmp_path / "x")
     began = time.perf_counter()
@@ -249,7 +249,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_weights_without_a_meaning_here_are_refused_by_name(tmp_path, fault):
+def test_unusable_weights_are_refused_by_name(tmp_path, fault):
     damage, message = FAULTS[fault]
     state = build_backbone("resnet_tiny", "small").state_dict()
     state["conv1.weight"] = damage(state["conv1.weight"])
@@ -261,20 +261,20 @@ def test_weights_without_a_meaning_here_are_refused_by_name(tmp_path, fault):
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
-def test_faults_of_tensors_that_are_not_used_do_not_matter(tmp_path):
+def test_faults_in_unused_tensors_are_ignored(tmp_path):
     state = {**build_backbone("resnet_tiny", "small").state_dict(), "queue": torch.full((3,), float("nan"))}
     torch.save(state, tmp_path / "x.pth")
     assert load_init(build_backbone("resnet_tiny", "small"), tmp_path / "x.pth").ignored == ("queue",)
 
 
 @pytest.mark.parametrize("config", ["", "[]", '{"model_type": "resnet"}'])
-def test_a_folder_of_transformers_without_weights_says_what_is_missing(tmp_path, config):
+def test_a_transformers_folder_without_weights_is_refused(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"config\.json"):
         read_checkpoint(tmp_path)
 
 
-def test_shards_are_files_of_the_folder(tmp_path):
+def test_sharded_weights_load_from_the_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": "../outside.safetensors"}}))
@@ -288,7 +288,7 @@ def test_shards_are_files_of_the_folder(tmp_path):
     assert sorted(read_checkpoint(tmp_path).tensors) == ["v", "w"]
 
 
-def test_shards_of_torch_archives_are_read_too(tmp_path):
+def test_sharded_torch_archives_load(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     shards = {"w": "pytorch_model-00001-of-00002.bin", "v": "pytorch_model-00002-of-00002.bin"}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))

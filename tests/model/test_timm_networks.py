@@ -77,19 +77,19 @@ def timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", stand_in)
 
 
-def test_the_width_is_that_of_the_features():
+def test_num_features_is_the_width_of_the_features():
     backbone = build_backbone("timm:conv_head")
     assert backbone.num_features == 6 and backbone(torch.randn(2, 3, 8, 8)).shape == (2, 6)
     assert (backbone.arch, backbone.stem, backbone.input_size) == ("timm:conv_head", "imagenet", 64)
     assert (backbone.mean, backbone.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-def test_what_timm_does_not_say_is_imagenets():
+def test_missing_timm_preprocessing_falls_back_to_imagenet():
     backbone = build_backbone("timm:plain")
     assert (backbone.num_features, backbone.input_size, backbone.mean) == (6, 224, (0.485, 0.456, 0.406))
 
 
-def test_networks_that_do_not_pool_are_said():
+def test_unpooled_features_are_refused():
     with pytest.raises(ValueError, match=r"returns features of shape \(2, 4, 4, 4\), expected \(2, 6\)"):
         build_backbone("timm:unpooled")(torch.randn(2, 3, 8, 8))
 
@@ -101,7 +101,7 @@ def test_unknown_networks_and_stems_are_refused():
         build_backbone("timm:plain", "small")
 
 
-def test_an_export_is_loaded_again(tmp_path):
+def test_an_export_loads_again(tmp_path):
     backbone = build_backbone("timm:conv_head").eval()
     export_backbone(backbone, tmp_path / "b.safetensors")
     again = load_backbone(tmp_path / "b.safetensors")
@@ -109,7 +109,7 @@ def test_an_export_is_loaded_again(tmp_path):
     assert isinstance(again, TimmBackbone) and torch.equal(again(images), backbone(images))
 
 
-def test_vits_are_made_for_any_multiple_of_their_patch():
+def test_vits_take_any_multiple_of_the_patch_size():
     backbone = build_backbone("timm:tokens", drop_path=0.2)
     assert (backbone.network.dynamic_img_size, backbone.network.drop_path_rate) == (True, 0.2)
     assert backbone(torch.randn(2, 3, 8, 12)).shape == (2, 5)
@@ -119,7 +119,7 @@ def test_vits_are_made_for_any_multiple_of_their_patch():
         backbone.check_size(3, "augment.size")
 
 
-def test_networks_without_stochastic_depth_or_patches_say_so():
+def test_networks_without_stochastic_depth_or_patches_are_refused():
     with pytest.raises(ValueError, match=r"model.drop_path=0.2 is not available for timm:plain"):
         build_backbone("timm:plain", drop_path=0.2)
     backbone = build_backbone("timm:plain")
@@ -134,7 +134,7 @@ def test_networks_without_stochastic_depth_or_patches_say_so():
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_pooling_stands_before_the_last_norm_and_goes_with_an_export(tmp_path, pool):
+def test_pooling_precedes_the_last_norm_and_is_exported(tmp_path, pool):
     backbone = build_backbone("timm:tokens").eval()
     images = torch.randn(2, 3, 8, 8)
     tokens = backbone.network.forward_features(images)
@@ -146,7 +146,7 @@ def test_pooling_stands_before_the_last_norm_and_goes_with_an_export(tmp_path, p
     assert again.traits.pool == pool and torch.equal(again(images), backbone(images))
 
 
-def test_tokens_do_not_decay_and_activations_are_computed_again():
+def test_tokens_have_no_weight_decay_and_activations_can_be_recomputed():
     encoder = Encoder(build_backbone("timm:tokens"), 4)
     groups = parameter_groups(encoder, OptimConfig(decay_norms=False))
     decays = {id(parameter): "weight_decay" not in group for group in groups for parameter in group["params"]}
@@ -157,7 +157,7 @@ def test_tokens_do_not_decay_and_activations_are_computed_again():
     assert encoder.backbone.patch_projection() == list(network.patch_embed.proj.parameters())
 
 
-def test_a_runs_checkpoint_brings_its_head(tmp_path):
+def test_a_run_checkpoint_includes_its_head(tmp_path):
     moco, other = (MoCo(build_backbone("timm:plain"), 4) for _ in range(2))
     torch.save({"model": moco.state_dict()}, tmp_path / "x.pt")
     report = load_init(other, tmp_path / "x.pt")

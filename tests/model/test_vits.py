@@ -97,7 +97,7 @@ def steps(config, side, count=2):
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_every_kind_trains_with_the_preset_of_its_family(small, kind):
+def test_every_vit_trains_with_the_preset_of_its_family(small, kind):
     arch, side, _ = small(kind)
     family = "vit" if kind in VITS else "convnext" if kind == "convnext" else "resnet"
     learner, records = steps(by_preset(arch, side, family), side)
@@ -118,7 +118,7 @@ def test_every_kind_trains_with_the_preset_of_its_family(small, kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", VITS)
-def test_other_sizes_are_taken_and_the_networks_own_gives_timms_features(small, kind):
+def test_other_input_sizes_work_and_the_native_one_equals_timm(small, kind):
     arch, side, patch = small(kind)
     backbone = build_backbone(arch).eval()
     plain = timm.create_model(arch.removeprefix("timm:"), num_classes=0).eval()
@@ -138,7 +138,7 @@ def test_other_sizes_are_taken_and_the_networks_own_gives_timms_features(small, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", VITS)
-def test_pooling_is_of_the_tokens_that_it_says(small, kind, tmp_path):
+def test_pooling_uses_the_named_tokens(small, kind, tmp_path):
     arch, side, _ = small(kind)
     backbone = build_backbone(arch).eval()
     images = torch.randn(2, 3, side, side)
@@ -160,7 +160,7 @@ def test_pooling_is_of_the_tokens_that_it_says(small, kind, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_exports_pool_as_the_network_does(small, pool, tmp_path):
+def test_exports_keep_the_pooling(small, pool, tmp_path):
     small("dinov2 with registers")
     backbone = build_backbone("timm:vit_small_patch14_reg4_dinov2").eval()
     backbone.adopt(Traits(pool=pool))
@@ -177,7 +177,7 @@ def test_exports_pool_as_the_network_does(small, pool, tmp_path):
         torch.testing.assert_close(scope["features"], backbone(images), rtol=1e-4, atol=1e-4)
 
 
-def test_what_has_no_tokens_or_no_class_token_is_refused():
+def test_pooling_without_the_needed_tokens_is_refused():
     with pytest.raises(ValueError, match=r"model.pool='cls' is for ViTs"):
         build_backbone("timm:convnext_atto").adopt(Traits(pool="cls"))
     with pytest.raises(ValueError, match=r"model.pool='cls': .* has no class token; choose mean"):
@@ -190,7 +190,7 @@ def test_what_has_no_tokens_or_no_class_token_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov3", "convnext", "efficientnet"])
-def test_the_query_encoder_alone_drops_paths(small, kind):
+def test_only_the_query_encoder_has_stochastic_depth(small, kind):
     arch, side, _ = small(kind)
     backbone = build_backbone(arch, drop_path=0.5)
     moco = MoCo(backbone, 8).train()

@@ -79,7 +79,7 @@ def built(tmp_path_factory):
     return next(place.glob("*.whl")), next((copy / "dist").glob("*.tar.gz")), wheel.stdout + wheel.stderr
 
 
-def test_wheel_serves_every_python_and_holds_everything(built, tmp_path):
+def test_one_wheel_serves_every_python_and_is_complete(built, tmp_path):
     wheel, _, log = built
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -102,7 +102,7 @@ def test_wheel_serves_every_python_and_holds_everything(built, tmp_path):
     assert use(site, tmp_path) == "True"
 
 
-def test_cuda_library_names_what_it_needs(built, tmp_path):
+def test_the_cuda_library_lists_its_dependencies(built, tmp_path):
     wheel, _, _ = built
     if "fastuft/mix/_C_cuda.so" not in zipfile.ZipFile(wheel).namelist():
         pytest.skip("built without nvcc")
@@ -116,7 +116,7 @@ def test_cuda_library_names_what_it_needs(built, tmp_path):
     assert "libpython" not in dynamic
 
 
-def test_libraries_need_only_the_stable_abi(built, tmp_path):
+def test_libraries_use_only_the_stable_abi(built, tmp_path):
     """No C++ symbol of PyTorch, whose names and layouts change between its releases, and nothing of Python's."""
     nm = shutil.which("nm")
     if nm is None:
@@ -133,7 +133,7 @@ def test_libraries_need_only_the_stable_abi(built, tmp_path):
         assert not foreign, f"{name}: {sorted(foreign)}"
 
 
-def test_wheel_serves_another_torch(built, tmp_path):
+def test_one_wheel_serves_several_torch_versions(built, tmp_path):
     """FASTUFT_OTHER_PYTHON names an interpreter whose torch is not the one that built the wheel."""
     python = os.environ.get("FASTUFT_OTHER_PYTHON")
     if not python:
@@ -155,7 +155,7 @@ def test_wheel_serves_another_torch(built, tmp_path):
     assert loaded == str(has_cuda and built_for_cuda == "True") and has_kernel == "True"
 
 
-def test_sdist_without_a_compiler_installs_with_the_portable_paths(built, tmp_path):
+def test_without_a_compiler_the_sdist_installs_the_portable_paths(built, tmp_path):
     _, sdist, _ = built
     site = tmp_path / "site"
     arguments = ("install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(site), str(sdist))
@@ -165,7 +165,7 @@ def test_sdist_without_a_compiler_installs_with_the_portable_paths(built, tmp_pa
     assert use(site, tmp_path) == "False"
 
 
-def test_no_nvcc_builds_the_cpu_part_and_says_so(built, tmp_path):
+def test_without_nvcc_only_the_cpu_part_is_built_and_reported(built, tmp_path):
     _, sdist, _ = built
     site = tmp_path / "site"
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])

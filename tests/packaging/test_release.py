@@ -40,37 +40,37 @@ def release(folder, version=VERSION):
     return done.returncode, done.stderr
 
 
-def test_a_tree_with_changes_is_refused(repository):
+def test_a_dirty_tree_is_refused(repository):
     (repository / "new.txt").write_text("left over")
     status, error = release(repository)
     assert status == 1 and "the working tree has changes" in error
 
 
-def test_another_version_is_refused(repository):
+def test_a_mismatched_version_is_refused(repository):
     status, error = release(repository, "9.9.9")
     assert status == 1 and 'pyproject.toml does not say version = "9.9.9"' in error
 
 
-def test_a_tag_that_exists_is_refused(repository):
+def test_an_existing_tag_is_refused(repository):
     git(repository, "tag", f"v{VERSION}")
     status, error = release(repository)
     assert status == 1 and f"the tag v{VERSION} exists already" in error
 
 
-def test_a_version_without_its_changes_is_refused(repository):
+def test_a_version_missing_from_the_changelog_is_refused(repository):
     git(repository, "rm", "--quiet", "CHANGELOG.md")
     git(repository, "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "Without")
     status, error = release(repository)
     assert status == 1 and "CHANGELOG.md has no section" in error
 
 
-def test_a_clean_tree_comes_to_the_build(repository):
+def test_a_clean_tree_is_built(repository):
     status, error = release(repository)
     assert status == 1 and "release:" not in error  # /bin/false stands where the build begins
 
 
 @pytest.mark.slow
-def test_two_builds_of_the_same_files_are_the_same_wheel(tmp_path):
+def test_builds_are_reproducible(tmp_path):
     """In folders of different length, with the CUDA part where nvcc is."""
     wheels = []
     for name in ("one", "another"):

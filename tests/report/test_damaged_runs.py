@@ -144,12 +144,12 @@ def test_pickles_bombs_and_huge_shapes_in_arrays_are_refused(run):
     assert "eval_arrays.npz" in load_run("arm", run).damaged[0]
 
 
-def test_what_unpacks_to_more_than_any_evaluation_is_not_unpacked(run, monkeypatch):
+def test_decompression_bombs_are_not_unpacked(run, monkeypatch):
     monkeypatch.setattr("fastuft.report.files._MAX_ARRAYS", 1000)
     assert "bytes when unpacked" in load_run("arm", run).damaged[0]
 
 
-def test_names_of_any_kind_are_shown(run, tmp_path):
+def test_any_name_is_shown(run, tmp_path):
     names = ["$x^{2$", "$\\frac$", "_hidden", "\udcff\udc80", "a\nb\x1b[31m", "日本語 🎉", "<script>", "a" * 300, ""]
     (run / "eval.json").write_text(json.dumps(evaluation() | {"classes": [*names, "\ud800"], "statements": names}))
     runs = [load_run(name, run) for name in names]
@@ -160,7 +160,7 @@ def test_names_of_any_kind_are_shown(run, tmp_path):
     assert "\x1b" not in shown and shown.encode() and "$x^{2$" in shown
 
 
-def test_a_report_is_written_whole(tmp_path, monkeypatch):
+def test_a_report_is_written_atomically(tmp_path, monkeypatch):
     run = write_run(tmp_path / "a", parts=("eval",))
     write_report(tmp_path / "report.html", [("arm", run)])
     before = (tmp_path / "report.html").read_bytes()
@@ -252,7 +252,7 @@ def crafted(draw):
 @seed(15)
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(files=crafted(), name=TEXTS)
-def test_no_crafted_run_folder_stops_a_report(tmp_path_factory, files, name):
+def test_no_malformed_run_folder_stops_a_report(tmp_path_factory, files, name):
     folder = tmp_path_factory.mktemp("crafted") / "a"
     folder.mkdir()
     for file, content in files.items():

@@ -137,7 +137,7 @@ def test_report_shows_arms_side_by_side(tmp_path):
     assert "bad files" in words
 
 
-def test_statements_name_their_runs_where_others_could_say_more(tmp_path):
+def test_statements_of_some_runs_name_them(tmp_path):
     first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     write_report(tmp_path / "both.html", [("naive", first), ("ours", second)])
     assert "naive: No source" not in (tmp_path / "both.html").read_text()
@@ -146,7 +146,7 @@ def test_statements_name_their_runs_where_others_could_say_more(tmp_path):
     assert "naive: No source images were given." in (tmp_path / "one.html").read_text()
 
 
-def test_pretraining_and_finetuning_have_curves_of_their_own(tmp_path):
+def test_pretraining_and_finetuning_have_separate_curves(tmp_path):
     runs = [("pretrained", write_run(tmp_path / "a", steps=1000)), ("naive", write_run(tmp_path / "b"))]
     write_report(tmp_path / "same.html", runs)
     summary = json.loads((tmp_path / "b" / "summary.json").read_text()) | {"init": {"path": "a"}}
@@ -158,7 +158,7 @@ def test_pretraining_and_finetuning_have_curves_of_their_own(tmp_path):
         assert ("From a checkpoint" in " ".join(parsed.words)) == (pictures == 2)
 
 
-def test_accuracies_label_free_figures_and_differences_are_tables_of_their_own(tmp_path):
+def test_accuracies_label_free_figures_and_differences_have_separate_tables(tmp_path):
     forgetting = {
         "before": {"mean": 0.9, "std": None, "trials": [0.9]},
         "after": {"mean": 0.3, "std": None, "trials": [0.3]},
@@ -177,7 +177,7 @@ def test_accuracies_label_free_figures_and_differences_are_tables_of_their_own(t
     assert text.count('class="best">90.0</td>') == 1  # of retrieval; what the source had before does not compete
 
 
-def test_before_after_and_difference_stand_side_by_side(tmp_path):
+def test_before_after_and_difference_are_side_by_side(tmp_path):
     run = write_run(tmp_path / "run")
     figures = json.loads((run / "eval.json").read_text())
     figures["before"] = {"retrieval": 0.8, "clustering": {"mean": 0.9, "std": None, "trials": [0.9]}}
@@ -206,7 +206,7 @@ def test_looks_and_verdicts_of_runs_are_shown(tmp_path):
     assert "<p>Without labels: &lt;script&gt;" in page and 'alt="Label-free measures' in page
 
 
-def test_runs_without_figures_say_so(tmp_path):
+def test_runs_without_figures_are_marked(tmp_path):
     runs = [("arm", write_run(tmp_path / "a", parts=("train",)))]
     assert "fastuft eval" in table(runs) and len(table(runs).splitlines()) == 1
 
@@ -252,7 +252,7 @@ def test_any_name_of_a_run_or_class_can_be_drawn(tmp_path, name):
     assert shown.encode() and len(shown.splitlines()) == 7
 
 
-def test_an_older_report_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_a_failed_report_keeps_the_older_one(tmp_path, monkeypatch):
     write_run(tmp_path / "run")
     page = tmp_path / "report.html"
     page.write_text("the old one")
@@ -274,7 +274,7 @@ def test_report_without_labels_shows_before_and_after(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["train", "eval"])
-def test_report_of_half_a_run(tmp_path, part):
+def test_a_run_without_evaluation_has_a_report(tmp_path, part):
     write_report(tmp_path / "report.html", [("arm", write_run(tmp_path / "a", parts=(part,)))])
     words = " ".join(read(tmp_path / "report.html")[1].words)
     assert ("Training curves" in words) == (part == "train")
@@ -320,7 +320,7 @@ def test_moving_average_keeps_constants_and_means():
     np.testing.assert_allclose(smooth(np.arange(5.0), 3), [0.5, 1, 2, 3, 3.5])
 
 
-def test_last_metrics_line_may_be_cut_short(tmp_path):
+def test_a_truncated_last_metrics_line_is_ignored(tmp_path):
     run = write_run(tmp_path / "a")
     whole = len(load_run("arm", run).metrics)
     with open(run / "metrics.jsonl", "a") as file:
@@ -328,7 +328,7 @@ def test_last_metrics_line_may_be_cut_short(tmp_path):
     assert len(load_run("arm", run).metrics) == whole
 
 
-def test_what_is_not_a_run_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has none of metrics\.jsonl"):
         load_run("arm", tmp_path)
     with pytest.raises(ValueError, match="runs is empty"):

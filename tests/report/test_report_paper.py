@@ -27,7 +27,7 @@ def by_key(cells):
     return {(c.key[3], c.key[4], c.key[5]): c for c in cells}
 
 
-def test_packaged_figures_are_complete():
+def test_the_packaged_published_figures_are_complete():
     figures = paper_figures()
     assert len(figures) == 232
     assert figures["2", "unsupervised", "resnet50", "ours", "pet", "cluster"] == 56.11
@@ -49,7 +49,7 @@ def test_missing_cells_of_touched_tables_are_listed():
     assert [c.key for c in cells] == [key for key in paper_figures() if key[0] == "2"]  # the paper's order
 
 
-def test_averages_need_every_data_set():
+def test_averages_need_all_data_sets():
     rows = [row(value + 1, dataset=name) for name, value in PAPER.items()]
     average = by_key(compare_with_paper(rows))["ours", "average", "retrieval"]
     assert average.difference == pytest.approx(1.0)
@@ -57,7 +57,7 @@ def test_averages_need_every_data_set():
     assert not any(key[1] == "average" for key in by_key(compare_with_paper(rows[:3])))
 
 
-def test_figures_without_a_counterpart_stay_bare():
+def test_figures_without_a_published_counterpart_have_no_difference():
     cell = compare_with_paper([row(50.0, method="mix_only")], missing=False)[0]
     assert cell.paper is None and cell.difference is None
 
@@ -103,11 +103,11 @@ def test_bad_results_are_refused(tmp_path, rows, message):
         read_results(write(tmp_path / "results.jsonl", rows))
 
 
-def test_no_results_yet(tmp_path):
+def test_a_results_file_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no results yet"):
         write_comparison(tmp_path, write(tmp_path / "results.jsonl", []))
 
 
-def test_several_result_files_are_joined(tmp_path):
+def test_several_result_files_are_merged(tmp_path):
     paths = [write(tmp_path / f"{i}.jsonl", [row(70.0 + i, trial=i)]) for i in range(3)]
     assert compare_with_paper(read_results(paths), missing=False)[0].ours.count == 3

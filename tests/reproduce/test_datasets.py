@@ -62,7 +62,7 @@ def test_wrong_sizes_are_refused(root, tmp_path):
     assert len(list(Path(prepared.test).rglob("*.jpg"))) == 249
 
 
-def test_sizes_are_those_of_the_paper_and_the_published_test_sets():
+def test_sizes_equal_the_paper_and_the_published_test_sets():
     sizes = {name: (layout.sizes.train, layout.sizes.test, layout.sizes.classes) for name, layout in LAYOUTS.items()}
     assert sizes == {
         "caltech101": (3060, None, 102),
@@ -78,7 +78,7 @@ def test_sizes_are_those_of_the_paper_and_the_published_test_sets():
     }
 
 
-def test_what_a_layout_of_another_split_left_is_noticed(root, tmp_path):
+def test_leftovers_of_another_split_are_detected(root, tmp_path):
     stray = tmp_path / "pet" / "train" / "Digit_1" / "stray.jpg"
     stray.parent.mkdir(parents=True)
     stray.write_bytes(b"of a layout that was broken off")
@@ -86,7 +86,7 @@ def test_what_a_layout_of_another_split_left_is_noticed(root, tmp_path):
         prepare_dataset("pet", root, tmp_path, **SIZES)
 
 
-def test_missing_dataset_says_what_to_download_and_where_it_goes(tmp_path):
+def test_a_missing_dataset_names_the_download_and_its_folder(tmp_path):
     with pytest.raises(DatasetMissing, match=r"food-101\.tar\.gz.*so that this path exists"):
         prepare_dataset("food101", tmp_path, tmp_path / "cache")
 
@@ -96,7 +96,7 @@ def test_unknown_dataset_is_refused(tmp_path):
         prepare_dataset("cars", tmp_path, tmp_path)
 
 
-def test_listed_file_that_is_missing_is_named(root, tmp_path):
+def test_a_missing_listed_file_is_named(root, tmp_path):
     lists = root / "food-101" / "meta" / "train.txt"
     original = lists.read_text()
     lists.write_text(original.replace(original.split()[0], "digit_0/999999", 1))
@@ -113,7 +113,7 @@ def test_cache_of_another_split_is_refused(root, tmp_path):
         prepare_dataset("caltech101", root, tmp_path, caltech_per_class=10, **SIZES)
 
 
-def test_caltech_class_that_is_too_small_is_named(root, tmp_path):
+def test_a_caltech_class_that_is_too_small_is_named(root, tmp_path):
     with pytest.raises(ValueError, match=r"class digit_\d has only \d+ images"):
         prepare_dataset("caltech101", root, tmp_path, caltech_per_class=200)
 
@@ -169,13 +169,13 @@ def test_python2_style_cifar_pickle_is_read(tmp_path):
         ({"data": [[0] * 3072], "fine_labels": [0]}, "has list as data"),
     ],
 )
-def test_other_pickles_than_cifar100s_are_refused(tmp_path, content, words):
+def test_pickles_other_than_cifar100_are_refused(tmp_path, content, words):
     (tmp_path / "train").write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(ValueError, match=words):
         read_cifar_images(tmp_path / "train", 10)
 
 
-def test_cifar_names_are_those_of_cifar100(tmp_path):
+def test_cifar_class_names_equal_cifar100(tmp_path):
     (tmp_path / "meta").write_bytes(pickle.dumps({"label_names": ["cat"]}, protocol=2))
     with pytest.raises(ValueError, match=r"no list of fine_label_names.*CIFAR-10 is another"):
         read_cifar_names(tmp_path / "meta")
@@ -187,7 +187,7 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(info, io.BytesIO(content))
 
 
-def test_tar_sample_is_fixed_by_the_seed_and_stays_inside_its_folder(tmp_path):
+def test_a_tar_sample_is_fixed_by_its_seed_and_stays_in_its_folder(tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
     for shard in range(3):
@@ -216,7 +216,7 @@ def _shards(folder: Path, *members: list[tuple[str, bytes]]) -> Path:
     return folder
 
 
-def test_classes_are_the_shards_names_or_what_webdataset_says(tmp_path):
+def test_classes_are_shard_names_or_cls_files(tmp_path):
     plain = _shards(tmp_path / "plain", [("a.jpg", b"1")], [("a.jpg", b"2"), ("b.png", b"3")])
     place = Path(extract_tar_sample(plain, tmp_path / "a", fraction=1.0, seed=0))
     assert {(p.parent.name, p.read_bytes()) for p in place.glob("*/*.*")} == {("n0", b"1"), ("n1", b"2"), ("n1", b"3")}
@@ -229,7 +229,7 @@ def test_classes_are_the_shards_names_or_what_webdataset_says(tmp_path):
     assert {(p.parent.name, p.read_bytes()) for p in place.glob("*/*.*")} == {("7", b"1"), ("9", b"2"), ("9", b"3")}
 
 
-def test_images_whose_names_are_alike_stay_apart(tmp_path):
+def test_images_with_similar_names_stay_distinct(tmp_path):
     """``a/b`` and ``a_b`` of one shard, and ``b_c`` of shard ``a`` beside ``c`` of shard ``a_b``."""
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -246,7 +246,7 @@ def test_images_whose_names_are_alike_stay_apart(tmp_path):
     assert sorted(path.read_bytes() for path in (place / "7").iterdir()) == [b"1", b"2", b"3", b"4", b"5"]
 
 
-def test_shard_and_member_names_of_any_kind_stay_inside_the_sample(tmp_path):
+def test_no_shard_or_member_name_escapes_the_sample(tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
     names = ["/etc/a.jpg", "../../b.jpg", "c" * 400 + ".jpg", "d\n\x1b.jpg", "..jpg", "sub/..\\e.jpg"]
@@ -269,7 +269,7 @@ def test_shard_and_member_names_of_any_kind_stay_inside_the_sample(tmp_path):
         ([[("1.jpg", b""), ("1.cls", b"../up")]], r"1\.jpg has the class '\.\./up'"),
     ],
 )
-def test_shards_that_give_no_classes_or_images_are_refused(tmp_path, members, words):
+def test_shards_without_classes_or_images_are_refused(tmp_path, members, words):
     with pytest.raises(ValueError, match=words):
         extract_tar_sample(_shards(tmp_path / "shards", *members), tmp_path / "a", fraction=0.5, seed=0)
 
@@ -281,7 +281,7 @@ def test_damaged_shards_are_named(tmp_path):
         extract_tar_sample(shards, tmp_path / "a", fraction=0.5, seed=0)
 
 
-def test_a_sample_goes_on_after_a_stop_and_is_not_mixed_with_another(tmp_path, monkeypatch):
+def test_a_stopped_sample_resumes_and_is_not_mixed_with_another(tmp_path, monkeypatch):
     shards = _shards(tmp_path / "shards", *[[(f"{i}.jpg", bytes([s, i])) for i in range(8)] for s in range(3)])
     read, taken = shards_module._content, []
 
@@ -304,7 +304,7 @@ def test_a_sample_goes_on_after_a_stop_and_is_not_mixed_with_another(tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "a/b", "..", "a\0b"])
-def test_cifar_names_that_lead_elsewhere_are_refused(root, tmp_path, name):
+def test_cifar_names_that_escape_the_folder_are_refused(root, tmp_path, name):
     shutil.copytree(root / "cifar-100-python", tmp_path / "in" / "cifar-100-python")
     names = [f"digit_{label}" for label in range(9)] + [name]
     (tmp_path / "in" / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"fine_label_names": names}, protocol=2))
@@ -313,7 +313,7 @@ def test_cifar_names_that_lead_elsewhere_are_refused(root, tmp_path, name):
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_cifar_names_that_repeat_are_refused(tmp_path):
+def test_repeated_cifar_names_are_refused(tmp_path):
     (tmp_path / "meta").write_bytes(pickle.dumps({"fine_label_names": ["cat", "cat"]}, protocol=2))
     with pytest.raises(ValueError, match="names a class twice"):
         read_cifar_names(tmp_path / "meta")
@@ -330,7 +330,7 @@ def test_cifar_names_that_repeat_are_refused(tmp_path):
         ("pet", "annotations/trainval.txt", None, "lists .* twice"),
     ],
 )
-def test_lists_of_names_that_lead_elsewhere_or_repeat_are_refused(root, tmp_path, dataset, file, line, words):
+def test_listed_names_that_escape_or_repeat_are_refused(root, tmp_path, dataset, file, line, words):
     folder = LAYOUTS[dataset].folder
     shutil.copytree(root / folder, tmp_path / "in" / folder)
     listed = tmp_path / "in" / folder / file

@@ -26,7 +26,7 @@ def test_every_published_figure_is_a_cell():
     assert set(ALL) - set(paper_figures()) == set(grid.FORGETTING_OF_OURS)
 
 
-def test_the_backbones_of_all_tables():
+def test_backbones_are_shared_between_tables():
     needed = grid.backbones(grid.measurements(ALL, [1], DATASETS, 1))
     kinds = [(b.pretraining, b.network, b.method) for b in needed]
     assert len(needed) == len(set(needed)) == 25
@@ -37,7 +37,7 @@ def test_the_backbones_of_all_tables():
     assert len({b.name for b in needed}) == 25
 
 
-def test_measurements_hold_all_that_their_cells_need():
+def test_a_measurement_covers_all_its_cells():
     found = {
         (m.backbone.method, m.dataset): m
         for m in grid.measurements(ALL, [1], DATASETS, 1)
@@ -79,18 +79,18 @@ EVALUATION = {
         ("food101", "semi4", "top1", [0.91]),
     ],
 )
-def test_values_of_a_cell(dataset, metric, accuracy, expected):
+def test_cells_are_read_from_evaluations(dataset, metric, accuracy, expected):
     key = ("2", "unsupervised", "resnet50", "ours", dataset, metric)
     assert grid.values(key, EVALUATION, accuracy) == expected
 
 
-def test_an_evaluation_that_did_without_a_cell_gives_it_no_value():
+def test_an_evaluation_without_a_cell_gives_no_value():
     for metric, dataset in (("fewshot1", "pet"), ("semi2", "pet"), ("cluster", "imagenet")):
         key = ("2", "unsupervised", "resnet50", "ours", dataset, metric)
         assert grid.values(key, {**EVALUATION, "forgetting": {}}, "mean_class") == []
 
 
-def test_rows_number_the_trials_over_seeds():
+def test_rows_number_trials_across_seeds():
     key = ("2", "unsupervised", "resnet50", "ours", "pet", "cluster")
     rows = grid.result_rows(key, {0: (EVALUATION, "a"), 1: (EVALUATION, "b")}, "mean_class")
     assert [(r["trial"], r["value"], r["run"]) for r in rows] == [
@@ -101,7 +101,7 @@ def test_rows_number_the_trials_over_seeds():
     ]
 
 
-def test_recipes_are_the_papers():
+def test_recipes_have_the_papers_values():
     ours = folders(grid.Backbone("unsupervised", "resnet50", "ours", "pet"), PAPER)
     assert (ours.optim.lr, ours.data.batch_size, ours.optim.epochs) == (0.015, 256, 200)
     assert (ours.target, ours.source, ours.init, ours.method.mix) == ("t", "s", "i", "cutmix")
@@ -130,7 +130,7 @@ def quoted_figures(text):
 
 
 @pytest.mark.parametrize("method", list(RECIPES))
-def test_recipes_quote_the_papers_figures_and_a_command_that_makes_them(method, monkeypatch):
+def test_recipes_quote_published_figures_and_a_reproducing_command(method, monkeypatch):
     text = " ".join(RECIPES[method].__doc__.split())
     table = re.search(r"Table (\d)", text)[1]
     found = 0
@@ -154,7 +154,7 @@ def test_recipes_quote_the_papers_figures_and_a_command_that_makes_them(method, 
     assert said.target == ("imagenet/train" if recipe.target == "s" else "pets/train")
 
 
-def test_tables_have_all_their_trials_by_default():
+def test_tables_run_all_their_trials_by_default():
     config = ReproduceConfig()
     assert (config.trials, config.tables, config.figure, config.datasets) == (3, list(TABLES), [1], list(DATASETS))
     evaluation = PAPER.evaluation
@@ -202,7 +202,7 @@ def test_what_is_missing_is_named_before_anything_runs(tmp_path, changes, words)
     assert not (tmp_path / "grid").exists()
 
 
-def test_processes_of_torchrun_are_refused(tmp_path, monkeypatch):
+def test_starting_under_torchrun_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"without torchrun, once per machine"):
         reproduce(ReproduceConfig(out=str(tmp_path / "grid"), scale="tiny"))

@@ -34,7 +34,7 @@ def job(tmp_path):
     return start
 
 
-def test_each_task_takes_its_share_and_ends_with_its_status(job, tmp_path):
+def test_each_array_task_runs_its_share_and_returns_its_status(job, tmp_path):
     assert job("exit 1").wait(timeout=60) == 1
     started = (tmp_path / "started").read_text()
     assert "--task 3 --tasks 12" in started and "--data data --weights.unsupervised_resnet50 weights.pth" in started
@@ -49,7 +49,7 @@ def test_each_task_takes_its_share_and_ends_with_its_status(job, tmp_path):
         ("touch {ready}; exec sleep 60", 138),
     ],
 )
-def test_the_signal_before_the_end_is_passed_on_and_the_job_requeued(job, tmp_path, program, status):
+def test_the_timeout_signal_is_forwarded_and_the_job_requeued(job, tmp_path, program, status):
     ready = tmp_path / "ready"
     process = job(program.format(ready=ready))
     deadline = time.monotonic() + 60

@@ -58,7 +58,7 @@ def test_every_cell_has_its_trials(finished):
     assert all(0 <= row["value"] <= 100 for rows in found.values() for row in rows)
 
 
-def test_the_tables_stand_beside_the_papers_figures(finished):
+def test_the_tables_show_the_papers_figures_too(finished):
     with open(finished / "comparison.csv", newline="") as file:
         cells = {tuple(row[k] for k in ("table", "method", "dataset", "metric")): row for row in csv.DictReader(file)}
     ours = cells["6", "ours", "pet", "fewshot8"]
@@ -77,7 +77,7 @@ def test_the_tables_stand_beside_the_papers_figures(finished):
     assert all(name in figure for name in ("from scratch", "pretrained", "naive", "+ SDR + Mix"))
 
 
-def test_the_same_command_again_only_reads(finished, micro):
+def test_repeating_the_command_only_reads(finished, micro):
     before = {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*") if path.is_file()}
     began = time.perf_counter()
     config = ReproduceConfig(out=str(finished), tables=["6"], datasets=["pet"], trials=2, scale="tiny", figure=[])
@@ -87,7 +87,7 @@ def test_the_same_command_again_only_reads(finished, micro):
     assert after == before
 
 
-def test_reports_of_results(finished, micro, tmp_path, capsys):
+def test_a_results_file_has_a_report(finished, micro, tmp_path, capsys):
     results = str(finished / "results.jsonl")
     assert main(["report", results, "--out", str(tmp_path / "page.html"), "--format", "markdown"]) == 0
     assert "| 6 | unsupervised | resnet50 | ours | pet | fewshot8 |" in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_another_recipe_in_the_same_folder_is_refused(finished, micro, capsys):
     assert "has a run with another optim" in capsys.readouterr().err
 
 
-def test_tables_of_evaluations_that_lack_a_cell(finished, micro, tmp_path):
+def test_cells_missing_from_an_earlier_evaluation_are_measured(finished, micro, tmp_path):
     """Table 2 needs one-shot runs, which Table 6 does without."""
     shutil.copytree(finished, tmp_path / "grid")
     file = tmp_path / "grid" / "runs" / "unsupervised-resnet50-naive-pet-seed0" / "eval-pet" / "eval.json"
@@ -117,7 +117,7 @@ def test_tables_of_evaluations_that_lack_a_cell(finished, micro, tmp_path):
     }
 
 
-def test_another_checkpoint_under_the_same_name_is_evaluated_anew(finished, micro, tmp_path):
+def test_a_changed_checkpoint_is_evaluated_again(finished, micro, tmp_path):
     weights = tmp_path / "weights.safetensors"
     pretrained = finished / "runs" / "unsupervised-resnet50-unsup_S-seed0" / "backbone.safetensors"
     other = finished / "runs" / "unsupervised-resnet50-naive-pet-seed0" / "backbone.safetensors"
@@ -142,7 +142,7 @@ def test_another_checkpoint_under_the_same_name_is_evaluated_anew(finished, micr
     assert hashes[0] != hashes[1]
 
 
-def test_tasks_of_an_array_share_the_work(micro, tmp_path, capsys):
+def test_array_tasks_share_the_work(micro, tmp_path, capsys):
     base = ReproduceConfig(
         out=str(tmp_path), tables=["1"], datasets=["pet", "caltech101"], trials=1, scale="tiny", figure=[], tasks=2
     )
@@ -170,7 +170,7 @@ def test_tasks_of_an_array_share_the_work(micro, tmp_path, capsys):
     assert len(rows_of(tmp_path)) == 3 * 2 * 3
 
 
-def test_processes_side_by_side_do_nothing_twice(tmp_path):
+def test_concurrent_processes_repeat_no_work(tmp_path):
     command = [sys.executable, micro_grid.__file__, str(tmp_path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     results = [process.communicate(timeout=300) for process in processes]
@@ -183,7 +183,7 @@ def test_processes_side_by_side_do_nothing_twice(tmp_path):
     ]
 
 
-def test_a_part_whose_process_ends_meanwhile_is_taken_over(micro, tmp_path, monkeypatch, capsys):
+def test_a_task_of_a_process_that_ended_is_taken_over(micro, tmp_path, monkeypatch, capsys):
     config = ReproduceConfig(out=str(tmp_path), tables=["1"], datasets=["pet"], trials=1, scale="tiny", figure=[])
     first, second = [backbone.name for backbone in make_plan(config).backbones if backbone.method != "unsup_S"]
     train, order = training.train, []
@@ -203,7 +203,7 @@ def test_a_part_whose_process_ends_meanwhile_is_taken_over(micro, tmp_path, monk
     assert {row["method"] for row in rows_of(tmp_path)} == {"unsup_S", "naive", "unsup_T"}
 
 
-def test_one_of_two_processes_is_killed_and_the_other_does_the_rest(tmp_path):
+def test_a_killed_process_leaves_the_rest_to_the_other(tmp_path):
     epochs = 24
     command = [sys.executable, micro_grid.__file__, str(tmp_path), "all", "1", str(epochs)]
     run = tmp_path / "runs" / "unsupervised-resnet50-unsup_S-seed0"
@@ -230,7 +230,7 @@ def test_one_of_two_processes_is_killed_and_the_other_does_the_rest(tmp_path):
     assert {row["method"] for row in rows_of(tmp_path)} == {"unsup_S", "naive", "unsup_T"}
 
 
-def test_a_lock_is_freed_with_its_process(tmp_path):
+def test_a_lock_ends_with_its_process(tmp_path):
     code = "import sys, pathlib\nfrom fastuft.reproduce.claims import claim\n"
     code += (
         "with claim(pathlib.Path(sys.argv[1]), 'part') as alone:\n    print(alone, flush=True)\n    sys.stdin.read()\n"
@@ -249,7 +249,7 @@ def test_a_lock_is_freed_with_its_process(tmp_path):
         assert alone
 
 
-def test_processes_of_one_training_stop_together_with_the_command(tmp_path):
+def test_stopping_the_command_stops_all_its_processes(tmp_path):
     command = [sys.executable, micro_grid.__file__, str(tmp_path), "pretrain", "2"]
     run = tmp_path / "runs" / "unsupervised-resnet50-unsup_S-seed0"
     process = subprocess.Popen([*command, "5000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -269,7 +269,7 @@ def test_processes_of_one_training_stop_together_with_the_command(tmp_path):
     assert next(line for line in plan if line.startswith(f"train {run.name}")).endswith("to do")
 
 
-def test_one_training_in_two_processes(tmp_path):
+def test_a_training_can_run_in_two_processes(tmp_path):
     command = [sys.executable, micro_grid.__file__, str(tmp_path), "pretrain", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done
@@ -278,7 +278,7 @@ def test_one_training_in_two_processes(tmp_path):
     assert "trained" not in done.stdout  # by torchrun's processes, not by this one
 
 
-def test_a_training_that_is_asked_to_stop_ends_the_command(micro, tmp_path, capsys, monkeypatch):
+def test_a_stopped_training_ends_the_command(micro, tmp_path, capsys, monkeypatch):
     stopped = dataclasses.make_dataclass("Stopped", ["interrupted"])("SIGTERM")
     monkeypatch.setattr(training, "train", lambda config: stopped)
     config = ReproduceConfig(out=str(tmp_path), tables=["1"], datasets=["pet"], trials=1, scale="tiny", figure=[])
@@ -288,7 +288,7 @@ def test_a_training_that_is_asked_to_stop_ends_the_command(micro, tmp_path, caps
     assert "stopped by SIGTERM; the same command continues" in capsys.readouterr().err
 
 
-def test_a_part_that_fails_leaves_the_others(micro, tmp_path, capsys, monkeypatch):
+def test_a_failed_task_leaves_the_others(micro, tmp_path, capsys, monkeypatch):
     evaluate = measuring.evaluate_backbone
 
     def fail_once(backbone, config: EvalConfig):

@@ -39,7 +39,7 @@ def sign(path):
     path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def test_last_and_every_are_kept(tmp_path):
+def test_keep_last_and_keep_every_are_followed(tmp_path):
     for step in range(1, 11):
         save(tmp_path, step, keep_last=2, keep_every=4)
     assert kept(tmp_path) == [10, 9, 8, 4]
@@ -60,7 +60,7 @@ def test_last_and_every_are_kept(tmp_path):
     ],
     ids=["cut", "flipped", "empty", "unsigned", "foreign", "other-program", "code"],
 )
-def test_a_spoilt_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, spoil, reason):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(tmp_path, spoil, reason):
     save(tmp_path, 1)
     spoil(save(tmp_path, 2))
     with pytest.raises(CheckpointError, match=reason):
@@ -71,7 +71,7 @@ def test_a_spoilt_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, spo
     assert len(found.reasons) == 1 and "step_00000002.pt" in found.reasons[0]
 
 
-def test_what_a_killed_writer_left_is_cleared_and_never_read(tmp_path):
+def test_leftovers_of_a_killed_writer_are_removed_and_never_read(tmp_path):
     save(tmp_path, 1)
     subprocess.run([sys.executable, "-c", KILLED_WRITER, Checkpoints(tmp_path).path(2)], check=False)
     assert len(list(tmp_path.glob("*.partial"))) == 1
@@ -80,7 +80,7 @@ def test_what_a_killed_writer_left_is_cleared_and_never_read(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_disk_that_refuses_leaves_the_earlier_ones(tmp_path, monkeypatch):
+def test_a_disk_error_keeps_the_earlier_checkpoints(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
     def full(descriptor):
@@ -94,13 +94,13 @@ def test_a_disk_that_refuses_leaves_the_earlier_ones(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_an_empty_folder_has_none(tmp_path):
+def test_an_empty_folder_has_no_checkpoints(tmp_path):
     found = newest(tmp_path / "nowhere")
     assert (found.path, found.content, found.reasons) == (None, None, ())
 
 
 @pytest.mark.parametrize("keep_last", [1, 2])
-def test_a_damaged_checkpoint_takes_the_place_of_no_whole_one(tmp_path, keep_last):
+def test_damaged_checkpoints_do_not_displace_whole_ones(tmp_path, keep_last):
     for step in (1, 2, 3):
         save(tmp_path, step, keep_last=3)
     for step in (3, 5):

@@ -36,13 +36,13 @@ def test_weights_come_from_the_newest_checkpoint_or_from_the_backbone_first(run)
     assert run.weights_file(backbone_first=True) == run.backbone_file
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_last_whole_one_and_says_so(run):
+def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(run):
     cut(run.checkpoints.path(2))
     with pytest.warns(UserWarning, match=r"step_00000002\.pt does not match its digest.*step_00000001\.pt is used"):
         assert run.weights_file() == run.checkpoints.path(1)
 
 
-def test_without_a_whole_checkpoint_the_backbone_is_used_and_that_is_said(run):
+def test_without_a_whole_checkpoint_the_backbone_is_used_with_a_warning(run):
     for _, path in run.checkpoints.all():
         cut(path)
     with pytest.warns(UserWarning, match=r"backbone\.safetensors is used instead") as caught:
@@ -69,7 +69,7 @@ def test_a_damaged_backbone_falls_back_to_the_newest_whole_checkpoint(run, damag
         assert run.weights_file(backbone_first=True) == run.checkpoints.path(1)
 
 
-def test_a_folder_of_which_nothing_is_whole_is_refused(run, tmp_path):
+def test_a_folder_without_whole_weights_is_refused(run, tmp_path):
     for path in (run.backbone_file, *(path for _, path in run.checkpoints.all())):
         cut(path)
     with pytest.raises(CheckpointError, match=r"has no undamaged weights: .*step_00000002\.pt .*copy the run again"):
@@ -78,7 +78,7 @@ def test_a_folder_of_which_nothing_is_whole_is_refused(run, tmp_path):
         RunFolder(tmp_path / "other").weights_file()
 
 
-def test_a_folder_holds_work_once_a_checkpoint_or_a_backbone_is_there(run, tmp_path):
+def test_a_folder_with_a_checkpoint_or_backbone_has_work(run, tmp_path):
     assert run.has_weights
     other = RunFolder(tmp_path / "other")
     other.path.mkdir()
@@ -89,7 +89,7 @@ def test_a_folder_holds_work_once_a_checkpoint_or_a_backbone_is_there(run, tmp_p
     assert other.has_weights
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_records_round_trip(tmp_path):
     folder = RunFolder(tmp_path)
     assert (folder.read_config(), folder.read_given(), folder.read_summary(), folder.read_metrics()) == ({}, {}, {}, [])
     folder.write_config({"model": {"bn": "split"}, "target": ["a", "b"]}, {"model": {"bn": "auto"}})
@@ -117,7 +117,7 @@ def test_a_damaged_configuration_is_named(tmp_path, content):
         folder.read_config()
 
 
-def test_lines_of_metrics_that_are_damaged_are_named_and_the_others_read(tmp_path):
+def test_damaged_metrics_lines_are_named_and_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\x00\x00\n[3]\n\n{"step": 4}\n{"note": "no step"}\n{"step": 5, "lo')
     rows, complaints = json_lines(path)
@@ -130,7 +130,7 @@ def test_lines_of_metrics_that_are_damaged_are_named_and_the_others_read(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml", "checkpoints/step_00000003.pt"])
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run, name):
+def test_a_pipe_instead_of_a_file_does_not_block(run, name):
     os.mkfifo(run.path / name)
     reads = {
         "metrics.jsonl": run.read_metrics,
@@ -143,7 +143,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run, name):
     assert run.weights_file() == run.checkpoints.path(2)
 
 
-def test_a_pipe_in_the_place_of_the_backbone_is_not_waited_for(run):
+def test_a_pipe_instead_of_the_backbone_does_not_block(run):
     run.backbone_file.unlink()
     os.mkfifo(run.backbone_file)
     with pytest.warns(UserWarning, match=r"backbone\.safetensors cannot be read \(not a regular file\)"):

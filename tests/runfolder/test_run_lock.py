@@ -34,7 +34,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_another_process_is_refused_and_told_who_holds_the_folder(tmp_path, holder):
+def test_another_process_is_refused_with_the_name_of_the_holder(tmp_path, holder):
     with pytest.raises(
         FolderInUseError, match=rf"process {holder.pid} on '{os.uname().nodename}', since '20\d\d-"
     ) as told:
@@ -42,7 +42,7 @@ def test_another_process_is_refused_and_told_who_holds_the_folder(tmp_path, hold
     assert "wait for it to end, stop it, or choose another folder" in str(told.value)
 
 
-def test_a_killed_holder_holds_nothing(tmp_path, holder):
+def test_a_killed_holder_releases_the_lock(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     with RunFolder(tmp_path / "run").lock():
         found = json.loads((tmp_path / "run" / "run.lock").read_text())
@@ -74,7 +74,7 @@ def test_children_do_not_inherit_the_lock(tmp_path):
         os.waitpid(child, 0)
 
 
-def test_nothing_is_left_of_a_folder_that_nothing_was_written_to(tmp_path):
+def test_an_unused_folder_is_removed(tmp_path):
     folder = RunFolder(tmp_path / "run")
     with folder.lock():
         assert folder.path.is_dir()
@@ -85,7 +85,7 @@ def test_nothing_is_left_of_a_folder_that_nothing_was_written_to(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, recwarn, number):
+def test_without_file_locks_the_run_continues_with_one_warning(tmp_path, monkeypatch, recwarn, number):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
@@ -95,7 +95,7 @@ def test_a_file_system_without_locks_is_said_once_and_the_run_goes_on(tmp_path, 
     assert len(recwarn) == 1 and "is on a file system without locks" in str(recwarn[0].message)
 
 
-def test_a_folder_that_was_removed_or_replaced_is_noticed(tmp_path):
+def test_a_removed_or_replaced_folder_is_detected(tmp_path):
     folder = RunFolder(tmp_path / "run")
     with folder.lock() as lock:
         lock.check()

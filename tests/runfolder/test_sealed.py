@@ -36,7 +36,7 @@ def test_a_sealed_file_is_a_safetensors_file_like_any_other(tmp_path):
     assert metadata["said"] == "0" * 32 and len(set(metadata["fastuft_digest"])) > 1
 
 
-def test_every_byte_of_a_backbone_counts(backbone):
+def test_a_flip_of_any_byte_is_detected(backbone):
     assert damage(backbone) is None
     whole, size = backbone.read_bytes(), backbone.stat().st_size
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -56,7 +56,7 @@ def test_a_flipped_weight_is_refused_by_name(backbone):
         RunFolder(backbone.parent).weights_file()
 
 
-def test_a_file_without_a_digest_is_taken_and_one_without_its_place_is_not_sealed(tmp_path):
+def test_a_file_without_a_digest_loads_and_one_without_its_field_is_not_sealed(tmp_path):
     plain = save({"a": torch.ones(3)})
     (tmp_path / "x.safetensors").write_bytes(plain)
     assert damage(tmp_path / "x.safetensors") is None

@@ -78,7 +78,7 @@ def assert_finished(config, world_size):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_a_run_goes_on_by_itself_after_a_rank_was_killed(run):
+def test_a_run_recovers_after_a_rank_is_killed(run):
     config, arguments, script = run
     agent = torchrun(script, arguments, "--standalone", "--nproc-per-node=2", "--max-restarts=1")
     try:
@@ -92,7 +92,7 @@ def test_a_run_goes_on_by_itself_after_a_rank_was_killed(run):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_a_run_goes_on_with_the_ranks_that_are_left_after_a_node_was_lost(run):
+def test_a_run_continues_with_the_remaining_ranks_after_a_node_loss(run):
     config, arguments, script = run
     rendezvous = [
         "--nnodes=1:2",
@@ -119,7 +119,7 @@ def test_a_run_goes_on_with_the_ranks_that_are_left_after_a_node_was_lost(run):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_a_deliberate_stop_is_not_taken_for_a_failure(run):
+def test_a_deliberate_stop_is_not_restarted(run):
     config, arguments, script = run
     script.write_text(DIES_ONCE.replace("WHAT", "os.kill(os.getpid(), signal.SIGTERM)"))
     agent = torchrun(script, arguments, "--standalone", "--nproc-per-node=2", "--max-restarts=3")

@@ -44,7 +44,7 @@ SHELLS = {
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize("shell", SHELLS.values(), ids=SHELLS)
-def test_a_run_ends_well_in_an_odd_environment(tiny, tmp_path, folders, shell):
+def test_a_run_completes_in_an_odd_environment(tiny, tmp_path, folders, shell):
     if "unshare" in shell and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("no permission to mount")
     target = tmp_path / "Übung"
@@ -61,13 +61,13 @@ def test_a_run_ends_well_in_an_odd_environment(tiny, tmp_path, folders, shell):
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_a_folder_whose_name_is_not_utf_8_holds_a_run(tiny, tmp_path):
+def test_a_run_works_in_a_folder_with_a_non_utf8_name(tiny, tmp_path):
     config = tiny(max_steps=1, out=os.fsdecode(os.fsencode(tmp_path) + b"/l\xe4uft"), runtime={"tensorboard": True})
     train(config)
     assert steps(config.out) == [1]
 
 
-def test_a_clock_that_jumps_changes_nothing_that_is_learned(tiny, tmp_path, monkeypatch):
+def test_clock_jumps_do_not_change_training(tiny, tmp_path, monkeypatch):
     whole = train(tiny(out=str(tmp_path / "whole"))).run_dir
     jumps = random.Random(0)
     monkeypatch.setattr(time, "time", lambda: jumps.uniform(-1e9, 4e9))
@@ -95,12 +95,12 @@ def test_a_clock_that_jumps_changes_nothing_that_is_learned(tiny, tmp_path, monk
         ({"data": {"prefetch": 10**12}}, r"data\.prefetch=1000000000000 need 393 PB, but there are"),
     ],
 )
-def test_what_no_machine_can_hold_is_refused_before_memory_is_asked_for(tiny, changes, message):
+def test_impossible_memory_is_refused_before_allocation(tiny, changes, message):
     with pytest.raises(ValueError, match=message):
         train(tiny(**changes))
 
 
-def test_memory_is_counted_per_process_and_in_the_precision_in_use(tiny, monkeypatch):
+def test_memory_is_estimated_per_process_and_precision(tiny, monkeypatch):
     ranks = Ranks(0, 2, torch.device("cpu"))
     views = {"augment": {"size": 256}, "data": {"batch_size": 64, "prefetch": 2}}
     needed = 2 * 32 * 3 * 256 * 256 * 4 * 2
@@ -112,5 +112,5 @@ def test_memory_is_counted_per_process_and_in_the_precision_in_use(tiny, monkeyp
     check_memory(tiny(**views), ranks)
 
 
-def test_a_long_log_interval_takes_no_memory(tiny):
+def test_a_long_log_interval_needs_no_memory(tiny):
     assert train(tiny(max_steps=1, runtime={"log_every": 10**15})).steps == 1

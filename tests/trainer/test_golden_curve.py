@@ -53,7 +53,7 @@ def flags(out, **changes):
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
-def test_losses_are_the_golden_ones(folders, tmp_path, request):
+def test_losses_equal_the_golden_curve(folders, tmp_path, request):
     target, source = folders
     start, out = tmp_path / "start", tmp_path / "run"
     common = {"method.mix": "none", "method.queue_prefill": "false", "optim.epochs": 1}

@@ -33,7 +33,7 @@ def test_only_a_failed_group_of_gpus_is_aborted(ends, device, failed, expected):
     assert ends == expected
 
 
-def test_a_group_that_the_program_found_is_left_alone(ends):
+def test_a_process_group_of_the_caller_is_left_alone(ends):
     stop_ranks(Ranks(1, 2, CUDA, None, joined=False), failed=True)
     assert ends == []
 

@@ -51,7 +51,7 @@ def same_weights(one, other):
     return all(torch.equal(value, right[name]) for name, value in left.items())
 
 
-def test_a_finetuning_ends_with_a_verdict_in_terminal_summary_and_result(tiny, start, capsys):
+def test_a_finetuning_reports_its_verdict_everywhere(tiny, start, capsys):
     result = train(tiny(init=start, verdict={"looks": 2}))
     folder = RunFolder(result.run_dir)
     looks = rows(result.run_dir, "look")
@@ -86,7 +86,7 @@ def test_the_judged_backbone_is_the_exported_one(tiny, start, judged_as, outcome
     assert folder.read_summary()["verdict"]["exported"] == exported
 
 
-def test_the_best_step_is_kept_until_a_better_one_comes(tiny, start, monkeypatch, judged_as):
+def test_the_best_checkpoint_is_kept_until_a_better_one(tiny, start, monkeypatch, judged_as):
     judged_as("better")
     agreements = iter([0.1, 0.3, 0.2, 0.4, 0.35])
     look_at = judging.look_at
@@ -108,7 +108,7 @@ def test_the_best_step_is_kept_until_a_better_one_comes(tiny, start, monkeypatch
     assert result.judgment.verdict.step == 6 and same_weights(folder.backbone_file, folder.checkpoints.path(6))
 
 
-def test_the_verdict_may_end_a_run_and_resuming_it_changes_nothing(tiny, start, monkeypatch):
+def test_a_run_ended_by_its_verdict_stays_ended_on_resume(tiny, start, monkeypatch):
     monkeypatch.setattr(judging, "should_stop", lambda looks: len(looks) == 2)
     config = {"init": start, "stop": "judged", "verdict": {"looks": 4}}
     result = train(tiny(**config))
@@ -117,7 +117,7 @@ def test_the_verdict_may_end_a_run_and_resuming_it_changes_nothing(tiny, start, 
     assert train(tiny(**config, resume="auto")).steps == 2
 
 
-def test_a_stopped_run_goes_on_to_the_same_looks_and_verdict(tiny, start, tmp_path):
+def test_a_resumed_run_has_the_same_looks_and_verdict(tiny, start, tmp_path):
     def stop(progress):
         if progress.global_step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_to_the_same_looks_and_verdict(tiny, start, tmp_pa
     assert same_weights(resumed.run_dir / "backbone.safetensors", whole.run_dir / "backbone.safetensors")
 
 
-def test_a_run_that_is_stopped_before_its_first_step_exports_nothing_and_starts_again(tiny, start, monkeypatch):
+def test_a_run_stopped_before_its_first_step_exports_nothing_and_restarts(tiny, start, monkeypatch):
     fill = judging_run.prefill
 
     def stopped(*arguments):
@@ -148,7 +148,7 @@ def test_a_run_that_is_stopped_before_its_first_step_exports_nothing_and_starts_
     assert train(tiny(**config, resume="auto")).finished
 
 
-def test_a_look_that_a_kill_came_before_is_taken_on_resume(tiny, start):
+def test_a_look_missed_by_a_kill_is_taken_on_resume(tiny, start):
     config = {"init": start, "select": "judged", "verdict": {"looks": 2}}
     folder = RunFolder(train(tiny(**config)).run_dir)
     lines = folder.metrics_file.read_text().splitlines()
@@ -159,7 +159,7 @@ def test_a_look_that_a_kill_came_before_is_taken_on_resume(tiny, start):
 
 
 @pytest.mark.parametrize("content", [None, b"damaged"])
-def test_without_the_features_of_the_start_the_other_measures_go_on(tiny, start, content):
+def test_without_start_features_the_other_measures_remain(tiny, start, content):
     config = {"init": start, "verdict": {"looks": 2}}
     folder = RunFolder(train(tiny(**config, max_steps=4)).run_dir)
     folder.start_features_file.unlink()
@@ -170,7 +170,7 @@ def test_without_the_features_of_the_start_the_other_measures_go_on(tiny, start,
     assert last["neighbors_kept"] is None and last["source_cka"] is None and last["effective_rank"] > 0
 
 
-def test_looks_change_nothing_of_what_is_learned(tiny, start, tmp_path):
+def test_looks_do_not_change_training(tiny, start, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with_looks = train(tiny(init=start, verdict={"looks": 4}))
@@ -180,7 +180,7 @@ def test_looks_change_nothing_of_what_is_learned(tiny, start, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"select": "judged"}, {"stop": "judged"}])
-def test_a_verdict_without_a_start_or_looks_is_refused(tiny, start, changes):
+def test_a_verdict_needs_an_initialization_and_looks(tiny, start, changes):
     with pytest.raises(ValueError, match="a verdict compares with the start; set init"):
         tiny(**changes)
     with pytest.raises(ValueError, match=r"verdict\.looks"):

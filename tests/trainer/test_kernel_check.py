@@ -81,7 +81,7 @@ def test_a_right_kernel_is_used():
     assert fused.refusals() == {}
 
 
-def test_what_one_process_finds_counts_for_all():
+def test_one_process_decides_for_all():
     good = kernel_that_is_wrong(lambda: torch.ones(3))
     (verdict,) = check_kernels([good], torch.float32, "Chip X", lambda own: [own, {"stand-in": "it differs"}])
     assert verdict.reason == "it differs"
@@ -101,7 +101,7 @@ def test_every_kernel_of_a_step_has_a_probe(dtype, queue):
         assert compare(probe, TOLERANCE[dtype]) is None
 
 
-def test_a_wrong_batchnorm_gives_way_to_the_portable_path(monkeypatch):
+def test_a_wrong_batchnorm_kernel_falls_back_to_the_portable_path(monkeypatch):
     def wrong(problem):
         out, *rest = grouped_batchnorm.portable_forward(problem)
         return out + 0.05, *rest
@@ -118,7 +118,7 @@ def test_a_wrong_batchnorm_gives_way_to_the_portable_path(monkeypatch):
     assert torch.equal(after, probe.run()[0])
 
 
-def test_a_wrong_loss_gives_way_to_the_portable_path(monkeypatch):
+def test_a_wrong_loss_kernel_falls_back_to_the_portable_path(monkeypatch):
     pytest.importorskip("triton")
     from fastuft.kernels import queue_sweep
 
@@ -135,19 +135,19 @@ def test_a_wrong_loss_gives_way_to_the_portable_path(monkeypatch):
     assert torch.equal(after, probe_of(fused.GRADIENT).run()[0])
 
 
-def test_a_refused_loss_kernel_is_not_run_when_it_is_asked_for_by_name():
+def test_a_refused_loss_kernel_cannot_be_requested():
     fused.refuse(fused.LOSS, "it differs")
     q = torch.randn(2, 16)
     with pytest.raises(ValueError, match="impl='triton' cannot run: it differs"):
         ops._use_fused("triton", q, q)
 
 
-def test_a_run_on_a_cpu_compares_nothing(monkeypatch):
+def test_a_cpu_run_skips_the_kernel_check(monkeypatch):
     monkeypatch.setattr(kernel_check, "check_kernels", failing)
     check_before_training(Ranks(0, 1, CPU), Uses(torch.float32, 32, torch.float32), print)
 
 
-def test_a_run_on_a_gpu_says_what_it_does_without(monkeypatch):
+def test_a_gpu_run_reports_unused_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Chip X")
     monkeypatch.setattr(kernel_check, "probes", lambda *_: [kernel_that_is_wrong(failing)])
     lines = []
@@ -159,7 +159,7 @@ def script(text):
     return [sys.executable, "-c", text]
 
 
-def test_doctor_reads_the_verdicts_of_a_child_process():
+def test_doctor_runs_the_check_in_a_child_process():
     verdicts = [
         {"kernel": "loss (fp32)", "chip": "Chip X", "reason": None},
         {"kernel": "enqueue (bf16)", "chip": "Chip X", "reason": "it differs"},
@@ -179,7 +179,7 @@ def test_doctor_survives_a_check_that_crashes_or_hangs():
 
 
 @pytest.mark.slow
-def test_what_the_child_process_prints_is_what_doctor_reads():
+def test_doctor_parses_the_output_of_its_child_process():
     text = "import torch; from fastuft.trainer.kernel_check import main; main(torch.device('cpu'), 'this processor')"
     assert wrong_kernels(script(text)) == []
 
@@ -187,7 +187,7 @@ def test_what_the_child_process_prints_is_what_doctor_reads():
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8", [False, True], ids=["same queue", "fp8 queue"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_every_kernel_is_right_on_this_chip(dtype, fp8):
+def test_every_kernel_is_right_on_this_gpu(dtype, fp8):
     uses = Uses(dtype, 128, FP8 if fp8 else dtype, (24, 64, 96, 2048))
     found = [(probe.kernel, compare(probe, TOLERANCE[dtype])) for probe in probes(torch.device("cuda", 0), uses)]
     assert not any(reason for _, reason in found), found

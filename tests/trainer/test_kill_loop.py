@@ -105,7 +105,7 @@ def one_part(arguments: Sequence[str], folder: RunFolder, world_size: int, troub
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize("sizes", [(1,), (2,), (1, 2)], ids=["one rank", "two ranks", "one and two in turn"])
-def test_no_row_is_lost_however_often_a_run_is_killed_stopped_or_frozen(tiny, tmp_path, sizes):
+def test_repeated_kills_stops_and_freezes_lose_no_row(tiny, tmp_path, sizes):
     config = tiny(
         resume="auto",
         model={"bn": "plain"},

@@ -88,14 +88,14 @@ def points(count, seed=0):
     return [(int(generator.integers(1, 4)), PARTS[generator.integers(len(PARTS))]) for _ in range(count)]
 
 
-def test_killed_within_steps_and_while_a_checkpoint_is_written(command, tmp_path):
+def test_a_run_survives_kills_within_steps_and_checkpoints(command, tmp_path):
     (calls, part), *_ = points(1)
     preludes = [AT_STEP.format(calls=calls + 2, part=part), WHILE_WRITING.format(name="step_00000006.pt")]
     kill_and_compare(command, tmp_path, [*preludes, AT_STEP.format(calls=2, part="enqueue")])
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_points(command, tmp_path):
+def test_a_run_survives_kills_at_twenty_points(command, tmp_path):
     assert command("whole")[0] == 0
     for number in range(4):  # runs of five deaths each: too few steps between them to reach the end
         target = tmp_path / "killed"
@@ -109,5 +109,5 @@ def test_killed_at_twenty_points(command, tmp_path):
     "name",
     ["step_00000002.sha256", "step_00000004.sha256", "step_00000004.pt", "backbone.safetensors", "metrics.jsonl"],
 )
-def test_killed_while_writing(command, tmp_path, name):
+def test_a_run_survives_kills_during_writes(command, tmp_path, name):
     kill_and_compare(command, tmp_path, [WHILE_WRITING.format(name=name)])

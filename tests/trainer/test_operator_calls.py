@@ -60,7 +60,7 @@ def trace_a_step(precision, optim=None, **method):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resnet50_step_issues_at_most_2000_operators(precision):
+def test_a_resnet50_step_launches_at_most_2000_operators(precision):
     calls = trace_a_step(precision)
     print(f"{sum(calls.values())} operator calls ({precision}): {calls.most_common(12)}")
     assert calls["fastuft::grouped_batch_norm"] == 3 * 53
@@ -78,7 +78,7 @@ def test_adamw_with_a_rate_per_layer_is_one_operator_per_group():
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": {"mix": "mixup", "mix_per": "pair"}}], ids=["default", "pairs"])
-def test_nothing_is_copied_back_to_the_host(tiny, monkeypatch, changes):
+def test_nothing_is_copied_to_the_host(tiny, monkeypatch, changes):
     """On a device without memory, ``meta``, every copy to the host raises, whoever asks for it."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # meta has none, and may not be asked
     device = torch.device("meta")

@@ -42,7 +42,7 @@ def assert_same_steps(ours, theirs):
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_steps_are_those_of_plain_sgd(momentum):
+def test_steps_equal_plain_sgd(momentum):
     ours, theirs = network(), network()
     theirs[4].bias.requires_grad_(False)
     ours[4].bias.requires_grad_(False)  # a parameter without a gradient stays
@@ -51,7 +51,7 @@ def test_steps_are_those_of_plain_sgd(momentum):
     assert_same_steps((ours, optimizer), (theirs, plain))
 
 
-def test_its_state_is_that_of_plain_sgd():
+def test_the_state_dict_equals_plain_sgd():
     model = network()
     optimizer = build_optimizer(OptimConfig(lr=0.1), list(model.parameters()), CPU)
     gradients(model)
@@ -67,7 +67,7 @@ def test_its_state_is_that_of_plain_sgd():
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
-def test_a_step_that_overflowed_is_left_out():
+def test_an_overflowed_step_is_skipped():
     model = network()
     optimizer = build_optimizer(OptimConfig(lr=0.1), list(model.parameters()), CPU)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -79,7 +79,7 @@ def test_a_step_that_overflowed_is_left_out():
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
 
 
-def test_nothing_is_copied():
+def test_a_step_makes_no_copies():
     model = network()
     optimizer = build_optimizer(OptimConfig(lr=0.1), list(model.parameters()), CPU)
     gradients(model)
@@ -89,7 +89,7 @@ def test_nothing_is_copied():
     assert "aten::_fused_sgd_" in called and not called & {"aten::copy_", "aten::clone", "aten::contiguous"}
 
 
-def test_steps_are_those_of_plain_adamw():
+def test_steps_equal_plain_adamw():
     ours, theirs = network(), network()
     for model in (ours, theirs):
         # A parameter without a gradient stays. This one's would be rounding alone, of which AdamW makes whole steps: the
@@ -107,7 +107,7 @@ def test_steps_are_those_of_plain_adamw():
     torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=1e-5, atol=1e-6)
 
 
-def test_adamw_copies_nothing_and_leaves_a_step_out_that_overflowed():
+def test_adamw_makes_no_copies_and_skips_overflowed_steps():
     model = network()
     optimizer = build_optimizer(OptimConfig(optimizer="adamw", lr=0.1), list(model.parameters()), CPU)
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -138,7 +138,7 @@ def layered(**options):
     return found
 
 
-def test_rates_fall_from_the_head_to_the_images_and_vectors_do_not_decay():
+def test_layer_decay_falls_toward_the_input_and_vectors_have_no_weight_decay():
     found = layered(layer_decay=0.5, decay_norms=False)
     assert found["head.2.weight"] == (1.0, None) and found["head.2.bias"] == (1.0, 0.0)
     assert found["backbone.layer3.0.conv2.weight"] == (0.5, None)
@@ -150,7 +150,7 @@ def test_rates_fall_from_the_head_to_the_images_and_vectors_do_not_decay():
     assert layered(optimizer="lars")["backbone.bn1.bias"] == (1.0, 0.0)  # whatever decay_norms says
 
 
-def test_the_papers_recipe_has_one_group_of_all():
+def test_recipe_paper_has_one_parameter_group():
     encoder = Encoder(build_backbone("resnet_tiny", "small"), 4)
     encoder.backbone.conv1.weight.requires_grad_(False)
     groups = parameter_groups(encoder, OptimConfig())
@@ -164,7 +164,7 @@ def test_lars_without_timm_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.peers
-def test_lars_is_that_of_the_paper():
+def test_lars_equals_the_papers_update():
     """You et al. 2017, Algorithm 1, with the rate per tensor where weights decay alone."""
     pytest.importorskip("timm.optim")
     encoder = Encoder(build_backbone("resnet_tiny", "small"), 4)

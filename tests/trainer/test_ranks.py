@@ -51,13 +51,13 @@ def assert_as_one(tiny, tmp_path, world_size, **changes):
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("per", ["batch", pytest.param("pair", marks=pytest.mark.slow)])
-def test_two_processes_are_one(tiny, tmp_path, per):
+def test_two_processes_equal_one(tiny, tmp_path, per):
     assert_as_one(tiny, tmp_path, 2, method={"mix_per": per, "queue_size": 72})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mix", ["none", "cutmix", "mixup"])
-def test_four_processes_are_one(tiny, tmp_path, mix):
+def test_four_processes_equal_one(tiny, tmp_path, mix):
     assert_as_one(tiny, tmp_path, 4, method={"mix": mix, "mix_per": "pair" if mix == "mixup" else "batch"})
 
 
@@ -111,7 +111,7 @@ def assert_two_steps_are_those_of_one(configs, of_one, tmp_path):
 WIDE = {"bn": "split", "bn_group": 8, "head_dim": 8192}  # several buckets
 
 
-def test_gradients_are_reduced_once_a_step_and_are_those_of_one_process(tiny, tmp_path):
+def test_gradients_are_reduced_once_per_step_and_equal_those_of_one_process(tiny, tmp_path):
     methods = {"both": {}, "clean": {"mix": "none"}, "mixed": {"mix_only": True}}
     configs = {name: tiny(model=WIDE, method=method) for name, method in methods.items()}
     optim = {"optimizer": "adamw", "lr": 1e-4, "layer_decay": 0.8, "decay_norms": False}
@@ -120,12 +120,12 @@ def test_gradients_are_reduced_once_a_step_and_are_those_of_one_process(tiny, tm
 
 
 @pytest.mark.slow
-def test_compiled_encoders_of_two_processes_are_the_eager_one(tiny, tmp_path):
+def test_compiled_encoders_in_two_processes_equal_eager_in_one(tiny, tmp_path):
     compiled, eager = ({"both": tiny(model=WIDE, runtime={"compile": way})} for way in (True, False))
     assert_two_steps_are_those_of_one(compiled, eager, tmp_path)
 
 
-def test_the_permutation_of_keys_is_undone():
+def test_the_key_permutation_is_inverted():
     shuffle = KeyShuffle(Ranks(0, 1, torch.device("cpu")), seed=4)
     images = torch.randn(12, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     order = shuffle.permutation(1, 2, 12)
@@ -170,7 +170,7 @@ run.train_step = astray
     ],
     ids=["loss", "queue"],
 )
-def test_a_rank_that_goes_astray_stops_all_before_anything_is_saved(tiny, tmp_path, change, message):
+def test_a_diverging_rank_stops_all_before_a_checkpoint(tiny, tmp_path, change, message):
     config = tiny(runtime={"save_every": 3})
     results = run(write_config(config, tmp_path / "c.yaml"), 2, GOES_ASTRAY.replace("CHANGE", change))
     assert [status for status, _ in results] == [1, 1], results
@@ -192,7 +192,7 @@ run.train_step = dies
 
 
 @pytest.mark.e2e
-def test_a_killed_rank_stops_the_others_and_another_number_goes_on(tiny, tmp_path):
+def test_a_killed_rank_stops_the_others_and_another_world_size_resumes(tiny, tmp_path):
     config = tiny(runtime={"timeout": 60.0, "save_every": 3}, data={"loader": "dali"})
     (survivor, output), (killed, _) = run(
         write_config(config, tmp_path / "c.yaml"), 2, DIES.replace("NUMBER", "SIGKILL")
@@ -207,7 +207,7 @@ def test_a_killed_rank_stops_the_others_and_another_number_goes_on(tiny, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_a_rank_that_falls_silent_is_given_up_after_the_timeout(tiny, tmp_path):
+def test_a_hanging_rank_is_given_up_after_the_timeout(tiny, tmp_path):
     config = tiny(runtime={"timeout": 20.0, "save_every": 3})
     survivor, silent = start(write_config(config, tmp_path / "c.yaml"), 2, DIES.replace("NUMBER", "SIGSTOP"))
     try:

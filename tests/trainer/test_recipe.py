@@ -48,7 +48,7 @@ def value(config, option):
     return getattr(getattr(config, group) if group else config, name)
 
 
-def test_the_measured_case():
+def test_the_measured_settings_are_chosen():
     """900 photographs and 500 of the source: the settings of the table in docs/recipes.md."""
     config, _ = settled(images(900, 500))
     assert (config.data.batch_size, config.method.queue_size, config.model.bn) == (64, 1024, "plain")
@@ -57,7 +57,7 @@ def test_the_measured_case():
 
 @pytest.mark.parametrize("ranks", [CPU, GPU, GPUS])
 @pytest.mark.parametrize("manifest", [images(12), images(50), images(500), images(900, 500), images(50_000, 50_000)])
-def test_choices_go_together(manifest, ranks):
+def test_choices_are_consistent(manifest, ranks):
     config, choices = settled(manifest, ranks)
     assert not [option for option in AUTO_OPTIONS if is_auto(value(config, option))]
     batch, union = config.data.batch_size, len(manifest)
@@ -71,14 +71,14 @@ def test_choices_go_together(manifest, ranks):
     assert all(choice.reason for choice in choices.values())
 
 
-def test_longer_runs_have_longer_memories_and_larger_queues():
+def test_longer_runs_get_higher_key_momentum_and_larger_queues():
     small, large = (settled(images(count), GPU)[0] for count in (500, 200_000))
     assert small.method.queue_size < large.method.queue_size == 65536
     assert small.data.batch_size < large.data.batch_size == 256
     assert large.method.key_momentum == pytest.approx(0.999, abs=1e-3)
 
 
-def test_what_is_given_is_kept_and_others_follow():
+def test_given_values_are_kept_and_the_others_follow():
     given = {"optim": {"lr": 0.015, "epochs": 3}, "data": {"batch_size": 256}, "method": {"queue_size": 65536}}
     config, choices = settled(images(900, 500), **given)
     assert (config.optim.lr, config.optim.epochs, config.data.batch_size) == (0.015, 3, 256)
@@ -87,23 +87,23 @@ def test_what_is_given_is_kept_and_others_follow():
     assert config.method.key_momentum == 0.98  # 15 steps
 
 
-def test_a_run_that_ends_early_chooses_as_if_it_did_not():
+def test_a_run_limited_by_max_steps_makes_the_same_choices():
     assert settled(images(900, 500), max_steps=2)[0].method.key_momentum == 0.99
 
 
-def test_the_verdict_selects_where_there_is_one():
+def test_the_verdict_selects_when_it_can_be_drawn():
     assert settled(images(900))[0].select == "judged"
     assert settled(images(900), verdict={"looks": 0})[0].select == "last"
     assert settled(images(900), select="last")[0].select == "last"
 
 
-def test_the_papers_recipe_is_the_papers():
+def test_recipe_paper_has_the_papers_values():
     config = left_open(recipe="paper", augment={"size": "auto"})
     assert config == TrainConfig(target="t", out="o", init="i")
     assert settle(config, images(900, 500), CPU) == (config, [])
 
 
-def test_views_are_no_larger_than_the_photographs(tmp_path):
+def test_views_are_not_larger_than_the_images(tmp_path):
     for side, wanted in ((128, 96), (40, 32), (600, 224)):
         path = tmp_path / f"{side}.png"
         Image.fromarray(np.zeros((side, side + 10, 3), np.uint8)).save(path)
@@ -112,7 +112,7 @@ def test_views_are_no_larger_than_the_photographs(tmp_path):
         assert config.augment.size == wanted
 
 
-def test_a_network_of_one_size_keeps_it(tmp_path, monkeypatch):
+def test_a_network_with_a_fixed_input_size_keeps_it(tmp_path, monkeypatch):
     class Fixed(torch.nn.Module):
         input_size, patch = 224, None
 
@@ -129,7 +129,7 @@ def test_a_network_of_one_size_keeps_it(tmp_path, monkeypatch):
     assert config.augment.size == 224 and "takes no other" in choices[0].reason
 
 
-def test_as_many_of_the_source_as_of_the_target(folders):
+def test_auto_replays_as_many_source_images_as_target_images(folders):
     target, source = folders  # 40 and 48
     manifest = Manifest.build(target, source, fraction=None)
     assert (manifest.num_target, manifest.num_source) == (40, 40)
@@ -161,7 +161,7 @@ def start(tmp_path_factory):
     return str(path)
 
 
-def test_a_run_says_and_saves_what_it_chose(folders, start, tmp_path, capsys):
+def test_a_run_prints_and_saves_its_choices(folders, start, tmp_path, capsys):
     options = {
         "model": {"arch": "resnet_tiny", "stem": "small", "head_dim": 16},
         "runtime": {"device": "cpu", "tensorboard": False},
@@ -193,7 +193,7 @@ def test_a_run_says_and_saves_what_it_chose(folders, start, tmp_path, capsys):
     assert all(torch.equal(repeated[name], value) for name, value in weights.items())
 
 
-def test_a_resumed_run_chooses_nothing_anew(tiny, start, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_keeps_its_choices(tiny, start, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(tiny(init=start, max_steps=2), recipe="auto")
     config = recipe._replaced(config, {"method.queue_size": "auto", "optim.lr": "auto"})
     train(config)
@@ -207,7 +207,7 @@ def test_a_resumed_run_chooses_nothing_anew(tiny, start, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("preset", ["none", "auto"])  # without and with optim.scale_lr
-def test_optimizers_that_need_other_rates_have_them(preset):
+def test_other_optimizers_get_their_own_rates(preset):
     optim = {"preset": preset, "optimizer": "adamw", "lr": "auto", "warmup_epochs": "auto"}
     config, _ = settled(images(400, 100), optim=optim)
     batch = config.data.batch_size

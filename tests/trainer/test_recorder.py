@@ -56,7 +56,7 @@ def test_missing_tensorboard_is_said(tmp_path, monkeypatch, capsys):
     assert "TensorBoard is not installed: metrics go only to metrics.jsonl" in capsys.readouterr().out
 
 
-def test_wandb_gets_every_figure_and_knows_a_resumed_run(tmp_path, monkeypatch):
+def test_wandb_gets_every_figure_and_resumes_its_run(tmp_path, monkeypatch):
     logged, started = [], []
     module = types.ModuleType("wandb")
     module.__spec__ = importlib.util.spec_from_loader("wandb", None)
@@ -84,7 +84,7 @@ def test_missing_wandb_is_refused_before_any_work(tiny, tmp_path, monkeypatch):
     assert not os.path.exists(config.out)
 
 
-def test_a_terminal_gets_a_bar_with_rate_wait_and_time_left(tmp_path, monkeypatch):
+def test_a_terminal_shows_a_bar_with_rate_wait_and_time_left(tmp_path, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -108,7 +108,7 @@ def test_a_plain_line_has_rate_wait_and_time_left(tmp_path, capsys):
     assert "step 100/100" in last
 
 
-def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path):
+def test_a_truncated_last_line_is_dropped(tmp_path):
     writer = recorder(tmp_path)
     writer.write(row(1))
     writer.write(row(2))
@@ -131,7 +131,7 @@ def test_a_full_disk_is_named(tmp_path):
         writer.close()
 
 
-def test_rows_tell_where_the_time_goes(tiny):
+def test_rows_have_the_time_of_each_part(tiny):
     found = train(tiny(max_steps=2, optim={"clip_grad": 1.0})).metrics
     assert found["seconds"].keys() == {
         *("data", "keys", "forward", "loss", "backward", "mix", "optimizer", "momentum", "enqueue")
@@ -151,7 +151,7 @@ def test_rows_tell_where_the_time_goes(tiny):
         ([(4020, 9.0)], None),
     ],
 )
-def test_how_long_it_takes_is_said_once(tmp_path, capsys, rows, said):
+def test_the_estimated_duration_is_printed_once(tmp_path, capsys, rows, said):
     writer = recorder(tmp_path, total_steps=4020)
     for step, seconds in rows + [(4000, 1.0)] * (said is not None):
         writer.progress(row(step, seconds_per_step=seconds))

@@ -45,7 +45,7 @@ def assert_same_state(left, right):
     assert all(left[name] == right[name] for name in ("epoch", "step", "global_step", "images"))
 
 
-def test_a_run_leaves_its_folder(tiny, folders):
+def test_a_run_writes_its_folder(tiny, folders):
     config = tiny(runtime={"tensorboard": True, "keep_last": 1})
     result = train(config)
     folder = result.run_dir
@@ -65,14 +65,14 @@ def test_a_run_leaves_its_folder(tiny, folders):
     assert all(torch.equal(value, state[f"query_encoder.backbone.{name}"]) for name, value in weights.items())
 
 
-def test_the_saved_configuration_gives_the_same_run(tiny, tmp_path):
+def test_the_saved_configuration_repeats_the_run(tiny, tmp_path):
     first = train(tiny(max_steps=3)).run_dir
     assert main(["pretrain", "--config", str(first / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
     assert rows(first) == rows(tmp_path / "again")
     assert_same_state(final(first), final(tmp_path / "again"))
 
 
-def test_the_saved_configuration_names_what_was_chosen_and_what_was_given(tiny):
+def test_the_saved_configuration_has_chosen_and_given_values(tiny):
     folder = RunFolder(train(tiny(max_steps=1, runtime={"device": "auto"}, data={"threads": 0})).run_dir)
     config, given = folder.read_config(), folder.read_given()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,7 +86,7 @@ def test_the_saved_configuration_names_what_was_chosen_and_what_was_given(tiny):
 
 
 @pytest.mark.parametrize("first", [{}, {"bn": "split"}], ids=["chosen, then named", "named, then chosen"])
-def test_naming_what_was_chosen_is_not_another_setting(tiny, first):
+def test_giving_a_chosen_value_is_not_a_changed_setting(tiny, first):
     train(tiny(max_steps=1, model=first))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the run continues with settings that have changed")
@@ -95,7 +95,7 @@ def test_naming_what_was_chosen_is_not_another_setting(tiny, first):
         train(tiny(max_steps=3, resume="auto", model={"bn": "plain"}))
 
 
-def test_progress_goes_to_plain_lines_without_a_terminal(tiny, capsys):
+def test_without_a_terminal_progress_is_plain_lines(tiny, capsys):
     train(tiny(max_steps=2))
     assert "step 2/2" in capsys.readouterr().out
 
@@ -134,7 +134,7 @@ def assert_parts_equal(whole, stops, tiny, tmp_path, changes):
         "fp8-queue",
     ],
 )
-def test_a_stopped_run_goes_on_bit_exactly(tiny, tmp_path, changes):
+def test_a_stopped_run_resumes_bit_exactly(tiny, tmp_path, changes):
     if changes.get("data", {}).get("loader") == "dali":
         pytest.importorskip("nvidia.dali")
     whole = train(tiny(out=str(tmp_path / "whole"), **changes)).run_dir
@@ -144,7 +144,7 @@ def test_a_stopped_run_goes_on_bit_exactly(tiny, tmp_path, changes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_a_stopped_run_on_a_gpu_goes_on_bit_exactly(tiny, tmp_path, loader):
+def test_a_stopped_gpu_run_resumes_bit_exactly(tiny, tmp_path, loader):
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
     # ResNet-18 with its max-pool: every kernel of a user's network must have a reproducible form.
@@ -159,7 +159,7 @@ def test_a_stopped_run_on_a_gpu_goes_on_bit_exactly(tiny, tmp_path, loader):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_run_on_a_gpu_waits_for_it_only_where_it_writes(tiny, monkeypatch, precision):
+def test_a_gpu_run_synchronizes_only_when_it_writes(tiny, monkeypatch, precision):
     """The loop between two rows of metrics, the loader's hand-over and the learning rate included."""
     pytest.importorskip("nvidia.dali")
     real, calls = run_module.train_step, []
@@ -179,7 +179,7 @@ def test_a_run_on_a_gpu_waits_for_it_only_where_it_writes(tiny, monkeypatch, pre
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_finished_run_is_left_as_it_is(tiny):
+def test_resuming_a_finished_run_changes_nothing(tiny):
     config = tiny(resume="auto", optim={"epochs": 1})
     before = train(config)
     after = train(config)
@@ -188,7 +188,7 @@ def test_a_finished_run_is_left_as_it_is(tiny):
     assert len(rows(after.run_dir)) == 4
 
 
-def test_resume_names_a_checkpoint(tiny, tmp_path):
+def test_resume_takes_a_checkpoint(tiny, tmp_path):
     config = tiny(runtime={"save_every": 1, "keep_last": 9}, optim={"epochs": 1})
     folder = train(config).run_dir
     path = str(folder / "checkpoints" / "step_00000002.pt")
@@ -204,7 +204,7 @@ def test_a_folder_with_a_run_is_refused(tiny):
         train(tiny(max_steps=1))
 
 
-def test_rows_of_a_start_that_saved_nothing_do_not_come_twice(tiny):
+def test_rows_of_a_start_without_a_checkpoint_are_replaced(tiny):
     config = tiny(max_steps=2, resume="auto")
     (folder := train(config).run_dir / "checkpoints").rename(folder.with_name("lost"))
     folder.with_name("backbone.safetensors").unlink()
@@ -227,13 +227,13 @@ def test_rows_of_a_start_that_saved_nothing_do_not_come_twice(tiny):
         ({"resume": "nowhere.pt"}, "'nowhere.pt' is not a file"),
     ],
 )
-def test_what_cannot_work_is_refused(tiny, changes, message):
+def test_impossible_settings_are_refused(tiny, changes, message):
     with pytest.raises(ValueError, match=message):
         train(tiny(**changes))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_missing_gpu_is_said(tiny):
+def test_a_missing_gpu_is_refused(tiny):
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         train(tiny(runtime={"device": "cuda"}))
 
@@ -242,13 +242,13 @@ def test_a_missing_gpu_is_said(tiny):
     ("section", "change"),
     [("method", {"queue_size": 32}), ("data", {"batch_size": 8}), ("optim", {"optimizer": "adamw"})],
 )
-def test_a_resumed_run_keeps_its_shape(tiny, section, change):
+def test_a_resumed_run_refuses_a_changed_shape(tiny, section, change):
     train(tiny(max_steps=1))
     with pytest.raises(ValueError, match=f"{section}.{next(iter(change))} was .* in the checkpoint"):
         train(tiny(resume="auto", **{section: change}))
 
 
-def test_other_images_are_refused_and_other_settings_are_said(tiny, folders):
+def test_changed_images_are_refused_and_changed_settings_reported(tiny, folders):
     train(tiny(max_steps=1))
     with pytest.raises(ValueError, match="content_hash was"):
         train(tiny(resume="auto", source=None))
@@ -256,7 +256,7 @@ def test_other_images_are_refused_and_other_settings_are_said(tiny, folders):
         train(tiny(max_steps=2, resume="auto", optim={"lr": 0.01}))
 
 
-def test_other_settings_of_the_optimizer_are_those_that_it_goes_on_with(tiny, monkeypatch):
+def test_changed_optimizer_settings_apply_after_resuming(tiny, monkeypatch):
     train(tiny(max_steps=1, optim={"momentum": 0.0}))
     seen = []
 
@@ -271,7 +271,7 @@ def test_other_settings_of_the_optimizer_are_those_that_it_goes_on_with(tiny, mo
     assert seen == [{"momentum": 0.5, "weight_decay": 1e-3}] * 2
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, monkeypatch):
+def test_a_non_finite_loss_stops_the_run_before_a_checkpoint(tiny, monkeypatch):
     real = run_module.train_step
 
     def broken(learner, batch, mark, **options):
@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, monkey
     assert train(dataclasses.replace(config, resume="auto")).finished
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny, monkeypatch):
+def test_non_finite_weights_are_not_saved(tiny, monkeypatch):
     real = run_module.train_step
 
     def broken(learner, batch, mark, **options):
@@ -328,7 +328,7 @@ def test_a_signal_saves_within_the_step_and_stops(tiny, tmp_path, monkeypatch, n
     assert not RunFolder(result.run_dir).stopped_file.exists()
 
 
-def test_a_signal_while_the_queue_is_filled_stops_too(tiny, monkeypatch):
+def test_a_signal_during_prefill_stops_the_run(tiny, monkeypatch):
     monkeypatch.setattr(TrainStream, "prefill", prefill_with_signal(TrainStream.prefill))
     result = train(tiny())
     assert (result.interrupted, result.steps) == ("SIGTERM", 0)
@@ -344,7 +344,7 @@ def prefill_with_signal(real):
 
 
 @pytest.mark.parametrize(("launcher", "status"), [(None, 85), ("run7", 0)], ids=["plain", "torchelastic"])
-def test_a_deliberate_stop_is_not_a_failure_for_whoever_started_the_run(
+def test_a_deliberate_stop_has_the_status_that_the_launcher_expects(
     tiny, tmp_path, monkeypatch, capsys, launcher, status
 ):
     arguments = write_config(tiny(), tmp_path / "config.yaml")
@@ -358,7 +358,7 @@ def test_a_deliberate_stop_is_not_a_failure_for_whoever_started_the_run(
     assert main(arguments) == 0  # nothing was saved, so nothing blocks the folder
 
 
-def test_a_run_that_failed_before_its_first_checkpoint_does_not_block_its_folder(tiny, monkeypatch):
+def test_a_run_that_failed_before_its_first_checkpoint_frees_its_folder(tiny, monkeypatch):
     monkeypatch.setattr(run_module, "train_step", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tiny(max_steps=1))
@@ -367,7 +367,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_does_not_block_its_folder
 
 
 @pytest.mark.parametrize("left", ["backbone.safetensors", "last.safetensors", "judged_00000008.safetensors"])
-def test_weights_without_a_checkpoint_are_not_written_over(tiny, left):
+def test_weights_without_a_checkpoint_are_not_overwritten(tiny, left):
     folder = RunFolder(train(tiny(max_steps=1)).run_dir)
     for file in (*folder.checkpoints.folder.iterdir(), folder.metrics_file):
         file.unlink()
@@ -382,7 +382,7 @@ def test_weights_without_a_checkpoint_are_not_written_over(tiny, left):
     assert (folder.path / left).read_bytes() == content and not folder.metrics_file.exists()
 
 
-def test_a_run_does_not_go_on_in_the_folder_of_another(tiny, tmp_path):
+def test_a_run_does_not_resume_in_the_folder_of_another(tiny, tmp_path):
     one = RunFolder(train(tiny(max_steps=1)).run_dir)
     other = RunFolder(train(tiny(max_steps=2, out=str(tmp_path / "other"))).run_dir)
     content = one.metrics_file.read_bytes()
@@ -392,7 +392,7 @@ def test_a_run_does_not_go_on_in_the_folder_of_another(tiny, tmp_path):
     assert train(tiny(resume=os.path.relpath(one.checkpoints.path(1)), max_steps=2)).steps == 2
 
 
-def test_a_folder_that_another_run_works_in_is_refused(tiny):
+def test_a_folder_in_use_by_another_run_is_refused(tiny):
     config = tiny(max_steps=1)
     folder = RunFolder(Path(config.out))
     with folder.lock(), pytest.raises(FolderInUseError, match=r"out='.*run' is in use by another run of this process"):
@@ -401,7 +401,7 @@ def test_a_folder_that_another_run_works_in_is_refused(tiny):
     assert train(config).steps == 1
 
 
-def test_a_run_folder_that_is_removed_while_training_is_said(tiny, monkeypatch):
+def test_a_run_folder_removed_during_training_is_reported(tiny, monkeypatch):
     config = tiny()
     real = run_module.train_step
 
@@ -427,7 +427,7 @@ def test_callbacks_follow_the_run_step_by_step(tiny):
     assert epochs == [(1, 0, 4)]
 
 
-def test_watching_features_that_are_all_the_same_leaves_the_figures_out(tiny, folders):
+def test_watching_constant_features_omits_undefined_figures(tiny, folders):
     class Collapsed(torch.nn.Module):
         mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -451,7 +451,7 @@ def test_watching_features_that_are_all_the_same_leaves_the_figures_out(tiny, fo
         ({"train": "", "test": "class0/one"}, "has no class folders"),
     ],
 )
-def test_what_cannot_be_watched_is_said_before_anything_else(tiny, folders, tmp_path, watch, reason):
+def test_images_that_cannot_be_watched_are_refused_first(tiny, folders, tmp_path, watch, reason):
     shutil.copytree(Path(folders[0]) / "class0", tmp_path / "class0" / "one")
     places = {name: str(tmp_path / place) if place else folders[0] for name, place in watch.items()}
     with pytest.raises(ValueError, match=reason):
@@ -459,7 +459,7 @@ def test_what_cannot_be_watched_is_said_before_anything_else(tiny, folders, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_watched_images_of_fewer_classes_count_in_the_classes_of_the_gallery(tiny, folders, tmp_path):
+def test_watched_images_use_the_classes_of_the_gallery(tiny, folders, tmp_path):
     for name in ("class0", "class2"):
         shutil.copytree(Path(folders[0]) / name, tmp_path / "test" / name)
     watched = run_module.watch.folders(
@@ -468,7 +468,7 @@ def test_watched_images_of_fewer_classes_count_in_the_classes_of_the_gallery(tin
     assert set(watched["test"].labels) == {0, 2} and watched["test"].classes == ["class0", "class1", "class2"]
 
 
-def test_watching_changes_nothing_and_is_recorded(tiny, folders, tmp_path):
+def test_watching_is_recorded_and_does_not_change_training(tiny, folders, tmp_path):
     target, source = folders
     plain = train(tiny(out=str(tmp_path / "plain"))).run_dir
     watch = {"train": target, "test": target, "source": source, "every_epochs": 1}
@@ -479,7 +479,7 @@ def test_watching_changes_nothing_and_is_recorded(tiny, folders, tmp_path):
     assert all(0 <= row[name] <= 1 for row in found for name in ("retrieval", "source_clustering"))
 
 
-def test_an_evaluation_that_the_run_died_in_is_made_up_for(tiny, folders, monkeypatch):
+def test_an_interrupted_evaluation_is_repeated_on_resume(tiny, folders, monkeypatch):
     config = tiny(watch={"source": folders[1], "every_epochs": 1})
     real, calls = run_module.watch.evaluate, []
 
@@ -505,7 +505,7 @@ def test_initialization_is_reported(tiny, tmp_path):
     assert report["matched"] and not report["head_loaded"]
 
 
-def test_what_the_first_network_did_otherwise_stays_with_the_run_and_its_exports(tiny, tmp_path):
+def test_traits_of_the_initial_network_persist_in_the_run_and_its_exports(tiny, tmp_path):
     start = build_backbone("resnet_tiny", "small")
     start.adopt(Traits(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)))
     export_backbone(start, tmp_path / "start.safetensors")
@@ -520,7 +520,7 @@ def test_what_the_first_network_did_otherwise_stays_with_the_run_and_its_exports
         assert load_backbone(folder).std == (0.4, 0.5, 0.6)
 
 
-def test_filling_a_large_queue_says_how_far_it_is(tiny, monkeypatch, capsys):
+def test_prefilling_a_large_queue_reports_progress(tiny, monkeypatch, capsys):
     monkeypatch.setattr("fastuft.trainer.prefill._SAY_EVERY", 0.0)
     train(tiny(max_steps=1, method={"queue_size": 64}))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("filling the queue")]
@@ -528,7 +528,7 @@ def test_filling_a_large_queue_says_how_far_it_is(tiny, monkeypatch, capsys):
     assert all(re.search(r", \d+\.\d min left$", line) for line in said)
 
 
-def test_ranks_that_were_started_anew_go_on_whatever_resume_says(tiny, tmp_path, monkeypatch):
+def test_restarted_ranks_resume_whatever_the_resume_option_says(tiny, tmp_path, monkeypatch):
     elsewhere = train(tiny(out=str(tmp_path / "elsewhere"), max_steps=1)).run_dir
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     path = str(RunFolder(elsewhere).checkpoints.path(1))
@@ -538,14 +538,14 @@ def test_ranks_that_were_started_anew_go_on_whatever_resume_says(tiny, tmp_path,
         assert train(tiny(resume=resume, max_steps=steps)).steps == steps
 
 
-def test_a_queue_larger_than_the_set_is_said(tiny):
+def test_a_queue_larger_than_the_training_set_warns(tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match=r"method\.queue_size=65 exceeds the 64 training images"):
             train(tiny(method={"queue_size": 65}))
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tiny, monkeypatch):
+def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, monkeypatch):
     config = tiny(runtime={"save_every": 1})
     real = os.fsync
 
@@ -574,7 +574,7 @@ Checkpoints.save = save
 
 
 @pytest.mark.e2e
-def test_a_write_that_the_system_refuses_half_way_leaves_the_last_good_checkpoint(tiny, tmp_path):
+def test_a_write_that_fails_halfway_keeps_the_last_good_checkpoint(tiny, tmp_path):
     config = tiny(runtime={"save_every": 1})
     path = tmp_path / "config.yaml"
     ((status, output),) = run_command(write_config(config, path), prelude=REFUSES_MORE)
@@ -589,7 +589,7 @@ def test_a_write_that_the_system_refuses_half_way_leaves_the_last_good_checkpoin
     assert_same_state(final(whole), final(folder))
 
 
-def test_a_backbone_that_cannot_be_written_is_said_too(tiny, monkeypatch):
+def test_a_backbone_that_cannot_be_written_is_reported(tiny, monkeypatch):
     def full(backbone, path, **metadata):
         raise OSError(28, "No space left on device")
 
@@ -601,7 +601,7 @@ def test_a_backbone_that_cannot_be_written_is_said_too(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", ["cut", "foreign"])
-def test_a_spoilt_newest_checkpoint_is_said_and_the_one_before_is_gone_on_from(tiny, tmp_path, spoil):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tiny, tmp_path, spoil):
     config = tiny(runtime={"save_every": 2}, max_steps=4)
     whole = train(tiny(out=str(tmp_path / "whole"))).run_dir
     newest = RunFolder(train(config).run_dir).checkpoints.all()[0][1]
@@ -618,7 +618,7 @@ def test_a_spoilt_newest_checkpoint_is_said_and_the_one_before_is_gone_on_from(t
         train(dataclasses.replace(config, resume="auto"))
 
 
-def test_a_resumed_run_does_not_keep_the_checkpoint_in_memory(tiny):
+def test_a_resumed_run_releases_the_checkpoint(tiny):
     train(tiny(max_steps=1))
     config = tiny(resume="auto")
     ranks = run_module.start_ranks("cpu", 60)
@@ -628,7 +628,7 @@ def test_a_resumed_run_does_not_keep_the_checkpoint_in_memory(tiny):
     assert run.progress.global_step == 1 and not any("optimizer" in value for value in held)
 
 
-def test_a_run_goes_on_with_the_same_images_in_another_place(tiny, folders, tmp_path):
+def test_a_run_resumes_with_the_same_images_at_another_location(tiny, folders, tmp_path):
     train(tiny(max_steps=1))
     target, source = (str(shutil.copytree(folder, tmp_path / "moved" / Path(folder).name)) for folder in folders)
     moved = {"target": target, "source": source, "data": {"replay_cache": str(tmp_path / "cache")}, "resume": "auto"}

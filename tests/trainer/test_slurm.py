@@ -53,7 +53,7 @@ def test_only_a_preempted_run_is_requeued(job, status):
     assert place <= set(lines)
 
 
-def test_a_run_that_says_it_was_stopped_is_requeued_whatever_the_launcher_makes_of_its_status(job, tmp_path):
+def test_a_stopped_run_is_requeued_whatever_status_the_launcher_returns(job, tmp_path):
     run = tmp_path / "run"
     _, lines = job(1, *ARGUMENTS[:3], str(run), stops=str(run))
     assert "scontrol requeue 123" in lines
@@ -62,6 +62,6 @@ def test_a_run_that_says_it_was_stopped_is_requeued_whatever_the_launcher_makes_
     assert code == 1 and "scontrol requeue 123" not in lines
 
 
-def test_missing_arguments_are_said(job):
+def test_missing_arguments_are_named(job):
     code, lines = job(0, "checkpoint")
     assert code == 2 and lines == [f"usage: sbatch {JOB} CHECKPOINT TARGET SOURCE RUN"]

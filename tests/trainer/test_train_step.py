@@ -59,7 +59,7 @@ MIXES = [("none", "batch", False), *itertools.product(("cutmix", "mixup"), ("bat
 
 @pytest.mark.parametrize("bn", ["plain", "split"])
 @pytest.mark.parametrize(("mix", "per", "mix_only"), MIXES)
-def test_a_step_is_the_papers(tiny, mix, per, bn, mix_only):
+def test_a_step_equals_the_papers_equations(tiny, mix, per, bn, mix_only):
     method = {"mix": mix, "mix_per": per, "mix_only": mix_only, "mix_weight": 0.5, "temperature": 0.1}
     config = tiny(method=method, model={"bn": bn}, optim={"lr": 0.1})
     batch = a_batch()
@@ -134,7 +134,7 @@ def test_gradients_are_clipped(tiny):
 
 @pytest.mark.parametrize("images", [6, 7])
 @pytest.mark.parametrize("mix", ["cutmix", "mixup"])
-def test_the_last_batch_of_an_epoch_may_be_smaller_and_odd(tiny, mix, images):
+def test_the_last_batch_may_be_smaller_and_odd(tiny, mix, images):
     config = tiny(model={"bn": "plain"}, data={"drop_last": False}, method={"mix": mix})
     _, _, record = run_step(config, a_batch(images))
     assert record.isfinite().all()
@@ -174,7 +174,7 @@ ON_THE_PATH = [
 
 
 @pytest.mark.parametrize("part", ON_THE_PATH, ids=lambda part: part.__qualname__)
-def test_nothing_on_the_steps_path_reads_a_tensor(part):
+def test_no_code_of_a_step_reads_a_tensor_value(part):
     tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -209,7 +209,7 @@ def as_fakes(made, config):
     ],
     ids=["default", "pairs-clipped", "plain", "adamw"],
 )
-def test_a_step_needs_no_tensors_value(tiny, changes, precision):
+def test_a_step_runs_on_fake_tensors(tiny, changes, precision):
     """On tensors without values ``.item()`` and its kin raise, wherever they are called from, torch's own code included."""
     config = tiny(runtime={"precision": precision}, **changes)
     made, _ = build_learner(config, ALONE)
@@ -269,7 +269,7 @@ def test_the_step_fits_a_screen():
     assert body[-1].end_lineno - body[0].lineno < 50
 
 
-def test_momentum_starts_clean_where_the_scaler_skips_the_first_step(tiny):
+def test_momentum_starts_clean_if_the_scaler_skips_the_first_step(tiny):
     made, _ = build_learner(tiny(optim={"lr": 0.1}), ALONE)
     parameters = list(made.moco.query_encoder.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
@@ -282,7 +282,7 @@ def test_momentum_starts_clean_where_the_scaler_skips_the_first_step(tiny):
     assert all((made.optimizer.state[parameter]["momentum_buffer"] == 0).all() for parameter in parameters)
 
 
-def test_times_are_read_after_the_device_is_done(monkeypatch):
+def test_times_are_read_after_the_device_finishes(monkeypatch):
     class Event:
         count, done = 0, -1
 
@@ -323,7 +323,7 @@ def test_times_are_read_after_the_device_is_done(monkeypatch):
     ],
     ids=["default", "pairs-clipped", "fp16", "fp32-mix-only", "adamw-fp16", "recomputed"],
 )
-def test_a_step_on_a_gpu_never_waits_for_it(tiny, changes):
+def test_a_gpu_step_never_synchronizes(tiny, changes):
     device = torch.device("cuda", 0)
     made, _ = build_learner(tiny(**changes), Ranks(0, 1, device))
     batches = [a_batch(device=device, dtype=DTYPES[made.precision]) for _ in range(3)]
@@ -337,7 +337,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(tiny, changes):
     assert torch.stack(records).isfinite().all()
 
 
-def test_frozen_statistics_are_those_of_the_start(tiny, tmp_path):
+def test_frozen_statistics_equal_the_initialization(tiny, tmp_path):
     start, _ = build_learner(tiny(), ALONE)
     for module in start.moco.query_encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -359,12 +359,12 @@ def test_frozen_statistics_are_those_of_the_start(tiny, tmp_path):
     )
 
 
-def test_frozen_statistics_need_a_start(tiny):
+def test_frozen_statistics_need_an_initialization(tiny):
     with pytest.raises(ValueError, match=r"model.bn='frozen' .* set init, or use auto"):
         build_learner(tiny(model={"bn": "frozen"}), ALONE)
 
 
-def test_the_head_can_go_first(tiny):
+def test_the_head_can_be_trained_first(tiny):
     config = tiny(optim={"lr": 0.1})
     made, _ = build_learner(config, ALONE)
     before = copy.deepcopy(made.moco.query_encoder)
