@@ -346,7 +346,7 @@ def test_warm(benchmark, problem, ceilings, row):
 # --- two positives ---
 
 
-def test_mixed_info_nce_refuses_bad_arguments(benchmark, problem, ceilings):
+def test_mixed_info_nce(benchmark, problem, ceilings):
     run(benchmark, problem, mixed_ours, ceilings, mixed=True)
 
 
