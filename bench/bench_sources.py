@@ -1,9 +1,9 @@
-"""Reading and decoding the same JPEGs from a folder and from a tar shard, beside other packages that read them.
+"""Reading and decoding JPEGs from a folder and from a tar shard, compared with other packages.
 
-Claim: a shard is read at the rate of its folder, image by image in any order; other packages read a shard from its beginning,
-or keep an index of files. Each row reads every image once and decodes it by Pillow; all rows must give the same pixels.
-Processor time of all threads, so that a rate is one a core. Memory is what stays alive once the images are listed, per image of
-a folder of 20,000 names.
+Claim: reading a shard, image by image in any order, is about as fast as reading its folder; other packages read a shard from
+its beginning or index files. Each row reads every image once and decodes it with Pillow; all rows must give the same pixels.
+Times are processor time of all threads, so rates are per core. Memory is what a listing keeps allocated, per image of a folder
+of 20,000 names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Reader = Callable[[Path, Path], Iterator[Image.Image]]
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, smoke) -> tuple[Path, Path]:
+def photographs(tmp_path_factory, smoke) -> tuple[Path, Path]:
     """(folder, shard) of the same photographs."""
     root = tmp_path_factory.mktemp("sources")
     folder, shard = root / "photos" / "all", root / "photos.tar"
@@ -89,8 +89,8 @@ def digests(images: Iterator[Image.Image]) -> list[str]:
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
-def test_read(benchmark, places, reader):
-    folder, shard = places
+def test_read(benchmark, photographs, reader):
+    folder, shard = photographs
     expected = digests(fastuft_folder(folder, shard))
     assert digests(reader(folder, shard)) == expected and len(set(expected)) > 1
 
@@ -149,7 +149,7 @@ def listed_litdata(folder: Path, shard: Path) -> object:
 )
 def test_memory_of_a_listing(benchmark, many, lister, smoke):
     count = 200 if smoke else MANY
-    lister(*many)  # what is imported or made once is not counted
+    lister(*many)  # imports and caches are not counted
     tracemalloc.start()
     held = lister(*many)
     alive = tracemalloc.get_traced_memory()[0]

@@ -1,7 +1,7 @@
 """Time and memory of a source with millions of images: ``python bench/simulate_source.py --images 10000000``.
 
-Shards are empty files of the right length beside an index that was written for them, so that everything but the reading of
-headers and images is real: loading the indexes, sorting by name, drawing the replayed share, the digest of names and sizes.
+The shards are empty files of the right length with a matching index, so everything except reading headers and images is real:
+loading the indexes, sorting by name, drawing the replayed share, and the digest of names and sizes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from fastuft.data.left_out import IMAGE_SUFFIXES
 from fastuft.data.sources.blobs import LocalBlob
 from fastuft.data.sources.tar_index import BLOCK, ShardIndex, Texts, keep_index
 
-_BYTES = 110_000  # of an image, on average
+_BYTES = 110_000  # mean size of an image
 
 
 def make(root: Path, images: int, shards: int) -> None:
-    """Shards ``root/source/*.tar`` with their indexes in the cache, and a target of one image."""
+    """Create shards ``root/source/*.tar`` with their indexes in the cache, and a target of one image."""
     (root / "source").mkdir()
     (root / "target").mkdir()
     Image.new("RGB", (8, 8)).save(root / "target" / "photo.png")
@@ -47,7 +47,7 @@ def make(root: Path, images: int, shards: int) -> None:
 
 
 def measure(root: Path) -> dict[str, float]:
-    """Seconds to build the manifest, memory of one process before and at most (MB), images drawn."""
+    """Build the manifest; returns its time in seconds, the process's memory in MB, and the number of images drawn."""
     unit = 1 << 10  # ru_maxrss counts kB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     began = time.perf_counter()
@@ -66,7 +66,7 @@ def measure(root: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Make the source, then measure it in a process of its own."""
+    """Create the source, then measure it in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=10_000_000)
     parser.add_argument("--shards", type=int, default=1000)

@@ -1,7 +1,6 @@
 """The step-time model of docs/scaling.md: ``python docs/scaling.py`` prints its table.
 
-Every input is a number that somebody can check: a count (of parameters, bytes), a data sheet, or an assumption. Nothing here
-was measured on a GPU.
+Every input is a count, a figure from a data sheet, or an assumption that is marked as one. Nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class Cluster:
     Args:
         within: bytes per second that a GPU sends to the others of its node.
         between: bytes per second that a GPU sends to other nodes.
-        images: per second and GPU, forward and backward, both passes and the keys.
+        images: images per second and GPU, including both passes and the keys.
         batch: images per GPU.
         disk: bytes per second to the run folder.
     """
@@ -42,19 +41,19 @@ class Cluster:
         return self.batch / self.images
 
     def gradients(self, gpus: int) -> float:
-        """Seconds of the gradients' all-reduce, a ring in fp32; most of it runs behind the backward pass."""
+        """Seconds of the ring all-reduce of fp32 gradients, which overlaps the backward pass."""
         return 2 * (gpus - 1) / gpus * 4 * PARAMETERS / self.bandwidth(gpus)
 
     def views(self, gpus: int) -> float:
-        """Seconds of the exchange of key views (ShuffleBN): all to all, before the key encoder, hidden by nothing."""
+        """Seconds of the exchange of key views (ShuffleBN): all to all, before the key encoder, not overlapped."""
         return (gpus - 1) / gpus * self.batch * VIEW_BYTES / self.bandwidth(gpus)
 
     def keys(self, gpus: int) -> float:
-        """Seconds of the gather of keys, hidden by nothing."""
+        """Seconds of the gather of keys, not overlapped."""
         return (gpus - 1) * self.batch * KEY_BYTES / self.bandwidth(gpus)
 
     def efficiency(self, gpus: int, hidden: float) -> float:
-        """Share of a step that computes, if this share of the all-reduce is hidden by the backward pass."""
+        """Share of a step spent computing, if the share ``hidden`` of the all-reduce overlaps the backward pass."""
         waits = (1 - hidden) * self.gradients(gpus) + self.views(gpus) + self.keys(gpus)
         return self.compute() / (self.compute() + waits)
 

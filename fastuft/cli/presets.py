@@ -1,4 +1,4 @@
-"""Presets on the command line: the defaults follow the network, and what is given wins."""
+"""Presets on the command line: defaults follow the network, and given options win."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fastuft.config import TrainConfig, family_of, preset_options
 
 
 def parse(parser: Any, arguments: Sequence[str], name: str) -> Any:
-    """Parse the options of a command; where a preset has other defaults, once more with those.
+    """Parse the options of a command, with the defaults of the preset that suits its network.
 
     Args:
-        parser: of the command.
-        arguments: of the program, the command's name among them.
-        name: of the command.
+        parser: parser of the command.
+        arguments: arguments of the program, including the name of the command.
+        name: name of the command.
 
     Returns:
-        What was parsed; ``optim.preset`` names the preset that was used, never auto, and none where it sets nothing.
+        The parsed options. ``optim.preset`` names the preset that was used: none if it sets nothing, never auto.
 
     Raises:
         UsageError: the arguments do not parse.
@@ -30,7 +30,7 @@ def parse(parser: Any, arguments: Sequence[str], name: str) -> Any:
     if COMMANDS[name].config is TrainConfig and all(_is_group(parsed[name][group]) for group in ("model", "optim")):
         preset, arch, epochs = parsed[name].optim.preset, parsed[name].model.arch, parsed[name].optim.epochs
         family = family_of(arch) if preset == "auto" else preset
-        for familys_own in (True, False):  # another optimizer may have been asked for, with values of its own
+        for familys_own in (True, False):  # the user may have chosen another optimizer, which has its own values
             chosen = None if familys_own else parsed[name].optim.optimizer
             wanted = {} if family == "none" else preset_options(family, arch, epochs, chosen)
             if wanted != values:
@@ -38,12 +38,12 @@ def parse(parser: Any, arguments: Sequence[str], name: str) -> Any:
                 parsed = parser.parse_args(silent)
         parsed[name].optim.preset = family if values else "none"
     if len(silent) < len(arguments):
-        parser.parse_args(arguments)  # prints what was parsed, and exits
+        parser.parse_args(arguments)  # prints the configuration and exits
     return parsed
 
 
 def _is_group(value: Any) -> bool:
-    """Whether a group of options was given as one; anything else is refused later, in words."""
+    """Whether a group of options is a group; anything else is refused later with a message."""
     from jsonargparse import Namespace
 
     return isinstance(value, Namespace)

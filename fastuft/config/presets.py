@@ -1,7 +1,7 @@
-"""Options of optimizer and model by family of networks, each with the paper that it is taken from.
+"""Optimizer and model options by family of networks, each with its source.
 
-A preset is a set of defaults: what is given explicitly wins. ResNets have the paper's recipe, which is what every option
-defaults to. Where MoCo v3 and the DINO papers differ, MoCo v3 is followed: its loss is ours.
+A preset is a set of defaults; explicit options win. For ResNets these are the paper's recipe, the defaults of all options.
+Where MoCo v3 and the DINO papers differ, the presets follow MoCo v3, because it uses the same loss.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Family = Literal["resnet", "vit", "convnext"]
 Preset = Literal["auto", "none", "resnet", "vit", "convnext"]
 Optimizer = Literal["sgd", "adamw", "lars", "apex_fused_sgd"]
 
-# timm's names of ViTs with a patch projection and tokens, and of other networks that are trained as ViTs are.
+# timm's names of ViTs with a patch projection and tokens, and of other networks that are trained like ViTs.
 _VIT = re.compile(r"(vit_|deit|eva|beit|flexivit|cait|dino|aimv2|samvit|test_vit)")
 _LIKE_VIT = re.compile(
     r"(swin|xcit|pvt|poolformer|caformer|levit|coat|volo|twins|crossvit|mixer|gmlp|resmlp|maxvit|mvit)"
@@ -24,15 +24,15 @@ WARMUP = 0.1  # of the epochs: DINO and DINOv2 warm up for 10 of 100, MoCo v3 fo
 
 
 def _warmup(epochs: int | str) -> dict[str, Any]:
-    """Nothing where the epochs are not known yet: whoever chooses them chooses it."""
+    """The warm-up; left open while the number of epochs is open."""
     return {"optim.warmup_epochs": WARMUP * epochs} if isinstance(epochs, int) else {}
 
 
 def _adamw(epochs: int | str) -> dict[str, Any]:
     """AdamW as MoCo v3 trains ViTs (Chen, Xie and He 2021, Section 4.1; CONFIG.md of its code): rate 1.5e-4 for a batch of 256,
     scaled linearly, weight decay 0.1. Norms, biases and tokens are not decayed, gradients are clipped at norm 3 (Caron et
-    al. 2021, DINO, and Oquab et al. 2023, DINOv2). Not taken over: MoCo v3's key momentum of 0.99, which rises to 1: it keeps
-    no queue, and a queue wants keys of nearly the same encoder.
+    al. 2021, DINO, and Oquab et al. 2023, DINOv2). Not adopted: MoCo v3's key momentum, which rises from 0.99 to 1. MoCo v3
+    has no queue, and a queue needs keys of nearly the same encoder.
     """
     return {
         "optim.optimizer": "adamw",
@@ -47,7 +47,8 @@ def _adamw(epochs: int | str) -> dict[str, Any]:
 
 def _lars(epochs: int | str) -> dict[str, Any]:
     """LARS as MoCo v3 trains ResNets (Chen, Xie and He 2021; CONFIG.md of its code, 300 epochs): rate 0.3 for a batch of 256,
-    scaled linearly, momentum 0.9, weight decay 1e-6, 10 epochs of warm-up. Made for batches of thousands (You et al. 2017).
+    scaled linearly, momentum 0.9, weight decay 1e-6, 10 epochs of warm-up. It was
+    made for batches of thousands (You et al. 2017).
     """
     return {
         "optim.optimizer": "lars",
@@ -61,20 +62,20 @@ def _lars(epochs: int | str) -> dict[str, Any]:
 
 
 def _vit(arch: str, epochs: int | str) -> dict[str, Any]:
-    """AdamW, a rate that falls by 0.9 per layer from the head down (DINOv2, ``layerwise_decay``), and a patch projection that
-    stays as it is (MoCo v3, Section 4.2: a frozen one is stabler and no worse).
+    """AdamW, a rate that falls by a factor of 0.9 per layer from the head down (DINOv2, ``layerwise_decay``), and a frozen
+    patch projection (MoCo v3, Section 4.2: more stable and not worse).
     """
     frozen = {"model.freeze_patch": True} if _VIT.match(arch.removeprefix("timm:")) else {}
     return {**_adamw(epochs), **frozen, "optim.layer_decay": 0.9}
 
 
 def _convnext(epochs: int | str) -> dict[str, Any]:
-    """AdamW with ConvNeXt's own weight decay, 0.05 (Liu et al. 2022, Table 5), and the ViTs' falling rate."""
+    """AdamW with ConvNeXt's own weight decay, 0.05 (Liu et al. 2022, Table 5), and the layer-wise rates of the ViTs."""
     return {**_adamw(epochs), "optim.weight_decay": 0.05, "optim.layer_decay": 0.9}
 
 
 def family_of(arch: str) -> Family:
-    """The family whose preset suits a network, by its name: networks that are no kind of ViT or ConvNeXt count as ResNets."""
+    """The family whose preset suits a network, by its name; any other network counts as a ResNet."""
     name = arch.removeprefix("timm:")
     if arch.startswith("timm:") and (_VIT.match(name) or _LIKE_VIT.match(name)):
         return "vit"
@@ -82,14 +83,14 @@ def family_of(arch: str) -> Family:
 
 
 def preset_options(family: Family, arch: str, epochs: int | str, optimizer: Optimizer | None = None) -> dict[str, Any]:
-    """What a preset sets, by dotted option.
+    """The values that a preset sets, by dotted option.
 
     Args:
         family: resnet, vit or convnext.
         arch: the network.
-        epochs: of the run; the warm-up is a part of them. A word where they are left open.
-        optimizer: one that was chosen; None takes the family's. With another than the family's the values are those of
-            that optimizer, since rates of one mean nothing to another.
+        epochs: epochs of the run, of which the warm-up is a part; a text if they are still open.
+        optimizer: the chosen optimizer; None takes the family's. The values always suit the optimizer, because the rates
+            of one do not suit another.
     """
     own: Optimizer = "sgd" if family == "resnet" else "adamw"
     if optimizer not in (None, own):

@@ -1,6 +1,6 @@
-"""The recipe ``auto``: what a run leaves open is chosen for its images and its machine, with a reason for each choice.
+"""The recipe ``auto``: chooses the options that are left open for the images and the machine, and gives a reason for each.
 
-Where the numbers come from stands in docs/recipes.md. Whatever was given is kept, and what is chosen follows from it.
+Given options are kept, and the choices follow from them. docs/recipes.md says where the numbers come from.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fastuft.model import build_backbone
 from fastuft.trainer.distributed import Ranks
 
 _LARGEST_BATCH = {"cpu": 64, "cuda": 256}
-_SMALLEST_BATCH = 8  # fewer images give statistics and mixing nothing to work on
-_FEWEST_STEPS = 8  # per epoch: fewer, larger batches repeat the same negatives
-_BUDGET = {"cpu": 420, "cuda": 4000}  # steps of a run; 420 of 64 images recover from the dip of the first hundred
-_MOST_EPOCHS = 200  # the paper's
-_RATE = 0.03  # at 64 images
+_SMALLEST_BATCH = 8  # too few images make batch statistics and mixing meaningless
+_FEWEST_STEPS = 8  # per epoch; with fewer, larger batches the negatives repeat
+_BUDGET = {"cpu": 420, "cuda": 4000}  # steps of a run; 420 steps of 64 images recover from the dip of the first hundred
+_MOST_EPOCHS = 200  # as in the paper
+_RATE = 0.03  # learning rate at batch size 64
 _LARGEST_QUEUE = 65536
-_MEMORY = 4.2  # times that the key encoder's average is renewed over a run
-_PROBED = 64  # images whose size is looked up
+_MEMORY = 4.2  # time constants of the key encoder per run
+_PROBED = 64  # number of images whose size is read
 _GRID = 32  # stride of the networks' last stage, pixels
 _VIT_SIDE = 224  # pixels
 
@@ -38,9 +38,9 @@ class Choice:
     """A value that the recipe chose.
 
     Args:
-        option: its dotted name.
-        value: what was chosen.
-        reason: why.
+        option: dotted name of the option.
+        value: the value.
+        reason: the reason for it.
     """
 
     option: str
@@ -49,37 +49,40 @@ class Choice:
 
 
 def with_saved(config: TrainConfig, state: Mapping[str, Any] | None, ranks: Ranks) -> TrainConfig:
-    """What is left open as the checkpoint of a resumed run has it: another machine chooses nothing anew.
+    """Fill open options with the values saved in a checkpoint, so that a resumed run keeps its choices on any machine.
 
-    BatchNorm's mode follows from the number of processes: another number leaves it open.
+    The BatchNorm mode depends on the number of processes and stays open if that number has changed.
 
     Args:
-        config: as it was given.
-        state: the checkpoint's, or None for a run that begins.
+        config: the configuration as given.
+        state: state of the checkpoint, or None for a new run.
         ranks: the processes.
     """
     if state is None:
         return config
-    saved, found = json.loads(state["config"]), {}
+    saved, kept = json.loads(state["config"]), {}
     same_number = len(state["rank_buffers"]) == ranks.world_size
     for option in AUTO_OPTIONS:
         value = _value(saved, option)
         open_still = is_auto(_option(config, option)) and (same_number or option != "model.bn")
         if open_still and value is not None:
-            found[option] = value
-    return _replaced(config, found)
+            kept[option] = value
+    return _replaced(config, kept)
 
 
 def settle(config: TrainConfig, manifest: Manifest, ranks: Ranks) -> tuple[TrainConfig, list[Choice]]:
-    """The configuration with a value for everything that ``recipe: auto`` was left to choose, and the choices.
+    """Choose a value for every open option of ``recipe: auto``.
 
     Args:
-        config: as it was given; one without open values comes back unchanged.
+        config: the configuration as given; without open options it is returned unchanged.
         manifest: the training images.
         ranks: the processes and their device.
 
+    Returns:
+        (the complete configuration, the choices).
+
     Raises:
-        ValueError: too few images to train on, or a network that there is not.
+        ValueError: the network is unknown.
     """
     if config.recipe != "auto":
         return config, []
@@ -103,7 +106,7 @@ def choices_text(choices: list[Choice], manifest: Manifest, ranks: Ranks) -> str
 
 
 class _Chooser:
-    """Chooses one option after the other; later ones follow from earlier ones, chosen or given."""
+    """Chooses one option after the other; later choices depend on earlier values, chosen or given."""
 
     def __init__(self, config: TrainConfig, manifest: Manifest, ranks: Ranks) -> None:
         self.config, self.manifest, self.ranks = config, manifest, ranks
@@ -121,7 +124,7 @@ class _Chooser:
 
     @property
     def _images(self) -> int:
-        """Images of one pass: balanced batches draw the source at their own share."""
+        """Images per epoch; in balanced mode the share of source images is fixed by ``data.replay_share``."""
         data, manifest = self.config.data, self.manifest
         if data.replay_mode == "balanced" and data.replay_share < 1:
             return round(manifest.num_target / (1 - data.replay_share))
@@ -129,7 +132,7 @@ class _Chooser:
 
     @property
     def _steps(self) -> int:
-        """Of all epochs: a run that ``max_steps`` ends may go on."""
+        """Steps of all epochs; ``max_steps`` is ignored, because a run that it ends can be resumed."""
         return self.config.optim.epochs * self._steps_per_epoch
 
     def _size(self) -> tuple[int, str]:
@@ -141,22 +144,22 @@ class _Chooser:
         for path in paths[:: max(1, len(paths) // _PROBED)]:
             try:
                 sides.append(min(image_size(path)))
-            except BadImageError:  # the streams' affair, under data.on_bad_file
+            except BadImageError:  # handled by the streams, as data.on_bad_file says
                 continue
         side = int(statistics.median(sides)) if sides else usual
         fitting = max(step, side * 7 // 8 // step * step)
         if fitting >= usual:
-            return usual, f"the network's own; the shorter side of the target images is {side} px"
+            return usual, f"the network's own size; the shorter side of the target images is {side} px"
         with torch.no_grad():
             try:
                 network(torch.zeros(1, 3, fitting, fitting))
             except (AssertionError, RuntimeError, ValueError):
-                return usual, f"the network takes no other, though the target images have {side} px"
-        return fitting, f"the shorter side of the target images is {side} px, and more would be enlarged"
+                return usual, f"the network takes no other size, although the target images have {side} px"
+        return fitting, f"the shorter side of the target images is {side} px; a larger size would enlarge them"
 
     def _replay_fraction(self) -> tuple[float, str]:
         if not self.manifest.source_total:
-            return 0.1, "without effect: there is no source"
+            return 0.1, "no effect: there is no source"
         return self.manifest.fraction, f"{self.manifest.num_source} source images, no more than target images"
 
     def _batch_size(self) -> tuple[int, str]:
@@ -167,36 +170,36 @@ class _Chooser:
             batch //= 2
         batch = max(2, min(batch, self._images) // world) * world
         if batch == largest:
-            return batch, "the largest on this machine"
+            return batch, "the largest batch for this kind of machine"
         steps = self._images // batch
-        return batch, f"{self._images} images are {steps} such steps per epoch, and {2 * batch} of them too few"
+        return batch, f"{steps} steps per epoch of {self._images} images; a batch of {2 * batch} would leave too few"
 
     def _bn(self) -> tuple[str, str]:
         if self.ranks.world_size > 1:
-            return "shuffle", "several devices: no image shares its batch with its own key"
-        return "plain", "statistics of whole batches; networks without BatchNorm have none"
+            return "shuffle", "several devices: keys are normalized in other batches than their queries"
+        return "plain", "statistics of whole batches, if the network has BatchNorm"
 
     def _queue_size(self) -> tuple[int, str]:
         union, batch = len(self.manifest), self.config.data.batch_size
         useful = max(batch, union - batch)
         size = min(_LARGEST_QUEUE, 2 ** int(math.log2(useful)))
         if size == _LARGEST_QUEUE:
-            return size, "the paper's"
-        return size, f"at most one key of each of {union} images: none meets an older one of its own"
+            return size, "as in the paper"
+        return size, f"at most one key per image of {union}, so no image meets an older key of itself"
 
     def _epochs(self) -> tuple[int, str]:
         budget = _BUDGET[self.kind]
         epochs = min(_MOST_EPOCHS, max(1, round(budget / self._steps_per_epoch)))
         steps = epochs * self._steps_per_epoch
-        return epochs, f"{steps} steps, for a budget of {budget} on a {'GPU' if self.kind == 'cuda' else 'CPU'}"
+        return epochs, f"{steps} steps; the budget on a {'GPU' if self.kind == 'cuda' else 'CPU'} is {budget}"
 
     def _key_momentum(self) -> tuple[float, str]:
         steps = self._steps
         momentum = round(1 - min(0.02, max(0.001, _MEMORY / steps)), 4)
-        return momentum, f"the key encoder follows within {round(1 / (1 - momentum))} of {steps} steps"
+        return momentum, f"the key encoder averages over {round(1 / (1 - momentum))} of {steps} steps"
 
     def _preset(self) -> dict[str, Any]:
-        """Values of the optimizer that was chosen; none of SGD's, whose rates were measured here."""
+        """Values for the chosen optimizer; empty for SGD, whose rates were measured here."""
         model, optim = self.config.model, self.config.optim
         return preset_options(family_of(model.arch), model.arch, optim.epochs, optim.optimizer)
 
@@ -204,21 +207,23 @@ class _Chooser:
         found = self._preset().get("optim.lr")
         if found is not None:
             rate = found if self.config.optim.scale_lr else found * self.config.data.batch_size / 256
-            return float(f"{rate:.3g}"), f"MoCo v3's for {self.config.optim.optimizer}, in proportion to the batch"
+            return float(
+                f"{rate:.3g}"
+            ), f"as in MoCo v3 for {self.config.optim.optimizer}, in proportion to the batch size"
         batch = self.config.data.batch_size
         per_image = _RATE / 64 * (256 if self.config.optim.scale_lr else batch)
-        return float(f"{per_image:.3g}"), f"{_RATE:g} at 64 images, in proportion to the batch"
+        return float(f"{per_image:.3g}"), f"{_RATE:g} at batch size 64, in proportion to the batch size"
 
     def _warmup_epochs(self) -> tuple[float, str]:
         found = self._preset().get("optim.warmup_epochs")
         if found is not None:
-            return found, f"a tenth of the epochs, as {self.config.optim.optimizer} needs"
-        return 0.0, "the rate begins at its largest: runs of a few hundred steps have no time to lose"
+            return found, f"a tenth of the epochs, which {self.config.optim.optimizer} needs"
+        return 0.0, "no warm-up: a run of a few hundred steps needs the full rate from the start"
 
     def _select(self) -> tuple[str, str]:
         if not self.config.verdict.looks:
-            return "last", "there are no looks to judge by"
-        return "judged", "a run that is no better than its start exports the start's weights, and says so"
+            return "last", "there are no looks, so there is no verdict"
+        return "judged", "a run that is no better than its start exports the weights of the start"
 
 
 def _shown(value: Any) -> str:
@@ -236,7 +241,7 @@ def _value(saved: Mapping[str, Any], option: str) -> Any:
 
 
 def _replaced(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration with other values of dotted options."""
+    """The configuration with new values for dotted options."""
     groups: dict[str, dict[str, Any]] = {}
     for option, value in values.items():
         group, _, name = option.rpartition(".")

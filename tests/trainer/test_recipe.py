@@ -175,7 +175,7 @@ def test_a_run_prints_and_saves_its_choices(folders, start, tmp_path, capsys):
     assert "Chosen for 40 target and 40 source images on a CPU" in said
     assert (
         "data.batch_size 8 " in said
-        and "80 images are 10 such steps per epoch" in said
+        and "10 steps per epoch of 80 images" in said
         and "method.queue_size 64 " in said
         and "optim.epochs" not in said
     )
