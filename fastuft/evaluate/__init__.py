@@ -29,11 +29,11 @@ _EXPORTS = {
     "in_classes_of": "folders",
     "read_classes": "folders",
     "UndefinedError": "inputs",
-    "FixMatchResult": "semi",
-    "fixmatch": "semi",
-    "FewShotResult": "shots",
-    "draw_shots": "shots",
-    "fewshot": "shots",
+    "FixMatchResult": "semi_supervised",
+    "fixmatch": "semi_supervised",
+    "FewShotResult": "few_shot",
+    "draw_shots": "draws",
+    "fewshot": "few_shot",
     "nearest_neighbors": "retrieval",
     "retrieval_accuracy": "retrieval",
     "alignment": "unlabeled",
@@ -63,6 +63,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.clustering import bcubed_precision as bcubed_precision
     from fastuft.evaluate.clustering import clustering_accuracy as clustering_accuracy
     from fastuft.evaluate.clustering import kmeans as kmeans
+    from fastuft.evaluate.draws import draw_shots as draw_shots
     from fastuft.evaluate.embedding import tsne as tsne
     from fastuft.evaluate.evaluation import Evaluation as Evaluation
     from fastuft.evaluate.evaluation import evaluate_backbone as evaluate_backbone
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.features import cached_features as cached_features
     from fastuft.evaluate.features import extract_features as extract_features
     from fastuft.evaluate.features import weights_hash as weights_hash
+    from fastuft.evaluate.few_shot import FewShotResult as FewShotResult
     from fastuft.evaluate.folders import Images as Images
     from fastuft.evaluate.folders import in_classes_of as in_classes_of
     from fastuft.evaluate.folders import read_classes as read_classes
@@ -78,10 +80,8 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.looks import look_at as look_at
     from fastuft.evaluate.retrieval import nearest_neighbors as nearest_neighbors
     from fastuft.evaluate.retrieval import retrieval_accuracy as retrieval_accuracy
-    from fastuft.evaluate.semi import FixMatchResult as FixMatchResult
-    from fastuft.evaluate.semi import fixmatch as fixmatch
-    from fastuft.evaluate.shots import FewShotResult as FewShotResult
-    from fastuft.evaluate.shots import draw_shots as draw_shots
+    from fastuft.evaluate.semi_supervised import FixMatchResult as FixMatchResult
+    from fastuft.evaluate.semi_supervised import fixmatch as fixmatch
     from fastuft.evaluate.unlabeled import alignment as alignment
     from fastuft.evaluate.unlabeled import effective_rank as effective_rank
     from fastuft.evaluate.unlabeled import lidar as lidar

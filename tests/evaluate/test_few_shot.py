@@ -9,9 +9,10 @@ from PIL import Image
 from torch import nn
 
 from fastuft.config import FewShotConfig, SemiConfig
-from fastuft.evaluate import UndefinedError, draw_shots, fewshot, fixmatch, shots
+from fastuft.evaluate import UndefinedError, draw_shots, few_shot, fewshot, fixmatch
+from fastuft.evaluate.classifier import Classifier, predict
+from fastuft.evaluate.few_shot import finetune
 from fastuft.evaluate.images import decode, normalize, random_views, thumbnail_png
-from fastuft.evaluate.shots import Classifier, finetune, predict
 
 CLASSES = 3
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -211,7 +212,7 @@ def test_a_diverged_finetuning_keeps_those_of_other_shots(folder, monkeypatch):
             raise UndefinedError("few-shot finetuning diverged")
         return finetune(backbone, images, *arguments, **options)
 
-    monkeypatch.setattr(shots, "finetune", diverges_for_two)
+    monkeypatch.setattr(few_shot, "finetune", diverges_for_two)
     result = run_with(folder, config=quick(1, 2, 4))
     assert set(result.top1) == set(result.mean_class) == set(result.train_loss) == {1, 4}
     assert result.undefined == {2: "few-shot finetuning diverged"}

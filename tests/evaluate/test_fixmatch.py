@@ -13,8 +13,8 @@ from torch import nn
 
 from fastuft.config import FewShotConfig, SemiConfig
 from fastuft.data import EvalStream, Loading, StrongConfig
-from fastuft.evaluate import fewshot, fixmatch, shots
-from fastuft.evaluate.semi import unlabeled_loss
+from fastuft.evaluate import draws, fewshot, fixmatch
+from fastuft.evaluate.semi_supervised import unlabeled_loss
 
 LOADING = Loading((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), threads=1)
 RATES = FewShotConfig(shots=[1, 2], epochs=4, lr=0.5, backbone_lr=1e-3, crop_scale=(1, 1), flip_p=0)
@@ -117,7 +117,7 @@ def test_labels_of_the_unlabeled_images_are_not_used(colors):
     others = [i for i in range(len(labels)) if i not in drawn]
     assert len(others) > 20
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shots, "draw_shots", lambda *_, **__: first.draws[0])
+        patch.setattr(draws, "draw_shots", lambda *_, **__: first.draws[0])
         mixed = list(labels)
         for i, j in zip(others, reversed(others), strict=True):
             mixed[i] = labels[j]

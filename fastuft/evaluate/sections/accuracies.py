@@ -5,21 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
+from torch import Tensor
 
+from fastuft.device import Precision
 from fastuft.evaluate.clustering import clustering_accuracy
+from fastuft.evaluate.few_shot import FewShotResult, fewshot
+from fastuft.evaluate.inputs import ArrayLike
 from fastuft.evaluate.retrieval import retrieval_accuracy
 from fastuft.evaluate.sections.context import AFTER, Context
 from fastuft.evaluate.sections.part import Part
-from fastuft.evaluate.semi import fixmatch
-from fastuft.evaluate.shots import FewShotResult, fewshot
+from fastuft.evaluate.semi_supervised import FixMatchResult, fixmatch
+from fastuft.model import Backbone
 from fastuft.randomness import keyed_seed
 
 NEIGHBORS = 5
+
+Result = TypeVar("Result", bound=FewShotResult)
 
 NO_LABELS = (
     "No labels were given (train has no class folders), so retrieval, clustering and few-shot accuracy are not known. "
@@ -90,71 +96,121 @@ def retrieval(context: Context) -> Part:
 
 def few_shot(context: Context) -> Part:
     """Accuracy after finetuning on K labeled images per class."""
-    part, config, folders = Part(), context.config, context.folders
-    shots = _possible(part, context, config.fewshot.shots, "{}-shot accuracy")
-    if not shots:
+    part, config = Part(), context.config.fewshot
+
+    def run(common: _Common, shots: list[int]) -> FewShotResult:
+        progress = partial(context.progress, "few-shot runs")
+        return fewshot(**common, config=dataclasses.replace(config, shots=shots), progress=progress)
+
+    names = ("top1", "mean_class", "train_loss")
+    result = _by_shots(part, context, run, config.shots, "fewshot", "{}-shot accuracy", names)
+    if result is None:
         return part
-    assert folders.test is not None
-    with context.stream(AFTER, folders.test) as stream:
-        result = fewshot(
-            context.backbones[AFTER],
-            folders.train.paths,
-            folders.train.labels,
-            stream,
-            folders.test.labels,
-            config=dataclasses.replace(config.fewshot, shots=shots),
-            size=context.size,
-            resize=context.resize,
-            precision=config.precision,
-            trials=config.trials,
-            seed=config.seed,
-            classes=folders.train.classes,
-            progress=partial(context.progress, "few-shot runs"),
-        )
-    _take(part, context, result, "fewshot", "{}-shot accuracy", "top1", "mean_class", "train_loss")
-    worst, guess = max(max(losses) for losses in result.train_loss.values()), math.log(len(folders.train.classes))
+    worst = max(max(losses) for losses in result.train_loss.values())
+    guess = math.log(len(context.folders.train.classes))
     if worst > 0.9 * guess:
         part.statements.append(
             f"Few-shot finetuning did not converge (training loss up to {worst:.2f}; guessing gives {guess:.2f}), so its "
-            f"accuracies say little about the features: try a fewshot.lr other than {config.fewshot.lr:g}."
+            f"accuracies say little about the features: try a fewshot.lr other than {config.lr:g}."
         )
     return part
 
 
 def semi_supervised(context: Context) -> Part:
     """Accuracy after FixMatch on K labeled images per class and all other images without their labels."""
-    part, config, folders = Part(), context.config, context.folders
-    shots = _possible(part, context, config.semi.shots, "FixMatch accuracy with {} labeled images per class")
-    if not shots:
-        return part
-    assert folders.test is not None
-    with context.stream(AFTER, folders.test) as stream:
-        result = fixmatch(
-            context.backbones[AFTER],
-            folders.train.paths,
-            folders.train.labels,
-            stream,
-            folders.test.labels,
+    part, config = Part(), context.config
+
+    def run(common: _Common, shots: list[int]) -> FixMatchResult:
+        return fixmatch(
+            **common,
             config=dataclasses.replace(config.semi, shots=shots),
             finetuning=config.fewshot,
-            size=context.size,
-            resize=context.resize,
-            precision=config.precision,
-            trials=config.trials,
-            seed=config.seed,
-            classes=folders.train.classes,
             loader=config.loader,
             progress=partial(context.progress, "FixMatch epochs"),
         )
-    what = "FixMatch accuracy with {} labeled images per class"
-    _take(part, context, result, "fixmatch", what, "top1", "mean_class", "train_loss", "confident")
-    unused = [k for k, shares in result.confident.items() if not max(shares)]
+
+    what, names = (
+        "FixMatch accuracy with {} labeled images per class",
+        ("top1", "mean_class", "train_loss", "confident"),
+    )
+    result = _by_shots(part, context, run, config.semi.shots, "fixmatch", what, names)
+    unused = [] if result is None else [k for k, shares in result.confident.items() if not max(shares)]
     if unused:
         part.statements.append(
             f"FixMatch with {', '.join(map(str, unused))} labeled images per class made no confident prediction on the "
             "unlabeled images, so it was no more than few-shot finetuning with more views."
         )
     return part
+
+
+class _Common(TypedDict):
+    """The arguments that few-shot finetuning and FixMatch share."""
+
+    backbone: Backbone
+    train_paths: Sequence[str]
+    train_labels: ArrayLike
+    test: Iterable[tuple[Tensor, Tensor | None]]
+    test_labels: ArrayLike
+    size: int
+    resize: int
+    precision: Precision
+    trials: int
+    seed: int
+    classes: Sequence[str]
+
+
+def _by_shots(
+    part: Part,
+    context: Context,
+    run: Callable[[_Common, list[int]], Result],
+    shots: Sequence[int],
+    key: str,
+    what: str,
+    names: Sequence[str],
+) -> Result | None:
+    """Measure an accuracy for each K that has enough images, and record it.
+
+    Args:
+        part: takes the figures, the draws, and a statement for each K without a figure.
+        context: the evaluation.
+        run: takes the common arguments and the values of K.
+        shots: the values of K that are asked for.
+        key: the figures' key in eval.json.
+        what: names the accuracy in statements, with {} for K.
+        names: the values of the result to record, as spreads over trials.
+
+    Returns:
+        The result; None without labels, or if no K has enough images.
+    """
+    train, test, config = context.folders.train, context.folders.test, context.config
+    possible = _possible(part, context, shots, what)
+    if not possible:
+        return None
+    assert test is not None
+    with context.stream(AFTER, test) as stream:
+        common = _Common(
+            backbone=context.backbones[AFTER],
+            train_paths=train.paths,
+            train_labels=train.labels,
+            test=stream,
+            test_labels=test.labels,
+            size=context.size,
+            resize=context.resize,
+            precision=config.precision,
+            trials=config.trials,
+            seed=config.seed,
+            classes=train.classes,
+        )
+        result = run(common, possible)
+    part.put({str(k): {name: spread(getattr(result, name)[k]) for name in names} for k in result.top1}, key)
+    for k, reason in result.undefined.items():
+        part.cannot(what.format(k), reason)
+    for trial, rows in enumerate(result.draws):
+        part.draws[str(trial)] = {
+            name: [os.path.relpath(train.paths[i], config.train) for i in row]
+            for name, row in zip(train.classes, rows, strict=True)
+        }
+    return result
 
 
 def _possible(part: Part, context: Context, shots: Sequence[int], what: str) -> list[int]:
@@ -172,16 +228,3 @@ def _possible(part: Part, context: Context, shots: Sequence[int], what: str) -> 
                 f"{smallest}",
             )
     return [k for k in shots if k <= smallest]
-
-
-def _take(part: Part, context: Context, result: FewShotResult, key: str, what: str, *names: str) -> None:
-    """Record the spread over trials of the named values by K, the draws, and the K without a value."""
-    part.put({str(k): {name: spread(getattr(result, name)[k]) for name in names} for k in result.top1}, key)
-    for k, reason in result.undefined.items():
-        part.cannot(what.format(k), reason)
-    train = context.folders.train
-    for trial, rows in enumerate(result.draws):
-        part.draws[str(trial)] = {
-            name: [os.path.relpath(train.paths[i], context.config.train) for i in row]
-            for name, row in zip(train.classes, rows, strict=True)
-        }

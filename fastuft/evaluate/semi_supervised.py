@@ -14,10 +14,12 @@ from torch import Tensor
 from fastuft.config import AugmentConfig, FewShotConfig, SemiConfig
 from fastuft.data import Loader, Loading, StrongConfig, WeakStrongStream
 from fastuft.device import Precision, autocast
+from fastuft.evaluate.classifier import Classifier, diverged, predict, sgd
+from fastuft.evaluate.draws import LabeledDraws
 from fastuft.evaluate.features import module_device
+from fastuft.evaluate.few_shot import FewShotResult
 from fastuft.evaluate.images import random_views
 from fastuft.evaluate.inputs import ArrayLike, UndefinedError
-from fastuft.evaluate.shots import Classifier, FewShotResult, LabeledDraws, diverged, predict, sgd
 from fastuft.model import Backbone
 from fastuft.randomness import keyed_generator, keyed_seed
 
