@@ -78,8 +78,8 @@ Threads = Annotated[int, Range(0, 1024)]  # 0 derives them from the machine
 AtLeast1 = Annotated[int, Range(1)]
 
 AUTO = "auto"
-# What a run's recipe may choose. The word stands until the first lines of a run have put a number in its place
-# (fastuft.trainer.recipe); everything behind them sees numbers, and so does the type checker.
+# Options that a recipe may choose. A run replaces ``auto`` with numbers before anything else (fastuft.trainer.recipe), so the
+# rest of the code and the type checker see numbers.
 if TYPE_CHECKING:
     AutoAtLeast1 = int
     AutoAtLeast2 = int
@@ -122,9 +122,9 @@ def _check(name: str, value: Any, kind: Any) -> None:
             _check(name, item, parts[0])
     elif origin in (Union, UnionType) and value is not None:
         members = [part for part in parts if part is not NoneType]
-        words = [word for part in members if get_origin(part) is Literal for word in get_args(part)]
+        texts = [text for part in members if get_origin(part) is Literal for text in get_args(part)]
         others = [part for part in members if get_origin(part) is not Literal] or members
-        if len(others) == 1 and not (isinstance(value, str) and value in words):
+        if len(others) == 1 and not (isinstance(value, str) and value in texts):
             _check(name, value, others[0])
 
 

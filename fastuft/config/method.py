@@ -17,12 +17,11 @@ class MethodConfig:
     Args:
         temperature: tau.
         queue_size: K, negatives kept.
-        queue_dtype: what the queue is kept in; auto is fp32 on a CPU, and on a GPU the dtype that its matrix
-            products run in. fp8 (e4m3, a scale per key) takes half of bf16's memory and
-            multiplies in bf16 or fp16; docs/loss.md has its errors.
+        queue_dtype: dtype of the queue; auto is fp32 on a CPU, and on a GPU the dtype of its matrix products. fp8 (e4m3, one
+            scale per key) takes half the memory of bf16 and multiplies in bf16 or fp16; docs/loss.md has its errors.
         key_momentum: m of the key encoder's moving average.
-        queue_prefill: fill the queue with keys of training images before epoch 0 (finetuning) or start
-            from random unit rows (pretraining).
+        queue_prefill: fill the queue with keys of training images before epoch 0 (finetuning), or start from random unit
+            rows (pretraining).
         mix: how the mixed query of Eq. 5 is made.
         mix_weight: w in L = L_q + w L_m.
         mix_only: train on L_m alone (about 2/3 of the cost).

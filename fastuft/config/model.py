@@ -26,7 +26,7 @@ class ModelConfig:
         pool: features of a ViT: own (as in the network or the checkpoint), cls (the class token) or mean (of the patch
             tokens, without class and register tokens).
         drop_path: rate of stochastic depth in the query encoder's last block, rising from 0 in the first; the key encoder
-            drops nothing.
+            has none.
         freeze_patch: do not train a ViT's patch projection, whose gradient makes contrastive training of ViTs unstable
             (Chen, Xie and He 2021).
     """

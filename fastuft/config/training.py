@@ -1,6 +1,6 @@
-"""A training run's options: one tree of groups, with a file per group beside this one.
+"""The options of a training run, in groups; each group has a module of its own.
 
-One tree describes a run completely: the command line builds it, the run folder stores it as ``config.yaml``, and loading
+The tree of options describes a run completely: the command line builds it, the run folder stores it as ``config.yaml``, and loading
 that file repeats the run. Defaults are the paper's recipe for unsupervised finetuning (learning rate 0.015, batch size 256,
 200 epochs, K = 65536, tau = 0.2); the command line and ``fastuft.finetune`` leave ``AUTO_OPTIONS`` to the run.
 """
@@ -19,7 +19,7 @@ from fastuft.config.optim import OptimConfig
 from fastuft.config.runtime import RuntimeConfig
 from fastuft.config.watch import VerdictConfig, WatchConfig
 
-# What ``recipe: auto`` chooses for the data and the machine where it is left at auto, in this order.
+# The options that ``recipe: auto`` chooses for the data and the machine if they are auto, in this order.
 AUTO_OPTIONS = (
     "augment.size",
     "data.replay_fraction",
@@ -39,7 +39,7 @@ class TrainConfig:
     """One training run: finetuning (with ``init``) or pretraining (without).
 
     Args:
-        target: unlabeled images: a folder, a list file (.txt), or several of them as '[a, b]'.
+        target: unlabeled images: a folder, a list file, shards or a URL, or several of them as '[a, b]'.
         out: run folder.
         init: checkpoint to start from: a file, a transformers folder or a run (docs/checkpoints.md lists the layouts);
             none starts with random weights.
@@ -47,16 +47,16 @@ class TrainConfig:
             by gradients.
         init_channels: channels of its first convolution; auto is RGB or what the layout says, bgr and gray are converted.
         allow_missing: patterns of backbone tensors that ``init`` may lack.
-        source: source images for replaying: a folder, a list file, or several as '[a, b]'; none trains only on the target.
+        source: source images for replaying, named like the target; none trains only on the target.
         seed: seed of initialization, order and augmentation.
         resume: no starts a new run and refuses a folder that has one; auto continues from the newest whole checkpoint in
             ``out``, or starts a new run; a path names the checkpoint.
-        recipe: what becomes of options that are auto: auto chooses them for the data and the machine and says why, paper takes
-            the paper's.
+        recipe: how options that are auto are set: auto chooses them for the data and the machine and gives reasons, paper
+            takes the paper's values.
         max_steps: stop after this many steps (the schedule still spans all epochs).
         select: which weights are exported: last, those of the last step, or judged, those that the verdict without labels
-            finds best; the start's where none is better. auto is left to the recipe.
-        stop: never, or judged: end early where the verdict sees no use in going on.
+            finds best (those of the start if none is better). auto leaves it to the recipe.
+        stop: never, or judged: end early if the verdict expects no further gain.
         model: the network.
         method: the loss and its additions.
         augment: the views.
@@ -112,7 +112,7 @@ class TrainConfig:
             raise ValueError("model.bn='split' needs whole batches; set data.drop_last to true, or use bn plain")
 
     def _take_the_papers(self) -> None:
-        """Put the paper's values, which are the defaults here, in the place of those that are auto."""
+        """Replace auto with the paper's values, which are the defaults here."""
         for group in dataclasses.fields(self):
             value = getattr(self, group.name)
             if dataclasses.is_dataclass(value):

@@ -1,4 +1,4 @@
-"""Options of what a run looks at while it trains: ``watch.*``, which needs labels, and ``verdict.*``, which needs none."""
+"""Options of evaluation during training: ``watch.*``, which needs labels, and ``verdict.*``, which needs none."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class WatchConfig:
     """Optional evaluation during training.
 
     Args:
-        train: labeled folder that is the gallery of retrieval.
+        train: labeled folder whose images are the gallery of retrieval.
         test: labeled folder whose images are the queries.
-        source: source folder whose clustering is watched (forgetting).
+        source: labeled source folder whose clustering accuracy is measured (forgetting).
         every_epochs: epochs between evaluations; 0 is off.
     """
 
@@ -34,11 +34,11 @@ class WatchConfig:
 
 @dataclass(frozen=True)
 class VerdictConfig:
-    """Looks at the features during finetuning, and the verdict without labels that they lead to.
+    """Looks at the features during finetuning, and the verdict without labels.
 
     Args:
         looks: looks during the run, besides the one at its start; 0 turns the verdict off.
-        images: images of the fixed sample, from the target and from the source each.
+        images: images in the fixed sample, from the target and from the source each.
     """
 
     looks: AtLeast0 = 5

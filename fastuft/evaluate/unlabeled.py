@@ -32,10 +32,10 @@ def alignment(first: ArrayLike, second: ArrayLike, power: float = 2.0) -> float:
 def uniformity(features: ArrayLike, t: float = 2.0, *, most: int = 4096, seed: int = 0) -> float:
     """log of the mean of ``exp(-t |x - y|^2)`` over pairs of unit features (Wang and Isola 2020); lower is more uniform.
 
-    Over all pairs of at most ``most`` rows of [N, F] drawn with ``seed``.
+    The pairs are all those of at most ``most`` rows of [N, F], drawn with ``seed``.
 
     Raises:
-        UndefinedError: fewer than two rows.
+        UndefinedError: there are fewer than two rows.
     """
     x = as_features("features", features)
     if len(x) < 2:
@@ -53,7 +53,7 @@ def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
     ``|Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F)``; 1 up to rotation and scale, 0 for unrelated. x: [N, F], y: [N, G].
 
     Raises:
-        UndefinedError: one of both is constant over the images.
+        UndefinedError: one of them is constant over the images.
     """
     pair = _paired("x", x, "y", y)
     a, b = (v.double() - v.double().mean(0) for v in pair)
@@ -65,7 +65,7 @@ def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def mean_cosine(before: ArrayLike, after: ArrayLike) -> float:
-    """Mean cosine between the features of the same images; 1 where none moved. Both [N, F].
+    """Mean cosine between the features of the same images; 1 if no features changed. Both [N, F].
 
     Raises:
         UndefinedError: their widths differ.
@@ -77,7 +77,7 @@ def mean_cosine(before: ArrayLike, after: ArrayLike) -> float:
 
 
 def neighbor_overlap(before: ArrayLike, after: ArrayLike, k: int = 5) -> float:
-    """Mean share of each item's ``k`` nearest other items that stay the same, [N, F] each; 1 where none changes."""
+    """Mean share of each item's ``k`` nearest other items that stay the same; 1 if none changes. Both [N, F]."""
     a, b = _paired("before", before, "after", after)
     check_varied("before", a)
     check_varied("after", b)
@@ -107,12 +107,12 @@ def effective_rank(features: ArrayLike) -> float:
 
 
 def lidar(first: ArrayLike, second: ArrayLike, *, delta: float = 1e-4) -> float:
-    """LiDAR (Thilak et al. 2023, Eq. 5) of two views of each image; both [N, F].
+    """LiDAR (Thilak et al. 2023, Eq. 5) of two views of each image, both [N, F].
 
     The effective rank of the linear discriminant matrix W^(-1/2) B W^(-1/2), where B is the covariance of the images'
-    means and W that of views around their image's mean plus ``delta`` times the identity: how many directions tell
-    images apart beyond what augmentation varies. The
-    features are scaled to unit mean square first, so that ``delta`` means the same for every network.
+    means and W that of views around their image's mean, plus ``delta`` times the identity. It counts the directions that
+    distinguish images beyond what augmentation varies. The features are first scaled to unit mean square, so ``delta`` means
+    the same for every network.
 
     Raises:
         UndefinedError: the features are constant over the images.

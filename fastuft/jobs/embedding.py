@@ -1,4 +1,4 @@
-"""Features of any images with any checkpoint, in parts that survive an interruption, with the network's preprocessing."""
+"""Features of images from any checkpoint, with the network's preprocessing, in parts that survive an interruption."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REMEMBERED = ("checkpoint", "arch", "stem", "init_key", "init_channels", "size"
 
 @dataclass
 class _Work:
-    """One backbone at work on one list of images."""
+    """A backbone and the images that it embeds."""
 
     backbone: Backbone
     config: EmbedConfig
@@ -127,7 +127,7 @@ def embed_images(
 
 
 def _usable(paths: Sequence[str], config: EmbedConfig) -> tuple[Sequence[str], dict[str, str]]:
-    """(images, reasons of those that are left out by their names)."""
+    """(usable images, {name: reason} of the others)."""
     if config.on_bad_file == "error":
         return paths, {}
     bad = {entry.path: entry.reason for entry in verify_files(paths, decode=True)}

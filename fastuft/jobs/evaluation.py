@@ -40,10 +40,10 @@ def evaluate_checkpoint(
 
     Args:
         config: the evaluation.
-        progress: is told the part in words, how much of it is done, and of how much.
+        progress: called with (name of the part, units done, total units).
 
     Raises:
-        ValueError: a checkpoint or folder cannot work.
+        ValueError: a checkpoint or folder cannot be used.
         OSError: a file could not be written; an older evaluation is unchanged.
     """
     from fastuft.evaluate import evaluate_backbone, write_evaluation

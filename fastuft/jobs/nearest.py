@@ -28,10 +28,10 @@ class Found:
 
 
 def search(config: SearchConfig) -> list[Found]:
-    """Embed each query in the same way as the collection, and find its nearest images; exact.
+    """Embed each query in the same way as the collection, and find its nearest images by exact search.
 
     Raises:
-        ValueError: the file has no embeddings, the checkpoint is not theirs, or there is no query.
+        ValueError: the file has no embeddings, the checkpoint has other weights, or there is no query.
         OSError: a file cannot be read.
     """
     collection = read_embeddings(config.in_)

@@ -36,10 +36,10 @@ class Embeddings:
 
 
 def check_out(out: str, option: str = "out") -> None:
-    """Refuse a file, the value of ``option``, that could not be written when all is done, or not be read.
+    """Check early that a file, the value of ``option``, can be written or read.
 
     Raises:
-        ValueError: a wrong suffix, or a table without pyarrow.
+        ValueError: the suffix is wrong, or a table needs pyarrow.
     """
     ending = Path(out).suffix
     if ending not in ENDINGS:
@@ -52,7 +52,7 @@ def write_embeddings(out: str, embeddings: Embeddings) -> None:
     """Write a file whole: arrays ``features``, ``paths`` and ``settings`` (text), or columns ``path`` and ``features``.
 
     Raises:
-        ValueError: a wrong suffix, a table without pyarrow, or a table with names that are not UTF-8.
+        ValueError: the suffix is wrong, or a table needs pyarrow or has names that are not UTF-8.
         OSError: the file could not be written.
     """
     check_out(out)
@@ -89,7 +89,7 @@ def read_embeddings(path: str) -> Embeddings:
     """Read what :func:`write_embeddings` wrote.
 
     Raises:
-        ValueError: another kind of file, or a damaged one.
+        ValueError: the file is of another kind, or damaged.
         OSError: it cannot be read.
     """
     check_out(path, "in")

@@ -58,9 +58,9 @@ class Backbone(nn.Module, ABC):
         stem: its stem.
         num_features: width of the features.
         mean, std: normalization of the inputs per channel, for pixels in [0, 1].
-        input_size: side in pixels of the images that it was made for; others work where the network takes them.
+        input_size: side in pixels of the images that it was designed for; some networks take others.
 
-    ``recompute`` is whether activations are computed again in the backward pass.
+    ``recompute`` tells whether activations are recomputed in the backward pass.
     """
 
     recompute = False
@@ -98,33 +98,33 @@ class Backbone(nn.Module, ABC):
 
     @property
     def patch(self) -> int | None:
-        """Side of the patches whose multiples the images may have, pixels; None where images are not cut into patches."""
+        """Side of the patches in pixels, of which the sides of images are multiples; None if the network has no patches."""
         return None
 
     def check_size(self, side: int, option: str) -> None:
-        """Raise ValueError unless square images of ``side`` pixels can be taken; ``option`` is what they were asked by."""
+        """Raise ValueError if the network cannot take square images of ``side`` pixels; the message names ``option``."""
 
     def patch_projection(self) -> list[nn.Parameter]:
-        """Parameters of the projection of patches to tokens; empty where there is none."""
+        """Parameters of the projection of patches to tokens; empty if there is none."""
         return []
 
     def undecayed(self) -> Collection[str]:
-        """Shell patterns of parameters that weight decay spares although they are no vectors."""
+        """Shell patterns of parameters without weight decay, besides all vectors."""
         return ()
 
     def layers(self) -> dict[str, int]:
-        """How deep in the network each parameter is; 0 is nearest to the images.
+        """The depth of each parameter's layer; 0 is nearest to the images.
 
         Raises:
-            ValueError: not known of this network.
+            ValueError: the order of the layers is unknown.
         """
         raise ValueError(f"optim.layer_decay: the order of the layers of {self.arch} is not known; set it to 1")
 
     def checkpoint_activations(self) -> None:
-        """From now on compute each block's activations again in the backward pass instead of keeping them.
+        """Recompute each block's activations in the backward pass instead of storing them.
 
         Raises:
-            ValueError: the network has no blocks to do so with.
+            ValueError: the network does not support it.
         """
         self.recompute = True
 

@@ -90,10 +90,10 @@ def one_statistics_update() -> Iterator[None]:
 
 @contextmanager
 def statistics_inside_only(module: nn.Module) -> Iterator[None]:
-    """Running statistics of ``module`` move in calls that are made inside, and not where the backward pass makes one again.
+    """Update the running statistics of ``module`` only in calls made inside, not when the backward pass repeats a call.
 
-    From the first time on, until the end of the next: a call again comes at any time after. In a call again the statistics
-    are still handed over, since it must keep the same tensors, and move by nothing.
+    The backward pass may repeat a call at any time after the block, so updates stay off until the next block. A repeated call
+    must save the same tensors; it therefore computes the update too, with momentum 0.
     """
     layers = [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
     for layer in layers:
@@ -157,7 +157,7 @@ def has_batchnorm(module: nn.Module) -> bool:
 
 
 def grouped_channels(module: nn.Module) -> tuple[int, ...]:
-    """Channels of the layers whose statistics are taken by group, each number once, ascending."""
+    """Distinct numbers of channels of the layers with statistics per group, ascending."""
     return tuple(sorted({child.num_features for child in module.modules() if isinstance(child, SplitBatchNorm2d)}))
 
 

@@ -61,8 +61,8 @@ class Encoder(nn.Module):
 class MoCo(nn.Module):
     """The query encoder f_q, and the key encoder f_k, its exponential moving average, which gets no gradient.
 
-    The key encoder's BatchNorm statistics are its own: only parameters are averaged, as in MoCo. It draws nothing at random:
-    of its layers BatchNorm alone is ever in training mode, so that drop path and dropout are off.
+    The key encoder has its own BatchNorm statistics: only parameters are averaged, as in MoCo. It is deterministic: only its
+    BatchNorm layers are ever in training mode, so drop path and dropout are off.
 
     Args:
         backbone: f_q's backbone; copied for f_k.
@@ -80,7 +80,7 @@ class MoCo(nn.Module):
             encoder.backbone.adopt(traits)
 
     def train(self, mode: bool = True) -> MoCo:
-        """Training mode of the query encoder, and of the key encoder's BatchNorm where that is not frozen."""
+        """Training mode of the query encoder, and of the key encoder's BatchNorm unless it is frozen."""
         super().train(mode)
         norms = [m for m in self.key_encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
         self.key_encoder.eval()
@@ -90,7 +90,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def copy_query_to_key(self) -> None:
-        """Make f_k equal to f_q, buffers included: the state at the start of training."""
+        """Make f_k equal to f_q, including buffers, as at the start of training."""
         self.key_encoder.load_state_dict(self.query_encoder.state_dict())
 
     @torch.no_grad()

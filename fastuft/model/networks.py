@@ -32,10 +32,10 @@ def build_backbone(arch: str, stem: Stem = "imagenet", *, drop_path: float = 0.0
     Args:
         arch: a name in ``ARCHS``, or ``timm:NAME`` where timm is installed.
         stem: imagenet or small; timm networks bring their own and take imagenet only.
-        drop_path: rate of stochastic depth in the last block, of networks that have it (timm's).
+        drop_path: rate of stochastic depth in the last block, for timm networks that have it.
 
     Raises:
-        ValueError: unknown network, timm asked for where it is missing, or stochastic depth where there is none.
+        ValueError: the network is unknown, timm is not installed, or the network has no stochastic depth.
     """
     if stem not in ("imagenet", "small"):
         raise ValueError(f"model.stem={stem!r} is not allowed; choose one of 'imagenet', 'small'")

@@ -20,10 +20,10 @@ def _triple(values: object, default: Triple) -> Triple:
 
 
 def _create(name: str, drop_path: float) -> nn.Module:
-    """timm's network, without classifier; a ViT's position embeddings are resampled where images have another size.
+    """A timm network without its classifier; ViTs resample their position embeddings to the size of the images.
 
     Raises:
-        ValueError: timm is not installed, has no such network, or this one has no stochastic depth.
+        ValueError: timm is not installed, has no such network, or the network has no stochastic depth.
     """
     arch = f"timm:{name}"
     try:
@@ -37,7 +37,7 @@ def _create(name: str, drop_path: float) -> nn.Module:
         try:
             network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
             return network
-        except TypeError as error:  # timm hands on to a network whatever it is given
+        except TypeError as error:  # timm passes every option on to the network
             refused = next((option for option in options if option in str(error)), None)
             if refused == "drop_path_rate":
                 raise ValueError(f"model.drop_path={drop_path} is not available for {arch}; leave it at 0") from error
@@ -50,7 +50,7 @@ class TimmBackbone(Backbone):
     """A randomly initialized timm network without its classifier.
 
     Args:
-        name: timm's name of it.
+        name: name of the network in timm.
         drop_path: rate of stochastic depth in its last block.
 
     Raises:
@@ -61,11 +61,11 @@ class TimmBackbone(Backbone):
 
     def __init__(self, name: str, drop_path: float = 0.0) -> None:
         network = _create(name, drop_path)
-        settings = getattr(network, "pretrained_cfg")  # noqa: B009  # an attribute of timm's networks alone
+        settings = getattr(network, "pretrained_cfg")  # noqa: B009  # only timm's networks have it
         super().__init__(
             f"timm:{name}",
             "imagenet",
-            # A layer between pooling and classifier may change the width; timm names the width behind it apart.
+            # A layer between pooling and classifier may change the width; timm has a separate attribute for that.
             num_features=int(getattr(network, "head_hidden_size", None) or network.num_features),  # type: ignore[arg-type]
             mean=_triple(settings.get("mean"), IMAGENET_MEAN),
             std=_triple(settings.get("std"), IMAGENET_STD),
@@ -135,7 +135,7 @@ class TimmBackbone(Backbone):
         """Pooled features [B, num_features] of normalized images [B, 3, H, W].
 
         Raises:
-            ValueError: the network gives something else, or takes other sizes.
+            ValueError: the features have another shape, or the network does not take images of this size.
         """
         height, width = images.shape[2:]
         for side in {height, width}:
@@ -149,9 +149,9 @@ class TimmBackbone(Backbone):
         return features
 
     def _pooled(self, images: Tensor) -> Tensor:
-        """The class token, or the mean of the patch tokens, each behind the network's last norm."""
+        """The class token, or the mean of the patch tokens, each after the network's last norm."""
         tokens: Tensor = self.network.forward_features(images)  # type: ignore[operator]  # [B, N, C]
         others = int(self.network.num_prefix_tokens)  # type: ignore[arg-type]  # class and registers
         pooled = tokens[:, 0] if self.traits.pool == "cls" else tokens[:, others:].mean(1)
-        norm = getattr(self.network, "fc_norm", None)  # stands behind the pooling in networks that average
+        norm = getattr(self.network, "fc_norm", None)  # follows the pooling in networks that average
         return pooled if norm is None else norm(pooled)

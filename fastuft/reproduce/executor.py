@@ -1,4 +1,4 @@
-"""Does the unfinished parts of a grid: one process per part, however many work in the output folder."""
+"""Runs the unfinished parts of a grid; any number of processes can share an output folder, each part runs in one of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Executor:
         self._scale = scale
 
     def run(self) -> None:
-        """Do the share; parts that fail are recorded in ``failures``, and parts that depend on them are skipped.
+        """Run this task's share; failed parts are recorded in ``failures``, and parts that depend on them are skipped.
 
         Raises:
             ValueError: the tasks of a job array have no pretrained backbone to start from.
@@ -106,7 +106,7 @@ class Executor:
                 )
 
     def _attempt(self, name: str, work: Callable[[], None]) -> None:
-        """Do one part; if it fails, the others continue, and parts that depend on it are skipped."""
+        """Run one part; if it fails, the others continue, and parts that depend on it are skipped."""
         try:
             work()
         except (ValueError, NonFiniteLossError, CheckpointError, LostRankError) as error:

@@ -1,4 +1,4 @@
-"""From the grid to figures: plan, train missing backbones, evaluate, and set the results beside the paper's.
+"""Reproduces the paper's tables: plans, trains missing backbones, evaluates, and compares the results with the paper's.
 
 Finished parts are kept, so the same command continues after an interruption, and tasks of a job array work side by side.
 """
@@ -29,7 +29,7 @@ def reproduce(config: ReproduceConfig, scale: Scale | None = None) -> int:
         The number of failed parts, whose reasons are printed.
 
     Raises:
-        ValueError: it cannot work; raised before anything runs.
+        ValueError: the configuration cannot work; raised before anything runs.
     """
     scale = scale or SCALES[config.scale]
     folders = GridFolders(Path(config.out), config.weights)
@@ -50,7 +50,7 @@ def reproduce(config: ReproduceConfig, scale: Scale | None = None) -> int:
 
 
 def run_plan(plan: Plan, config: ReproduceConfig, scale: Scale, folders: GridFolders) -> int:
-    """Do this task's share of the stage; returns the number of failed parts, whose reasons are printed."""
+    """Run this task's share of the stage; returns the number of failed parts, whose reasons are printed."""
     check_plan(plan, config, scale, folders)
     work = Executor(plan, config, scale, folders)
     if config.stage != "tables":

@@ -35,13 +35,13 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Uses:
-    """What a run gives its kernels.
+    """The kinds of inputs that a run gives its kernels.
 
     Args:
-        dtype: of activations and embeddings.
-        width: D of the embeddings.
+        dtype: dtype of activations and embeddings.
+        width: width D of the embeddings.
         queue: dtype of the queue.
-        channels: of the layers with grouped BatchNorm.
+        channels: numbers of channels of the layers with grouped BatchNorm.
     """
 
     dtype: torch.dtype
@@ -55,7 +55,7 @@ class Uses:
 
 
 def uses_of(learner: Learner) -> Uses:
-    """What the learner's steps give the kernels."""
+    """The inputs that the learner's steps give the kernels."""
     queue = learner.queue
     kind = queue.keys.dtype if queue.scales is None else FP8
     return Uses(DTYPES[learner.precision], queue.keys.shape[1], kind, grouped_channels(learner.moco))
@@ -66,8 +66,8 @@ class Probe:
     """An operation whose kernel is checked.
 
     Args:
-        kernel: its name in :mod:`fastuft.fused`.
-        run: makes the inputs, the same at each call, and returns the results of the operation.
+        kernel: name of the kernel in :mod:`fastuft.fused`.
+        run: runs the operation on inputs that are the same at each call, and returns its results.
     """
 
     kernel: str
@@ -79,7 +79,7 @@ class Verdict:
     """The result of a comparison.
 
     Args:
-        kernel: its name.
+        kernel: name of the kernel.
         chip: name of the device.
         reason: why the kernel may not be used, or None.
     """
@@ -89,11 +89,11 @@ class Verdict:
     reason: str | None
 
     def line(self) -> str:
-        return f"{self.kernel} on {self.chip}: {self.reason}; its portable path runs instead, which is slower"
+        return f"{self.kernel} on {self.chip}: {self.reason}; the slower portable path is used instead"
 
 
 def probes(device: torch.device, uses: Uses) -> list[Probe]:
-    """One for each kernel of a step, at the dtypes and widths of the run; of grouped BatchNorm, one for each width."""
+    """A probe of each kernel of a step at the dtypes and widths of the run; for grouped BatchNorm, one per width."""
     dtype, width = uses.dtype, uses.width
 
     def draw(*shape: int) -> Tensor:

@@ -55,7 +55,7 @@ class Learner:
         scaler: for float16; disabled otherwise.
         method: the loss.
         ranks: the processes.
-        shuffle: exchange of key views; None if BatchNorm leaks nothing, or is plain by choice.
+        shuffle: exchange of key views; None if BatchNorm reveals nothing, or is plain by choice.
         mix_group: number of consecutive images within which mixing pairs are formed.
         autocast: precision of the encoders' forward passes.
         bn: BatchNorm mode in use.
@@ -106,7 +106,7 @@ class Learner:
         so they do not depend on the number of processes.
 
         Returns:
-            lambda [b], the share of itself that each image keeps. The middle image of an odd group keeps all.
+            lambda [b], the share of itself that each image keeps. The middle image of an odd group is unchanged.
         """
         size = min(self.mix_group, len(images))  # the last batch of an epoch may be smaller
         groups, half = len(images) // size, size // 2
@@ -129,7 +129,7 @@ class Learner:
         region = region.expand(groups, *region.shape[1:]).flatten(0, 1).contiguous()
         mix_(images, upload(region, images.device), size)
         kept = torch.stack(lams)
-        kept = torch.cat([kept, torch.ones(len(kept), size % 2), kept.flip(1)], 1)  # both images of a pair keep it
+        kept = torch.cat([kept, torch.ones(len(kept), size % 2), kept.flip(1)], 1)  # equal for both images of a pair
         return upload(kept.expand(groups, size).flatten(), images.device)
 
     def partners(self, keys: Tensor) -> Tensor:
@@ -200,10 +200,10 @@ def set_up_device(config: TrainConfig, device: torch.device) -> None:
 
 
 def _prepare(encoder: Encoder, config: TrainConfig) -> None:
-    """Freeze and recompute in the query encoder what the configuration says.
+    """Freeze the patch projection and enable recomputed activations in the query encoder, as configured.
 
     Raises:
-        ValueError: there is nothing to freeze, or nothing that can be computed again.
+        ValueError: the network has no patch projection, or cannot recompute activations.
     """
     if config.model.freeze_patch:
         frozen = encoder.backbone.patch_projection()

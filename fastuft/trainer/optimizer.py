@@ -42,7 +42,7 @@ class ChannelsLastSGD(torch.optim.SGD):
 
 
 class ChannelsLastAdamW(torch.optim.AdamW):
-    """torch's fused AdamW for a CPU, without copies of what is not contiguous, as :class:`ChannelsLastSGD`."""
+    """torch's fused AdamW for a CPU, without copies of tensors that are not contiguous, as :class:`ChannelsLastSGD`."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -71,15 +71,15 @@ class ChannelsLastAdamW(torch.optim.AdamW):
 
 
 def _scaling(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What torch's gradient scaler hands to a fused optimizer."""
+    """The attributes that torch's gradient scaler sets on a fused optimizer."""
     return {name: getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")}
 
 
 def _momentum(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
     """A parameter's momentum, zero at first.
 
-    Left to itself fused SGD takes uninitialized memory for it, which stays so where the gradient scaler skips the first step
-    (fp16 overflows there). From zeros the first step is the same.
+    Fused SGD itself would allocate it uninitialized and leave it so if the gradient scaler skips the first step, which often
+    overflows in fp16. Starting from zeros gives the same first step.
     """
     state = optimizer.state[parameter]
     if "momentum_buffer" not in state:
@@ -100,12 +100,12 @@ def build_optimizer(config: OptimConfig, parameters: Parameters, device: torch.d
     """The optimizer of ``optim.optimizer``.
 
     Args:
-        config: rate, momentum, weight decay, which optimizer.
-        parameters: what it updates, as :func:`parameter_groups` gives it.
-        device: where they are.
+        config: the optimizer with its rate, momentum and weight decay.
+        parameters: the parameters to update, from :func:`parameter_groups`.
+        device: device of the parameters.
 
     Raises:
-        ValueError: an optimizer of a package that is not installed.
+        ValueError: the optimizer's package is not installed.
     """
     common: dict[str, Any] = {"weight_decay": config.weight_decay, "lr": config.lr}
     on_cpu = device.type == "cpu"
@@ -124,15 +124,15 @@ def build_optimizer(config: OptimConfig, parameters: Parameters, device: torch.d
 
 
 def _lars(parameters: Parameters, **options: Any) -> torch.optim.Optimizer:
-    """timm's: of a kept library that is an extra already, one call for all tensors on a GPU, and its state is torch's SGD's.
+    """timm's LARS. timm is maintained and an extra already; it updates all tensors in one call on a GPU and keeps SGD's state.
 
-    Its rate per tensor is meant for what decays, whatever the decay is.
+    The rate is adapted for every tensor that may decay, even at a weight decay of 0.
     """
     try:
         from timm.optim import Lars
     except ImportError as error:
         raise ValueError(
-            "optim.optimizer='lars' is timm's, which is not installed; pip install 'fastuft[timm]', or choose sgd or adamw"
+            "optim.optimizer='lars' needs timm; pip install 'fastuft[timm]', or choose sgd or adamw"
         ) from error
     groups = [
         {**group, "always_adapt": "weight_decay" not in group} if isinstance(group, dict) else group
@@ -155,7 +155,7 @@ def _apex(parameters: Parameters, **options: Any) -> torch.optim.Optimizer:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Go on from a checkpoint's averages and counts, with this run's own settings: torch would take the checkpoint's."""
+    """Load averages and counts from a checkpoint, but keep this run's settings, which torch would replace."""
     own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, own, strict=True):

@@ -1,4 +1,4 @@
-"""The configuration that a run really has: what was left to the program is replaced with what it chose."""
+"""The configuration that a run uses: options left to the program are replaced with what it chose."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def resolved_config(
 ) -> TrainConfig:
     """The configuration with ``auto`` and 0 replaced by the values in use.
 
-    Those are device, precision, the queue's dtype, BatchNorm mode, loader, threads, and of the checkpoint that the run began
-    from its channels and its pooling.
+    These are device, precision, dtype of the queue, BatchNorm mode, loader, threads, and the channels and pooling of the
+    checkpoint that the run started from.
 
     Args:
         config: the configuration as it was given.

@@ -74,7 +74,7 @@ _HEADS = (("fc.0.", "fc.2."), ("head.0.", "head.2."), ("projection_head.layers.0
 
 def _find_head(tensors: Mapping[str, Tensor], prefix: str, head: Mapping[str, Tensor]) -> dict[str, str]:
     """{head name: file name} of a two-layer head of the right shapes beside or around the backbone, or nothing."""
-    around = prefix.rstrip(".").removesuffix(".network").rpartition(".")[0]  # timm's networks stand a level deeper
+    around = prefix.rstrip(".").removesuffix(".network").rpartition(".")[0]  # timm networks are one level deeper
     for base in (prefix, f"{around}." if around else ""):
         for first, second in _HEADS:
             found: dict[str, str] = {}
@@ -99,7 +99,7 @@ def _chosen(matches: Sequence[Match], wanted: Mapping[str, Tensor], key: str | N
         available = ", ".join(whole) or matches[0].shown_prefix or "(no prefix)"
         raise ValueError(f"init_key={key!r} is not a backbone in {file!r}; available: {available}")
     raise ValueError(
-        f"checkpoint {file!r} has none of the network's tensors, so it is of another kind of network. Choose the model.arch "
+        f"checkpoint {file!r} has none of the network's tensors, so it is for another kind of network. Choose the model.arch "
         "of the checkpoint"
     )
 

@@ -21,9 +21,9 @@ from fastuft.model.checkpoint.sniffing import FileFormat, sniff
 from fastuft.names import printable
 from fastuft.runfolder import damage
 
-_DEEPEST = 16  # dicts inside each other before a checkpoint is taken for a loop
+_DEEPEST = 16  # deepest nesting of dicts; deeper ones are taken for a loop
 _LARGEST_ARCHIVE = 64 << 30  # bytes that the arrays of a NumPy archive may take together
-_RATIO = 1000  # most that deflate can shrink an array; a larger claim is a lie
+_RATIO = 1000  # deflate shrinks an array by at most this factor; a larger claim is false
 _PART = 1 << 20  # bytes of a member read at once
 _SHARDS = {"model.safetensors.index.json": ".safetensors", "pytorch_model.bin.index.json": ".bin"}
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
