@@ -42,7 +42,7 @@ def finetune(
     has the signal. Signal handlers, random numbers and torch's switches are restored afterwards.
 
     Args:
-        target: unlabeled images: a folder, a list file, or several of them.
+        target: unlabeled images: a folder, a list file, shards or a URL, or several of them.
         init: checkpoint, run folder or :class:`Run` to start from.
         source: source images for replaying; None trains only on the target.
         out: run folder.

@@ -159,7 +159,7 @@ def test_recipe_paper_has_one_parameter_group():
 
 def test_lars_without_timm_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.optim", None)
-    with pytest.raises(ValueError, match=r"optim.optimizer='lars' is timm's.*pip install 'fastuft\[timm\]'"):
+    with pytest.raises(ValueError, match=r"optim.optimizer='lars' needs timm.*pip install 'fastuft\[timm\]'"):
         build_optimizer(OptimConfig(optimizer="lars"), list(network().parameters()), CPU)
 
 
