@@ -1,8 +1,8 @@
 """The options of a training run, in groups; each group has a module of its own.
 
 The tree of options describes a run completely: the command line builds it, the run folder stores it as ``config.yaml``, and
-loading that file repeats the run. Defaults are the paper's recipe for unsupervised finetuning (learning rate 0.015, batch size 256,
-200 epochs, K = 65536, tau = 0.2); the command line and ``fastuft.finetune`` leave ``AUTO_OPTIONS`` to the run.
+loading that file repeats the run. Defaults are the paper's recipe for unsupervised finetuning (learning rate 0.015, batch size
+256, 200 epochs, K = 65536, tau = 0.2); the command line and ``fastuft.finetune`` leave ``AUTO_OPTIONS`` to the run.
 """
 
 from __future__ import annotations
