@@ -11,7 +11,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fastuft.cli.commands import COMMANDS, EXIT_FAILED
+from fastuft.cli.actions import EXIT_FAILED
+from fastuft.cli.commands import COMMANDS
 from fastuft.cli.described import allowed_values
 from fastuft.cli.help import command_help, front_page
 from fastuft.cli.parsing import UsageError, build_parser, normalized, one_line, words
@@ -27,9 +28,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def _without_parser(arguments: Sequence[str]) -> int:
     """What works without the extra packages: the doctor, which says how to get them."""
     if arguments and arguments[0] == "doctor":
-        from fastuft.cli.doctor import run_doctor
+        from fastuft.cli.doctor import print_findings
 
-        return run_doctor(as_json="--json" in arguments)
+        return print_findings(as_json="--json" in arguments)
     print(
         "fastuft: error: the command line needs jsonargparse and the other packages of an extra: "
         "pip install 'fastuft[train-cu13]' (or -cu12, -cpu); `fastuft doctor` says what is missing",

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from fastuft.cli import commands, main
+from fastuft.cli import benchmarks, main
 from fastuft.cli.commands import COMMANDS
 from fastuft.config import AugmentConfig, DataConfig, TrainConfig
 
@@ -255,7 +255,7 @@ def test_own_warnings_are_one_line_and_others_keep_their_source(monkeypatch):
     shown = []
 
     def run(config):
-        own = str(Path(commands.__file__).parent / "doctor.py")
+        own = str(Path(benchmarks.__file__).parent / "main.py")
         shown.append(warnings.formatwarning("the queue is long", UserWarning, own, 3))
         shown.append(warnings.formatwarning("old call", DeprecationWarning, "/elsewhere/module.py", 3))
         return 0
@@ -280,7 +280,7 @@ def installed(monkeypatch, tmp_path):
     """As if the package came from a wheel, beside a package whose benchmarks have nothing to do with it."""
     package = tmp_path / "site-packages" / "fastuft" / "cli"
     (tmp_path / "site-packages" / "bench").mkdir(parents=True)
-    monkeypatch.setattr(commands, "__file__", str(package / "commands.py"))
+    monkeypatch.setattr(benchmarks, "__file__", str(package / "benchmarks.py"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -293,21 +293,23 @@ def test_bench_of_an_installed_package_runs_in_a_clone(installed, monkeypatch):
     root = Path(__file__).resolve().parents[2]
     monkeypatch.chdir(root / "docs")
     monkeypatch.setattr(
-        commands.subprocess, "run", lambda command, check: calls.append(command) or subprocess.CompletedProcess("", 0)
+        benchmarks.subprocess, "run", lambda command, check: calls.append(command) or subprocess.CompletedProcess("", 0)
     )
     assert main(["bench", "loss"]) == 0
     assert calls[0][3] == str(root / "bench" / "bench_loss.py")
 
 
 def test_bench_without_its_packages_names_them(capsys, monkeypatch):
-    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'fastuft[bench]'" in refused(capsys, "bench", "loss")
 
 
 def test_bench_runs_pytest(monkeypatch):
     ran = []
     monkeypatch.setattr(
-        commands.subprocess, "run", lambda command, **_: ran.append(command) or subprocess.CompletedProcess(command, 0)
+        benchmarks.subprocess,
+        "run",
+        lambda command, **_: ran.append(command) or subprocess.CompletedProcess(command, 0),
     )
     assert main(["bench", "evaluate", "--smoke", "--json", "out.json"]) == 0
     (command,) = ran

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -11,25 +13,28 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastuft.cli import doctor, main
+import fastuft
+from fastuft.cli import main
+from fastuft.cli.doctor import environment, examine, packages
+from fastuft.cli.doctor import machine as machine_checks
 
 
 class Machine:
     """A faked environment: installed distributions, programs' output, and a stand-in for torch."""
 
     def __init__(self, monkeypatch):
-        self.installed = dict.fromkeys(doctor.NEEDED, "99.0")
+        self.installed = dict.fromkeys(packages.NEEDED, "99.0")
         self.programs = {}
         self.torch = self.make_torch("2.13.0+cpu", cuda=None, gpus=())
         self.tools = {"c++": "/usr/bin/c++", "gcc": "/usr/bin/gcc"}
         self.specs = set()
         self.wrong_kernels = []
-        monkeypatch.setattr(doctor, "version", self.version)
-        monkeypatch.setattr(doctor, "run", lambda *command: self.programs.get(command[0]))
-        monkeypatch.setattr(doctor, "load_torch", lambda: self.torch)
-        monkeypatch.setattr(doctor, "wrong_kernels", lambda: self.wrong_kernels)
-        monkeypatch.setattr(doctor.shutil, "which", self.tools.get)
-        monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name if name in self.specs else None)
+        monkeypatch.setattr(environment, "version", self.version)
+        monkeypatch.setattr(environment, "run", lambda *command: self.programs.get(command[0]))
+        monkeypatch.setattr(environment, "load_torch", lambda: self.torch)
+        monkeypatch.setattr(machine_checks, "wrong_kernels", lambda: self.wrong_kernels)
+        monkeypatch.setattr(shutil, "which", self.tools.get)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in self.specs else None)
         monkeypatch.delenv("CC", raising=False)
         monkeypatch.delenv("CXX", raising=False)
 
@@ -59,7 +64,7 @@ class Machine:
         self.programs["nvidia-smi"] = f"| NVIDIA-SMI 580.1   Driver Version: 580.1   CUDA Version: {cuda} |"
 
     def findings(self):
-        return {finding.part: finding for finding in doctor.examine()}
+        return {finding.part: finding for finding in examine()}
 
 
 @pytest.fixture
@@ -175,7 +180,7 @@ def test_triton_on_a_gpu_needs_a_compiler(machine):
 
 def test_an_extension_that_is_missing_or_does_not_load_is_a_problem(machine, tmp_path, monkeypatch):
     (tmp_path / "mix").mkdir()
-    monkeypatch.setattr(doctor.fastuft, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(fastuft, "__file__", str(tmp_path / "__init__.py"))
     machine.tools.clear()
     found = machine.findings()
     assert "install a C++ compiler" in found["extension _C"].remedy
@@ -200,14 +205,14 @@ def test_minimum_versions_equal_the_package_requirements():
     wanted = [*project["dependencies"], *train, *extras["train-cu13"]]
     lowest = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\d.]+)", "\n".join(wanted), re.MULTILINE))
     names = [re.match(r"[\w-]+", line)[0] for line in train]
-    assert {name: lowest[name] for name in names} == doctor.NEEDED
-    assert (lowest["torch"], lowest["nvidia-dali-cuda130"]) == (doctor.TORCH, doctor.DALI)
+    assert {name: lowest[name] for name in names} == packages.NEEDED
+    assert (lowest["torch"], lowest["nvidia-dali-cuda130"]) == (machine_checks.TORCH, packages.DALI)
 
 
 def test_versions_compare_by_release():
-    assert doctor.older("numpy 1.9", "1.26") and doctor.older("2.9.1+cu126", "2.11")
-    assert not doctor.older("2.11.0a0+git1", "2.11") and not doctor.older("PyYAML 6.0", "6")
-    assert not doctor.older("torch internal-build", "2.11")
+    assert environment.older("numpy 1.9", "1.26") and environment.older("2.9.1+cu126", "2.11")
+    assert not environment.older("2.11.0a0+git1", "2.11") and not environment.older("PyYAML 6.0", "6")
+    assert not environment.older("torch internal-build", "2.11")
 
 
 def test_without_packaging_the_missing_comparison_is_reported(machine, monkeypatch):

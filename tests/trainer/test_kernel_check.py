@@ -15,7 +15,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("safetensors")
 
 from fastuft import fused
-from fastuft.cli.kernels import wrong_kernels
+from fastuft.cli.doctor.kernels import wrong_kernels
 from fastuft.loss import ops, portable
 from fastuft.model import grouped_batchnorm
 from fastuft.trainer import kernel_check
