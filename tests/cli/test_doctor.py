@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -34,7 +33,7 @@ class Machine:
         monkeypatch.setattr(environment, "load_torch", lambda: self.torch)
         monkeypatch.setattr(machine_checks, "wrong_kernels", lambda: self.wrong_kernels)
         monkeypatch.setattr(shutil, "which", self.tools.get)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in self.specs else None)
+        monkeypatch.setattr(environment, "importable", self.specs.__contains__)
         monkeypatch.delenv("CC", raising=False)
         monkeypatch.delenv("CXX", raising=False)
 

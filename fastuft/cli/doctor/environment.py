@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -44,6 +45,11 @@ def run(*command: str) -> str | None:
     except (subprocess.SubprocessError, OSError):
         return None
     return done.stdout.strip()
+
+
+def importable(name: str) -> bool:
+    """Whether a module can be imported; looked up in its parent, which is imported."""
+    return importlib.util.find_spec(name) is not None
 
 
 def load_torch() -> Any | None:

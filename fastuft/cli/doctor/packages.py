@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,7 +71,7 @@ def check_apex() -> Iterator[Finding]:
     found = environment.version("apex")
     if found is None:
         yield Finding("apex", "missing", "not installed", "only for optim.optimizer=apex_fused_sgd; sgd is fused too")
-    elif importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
+    elif environment.importable("apex") and environment.importable("apex.optimizers"):
         yield Finding("apex", "ok", found)
     else:
         remedy = "this is an unrelated web toolkit: pip uninstall apex; build NVIDIA's apex from its repository"
