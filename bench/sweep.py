@@ -30,7 +30,8 @@ from fastuft.config import FewShotConfig
 from fastuft.data import EvalStream, Loading, labeled_folder
 from fastuft.evaluate import clustering_accuracy, extract_features, fewshot, retrieval_accuracy
 from fastuft.model import Backbone, load_backbone
-from fastuft.runfolder import write_json
+from fastuft.runfolder import RunFolder, write_json
+from fastuft.trainer import StartAverage
 
 START = "start"
 
@@ -105,12 +106,14 @@ def run(asked: argparse.Namespace, given: Mapping[str, Any], folder: Path, seed:
         raise SystemExit(f"stopped by {done.interrupted}; the same command goes on")
     seconds = time.monotonic() - began
     rows = [row for row in done.history() if row["kind"] == "look"]
+    files = RunFolder(folder / "run")
+    summary = files.read_summary()
+    average = StartAverage(summary["verdict"]["start_share"], load_backbone(files.start_file).state_dict())
     for row in rows[1:]:
-        backbone = load_backbone(folder / "run" / "checkpoints" / f"step_{row['step']:08d}.pt")
+        backbone = average.of(load_backbone(files.checkpoints.path(row["step"])))
         last = row is rows[-1]
         row["labels"] = labels_of(backbone, asked, options, asked.shots if last or every else [])
-    summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
-    shutil.rmtree(folder / "run" / "checkpoints")
+    shutil.rmtree(files.checkpoints.folder)
     keys = ("verdict", "recipe")
     return {"looks": rows, "seconds": seconds, "options": dict(given), **{key: summary[key] for key in keys}}
 

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastuft.config.checks import AtLeast1, PathName, Paths, as_paths, check_values, is_auto
+from fastuft.config.checks import AtLeast1, AutoFraction, PathName, Paths, as_paths, check_values, is_auto
 from fastuft.config.data import AugmentConfig, DataConfig
 from fastuft.config.method import MethodConfig
 from fastuft.config.model import ModelConfig
@@ -31,6 +31,7 @@ AUTO_OPTIONS = (
     "optim.lr",
     "optim.warmup_epochs",
     "select",
+    "start_share",
 )
 
 
@@ -56,6 +57,8 @@ class TrainConfig:
         max_steps: stop after this many steps (the schedule still spans all epochs).
         select: which weights are exported: last, those of the last step, or judged, those that the verdict without labels
             finds best (those of the start if none is better). auto leaves it to the recipe.
+        start_share: share of the start in the weights that are looked at and exported: 0 leaves the trained weights as they
+            are, 0.2 averages them with a fifth of the start's (WiSE-FT). auto leaves it to the recipe.
         stop: never, or judged: end early if the verdict expects no further gain.
         model: the network.
         method: the loss and its additions.
@@ -79,6 +82,7 @@ class TrainConfig:
     recipe: Literal["auto", "paper"] = "paper"
     max_steps: AtLeast1 | None = None
     select: Literal["auto", "last", "judged"] = "last"
+    start_share: AutoFraction = 0.0
     stop: Literal["never", "judged"] = "never"
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -105,6 +109,10 @@ class TrainConfig:
             raise ValueError(
                 f"select={self.select!r}, stop={self.stop!r}: a verdict compares with the start; set init and "
                 "verdict.looks, or use select last and stop never"
+            )
+        if self.init is None and not is_auto(self.start_share) and self.start_share:
+            raise ValueError(
+                f"start_share={self.start_share}: without init there is no start to average with; set init, or start_share 0"
             )
         if self.data.replay_mode == "balanced" and not as_paths(self.source):
             raise ValueError("data.replay_mode='balanced' needs source images; set source, or use replay_mode union")

@@ -1,6 +1,7 @@
 """The MoCoV2 trainer with sparse source data replaying and data mixing."""
 
 from fastuft.runfolder import CheckpointError
+from fastuft.trainer.averaging import StartAverage
 from fastuft.trainer.distributed import LostRankError
 from fastuft.trainer.finite import NonFiniteLossError
 from fastuft.trainer.learner import resolve_bn
@@ -14,6 +15,7 @@ __all__ = [
     "LostRankError",
     "NonFiniteLossError",
     "RunResult",
+    "StartAverage",
     "resolve_bn",
     "train",
     "under_torchelastic",

@@ -18,7 +18,7 @@ from fastuft.atomic import write_whole
 from fastuft.config import TrainConfig
 from fastuft.data import Manifest
 from fastuft.evaluate import Look, Sample, Verdict, best_look, judge, look_at, should_stop
-from fastuft.model import Backbone, export_backbone
+from fastuft.model import Backbone
 from fastuft.runfolder import UNSEALED, Progress, RunFolder, damage, seal
 from fastuft.trainer.recorder import Recorder
 
@@ -32,12 +32,14 @@ class Judgment:
     Args:
         verdict: the verdict on the looks.
         exported: which weights ``backbone.safetensors`` has: start, judged or last.
+        start_share: share of the start's weights in the others, and in those that were looked at.
         looks: all looks, of which the first is the start.
         seconds: time spent on looks since the run was started or resumed.
     """
 
     verdict: Verdict
     exported: Exported
+    start_share: float
     looks: list[Look]
     seconds: float
 
@@ -45,7 +47,9 @@ class Judgment:
         """One plain line for the terminal."""
         step = self.verdict.step
         which = {"last": "of the last step", "start": "of the start (unchanged)", "judged": f"of step {step}"}
-        return f"{self.verdict.line()}. Exported: the weights {which[self.exported]}."
+        averaged = self.start_share and self.exported != "start"
+        kept = f", averaged with {100 * self.start_share:g} % of the start's" if averaged else ""
+        return f"{self.verdict.line()}. Exported: the weights {which[self.exported]}{kept}."
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the run's summary."""
@@ -54,6 +58,7 @@ class Judgment:
             "line": self.line(),
             "step": self.verdict.step,
             "exported": self.exported,
+            "start_share": self.start_share,
             "start": asdict(self.looks[0]),
             "end": asdict(self.looks[-1]),
             "seconds": self.seconds,
@@ -123,8 +128,6 @@ class Judge:
         if progress.global_step == 0:
             self._start = features
             write_whole(self.folder.start_features_file, seal(save(features, metadata=UNSEALED)))
-            if self.selects:
-                export_backbone(backbone, self.folder.start_file)
         look = look_at(features, self._start, progress.global_step)
         self.looks.append(look)
         self.recorder.write({"kind": "look", "epoch": progress.epoch, "time": time.time(), **asdict(look)})
@@ -177,7 +180,7 @@ class Judge:
             return None
         # Stopped before its first step, a run has saved nothing that could be exported.
         exported = self._export() if self.selects and self.folder.last_file.exists() else "last"
-        return Judgment(judge(self.looks), exported, self.looks, self.seconds)
+        return Judgment(judge(self.looks), exported, self.config.start_share, self.looks, self.seconds)
 
 
 def due(config: TrainConfig, step: int, last_step: int) -> bool:

@@ -14,6 +14,7 @@ from fastuft.device import DTYPES
 from fastuft.model import traits_from
 from fastuft.runfolder import Progress, RunFolder, RunLock
 from fastuft.trainer import watch
+from fastuft.trainer.averaging import StartAverage, average_with_start
 from fastuft.trainer.distributed import Ranks
 from fastuft.trainer.doubts import doubts_about
 from fastuft.trainer.judging import Judge
@@ -43,6 +44,7 @@ class Parts:
         stream: batches of ``manifest`` on this rank.
         saver: writes the checkpoints.
         recorder: writes the metrics, on the main rank.
+        average: of the weights, with which they are looked at, watched and exported.
         judge: takes the looks; None except on the main rank.
         progress: where the run begins.
         total_steps: steps of all epochs.
@@ -60,6 +62,7 @@ class Parts:
     stream: TrainStream
     saver: Saver
     recorder: Recorder
+    average: StartAverage
     judge: Judge | None
     progress: Progress
     total_steps: int
@@ -126,11 +129,14 @@ def assemble(config: TrainConfig, ranks: Ranks, lock: RunLock | None, closing: E
         folder.stopped_file.unlink(missing_ok=True)
         folder.write_config(resolved, given)
         manifest.save(folder.manifest_file)
+    backbone = learner.moco.query_encoder.backbone
+    average = average_with_start(config, folder, backbone, ranks, resumed=state is not None)
     saver = Saver(
         folder,
         lock,
         learner,
         config.runtime,
+        average=average,
         config=resolved,
         given=given,
         content_hash=manifest.content_hash,
@@ -165,6 +171,7 @@ def assemble(config: TrainConfig, ranks: Ranks, lock: RunLock | None, closing: E
         stream=stream,
         saver=saver,
         recorder=recorder,
+        average=average,
         judge=judge,
         progress=progress,
         total_steps=total_steps,

@@ -37,6 +37,7 @@ _FREE = (
     "target",
     "source",
     "allow_missing",
+    "start_share",
     "runtime.",
     "watch.",
     "verdict.",

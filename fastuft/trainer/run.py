@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastuft.config import TrainConfig
+from fastuft.model import Backbone
 from fastuft.runfolder import Progress, RunFolder
 from fastuft.trainer import judging, watch
 from fastuft.trainer.distributed import StopVote, naming_lost_ranks, start_ranks, stop_ranks
@@ -238,11 +239,14 @@ class _Run:
         self.recorder.write(row)
         self.recorder.progress(row)
 
+    def _averaged(self) -> Backbone:
+        return self.parts.average.of(self.learner.moco.query_encoder.backbone)
+
     def _look(self) -> bool:
         """Look at the features on the main rank while the others wait; returns whether to stop afterwards."""
         wanted = False
         if self.judge is not None:
-            wanted = self.judge.look(self.learner.moco.query_encoder.backbone, self.progress)
+            wanted = self.judge.look(self._averaged(), self.progress)
         self.ranks.wait_for_main()
         stopped = self.ranks.any(self.signals.received is not None)
         self.judged_enough = self.ranks.any(wanted) and not stopped
@@ -251,8 +255,7 @@ class _Run:
     def _watch(self) -> bool:
         """Evaluate on the main rank while the others wait; returns whether to stop afterwards."""
         if self.ranks.is_main:
-            backbone = self.learner.moco.query_encoder.backbone
-            figures = watch.evaluate(backbone, self.config, self.ranks.device)
+            figures = watch.evaluate(self._averaged(), self.config, self.ranks.device)
             step, epoch = self.progress.global_step, self.progress.epoch
             self.recorder.write({"kind": "watch", "step": step, "epoch": epoch, "time": time.time(), **figures})
             shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())

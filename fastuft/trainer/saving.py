@@ -9,6 +9,7 @@ from typing import Any
 from fastuft.config import RuntimeConfig
 from fastuft.model import export_backbone
 from fastuft.runfolder import CheckpointError, FolderLostError, Progress, RunFolder, RunLock
+from fastuft.trainer.averaging import StartAverage
 from fastuft.trainer.distributed import LostRankError
 from fastuft.trainer.finite import check_weights
 from fastuft.trainer.learner import Learner
@@ -23,6 +24,7 @@ class Saver:
         lock: the lock on the folder; None except on the main rank.
         learner: the run's learner.
         runtime: how many checkpoints to keep.
+        average: of the weights, that is exported.
         config: the configuration as nested mappings; part of each checkpoint.
         given: the configuration as it was given; part of each checkpoint.
         content_hash: digest of the training images; part of each checkpoint.
@@ -37,13 +39,14 @@ class Saver:
         learner: Learner,
         runtime: RuntimeConfig,
         *,
+        average: StartAverage,
         config: dict[str, Any],
         given: dict[str, Any],
         content_hash: str,
         init_report: dict[str, Any] | None,
         backbone_file: Path,
     ) -> None:
-        self.backbone_file = backbone_file
+        self.average, self.backbone_file = average, backbone_file
         self.folder, self.lock, self.learner, self.runtime = folder, lock, learner, runtime
         self.constant = {
             "init_report": init_report,
@@ -83,7 +86,7 @@ class Saver:
         checkpoints.save(step, state, keep_last=runtime.keep_last, keep_every=runtime.keep_every)
         path = self.backbone_file
         try:
-            export_backbone(backbone_of(self.learner, state), path)
+            export_backbone(self.average.of(backbone_of(self.learner, state)), path)
         except OSError as error:
             raise CheckpointError(
                 f"{path} could not be written ({error.strerror}); the last good checkpoint is "

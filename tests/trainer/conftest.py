@@ -58,6 +58,17 @@ def folders(tmp_path_factory):
     return str(root / "target"), str(root / "source")
 
 
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """A backbone to start from, of random weights."""
+    from fastuft.model import build_backbone, export_backbone
+
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("start") / "start.safetensors"
+    export_backbone(build_backbone("resnet_tiny", "small"), file)
+    return str(file)
+
+
 @pytest.fixture
 def tiny(folders, tmp_path):
     """``tiny(optim={"lr": 0.1}, seed=3)``: a run of a few seconds with these changes; two epochs of four steps."""

@@ -20,17 +20,6 @@ from fastuft.trainer import run as judging_run
 pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
 
 
-@pytest.fixture(scope="module")
-def start(folders, tmp_path_factory):
-    """A backbone to start from, of random weights."""
-    from fastuft.model import build_backbone, export_backbone
-
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("start") / "start.safetensors"
-    export_backbone(build_backbone("resnet_tiny", "small"), file)
-    return str(file)
-
-
 @pytest.fixture
 def judged_as(monkeypatch):
     """Make every verdict this one, of the best step so far."""
