@@ -127,8 +127,8 @@ gpu_tests values 75 tests/loss tests/kernels
 benchmark loss 80
 benchmark step 80
 benchmark mix 40
-gpu_tests other-tests 45 tests/mix/test_mix_ops.py tests/trainer/test_kernel_check.py tests/trainer/test_runs.py \
-    tests/trainer/test_train_step.py tests/evaluate/test_metrics.py "${dali[@]}"
+gpu_tests other-tests 45 tests/mix/test_mix_gpu.py tests/trainer/test_kernel_check.py tests/trainer/test_runs.py \
+    tests/trainer/test_resuming.py tests/trainer/test_train_step.py tests/evaluate/test_metrics.py "${dali[@]}"
 benchmark enqueue 15
 benchmark loss_sweep 25
 benchmark momentum 10

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from run_rows import rows
+from run_results import rows
 
 from fastuft.evaluate import Verdict
 from fastuft.model import load_backbone

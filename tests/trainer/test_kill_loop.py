@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import finish, start, write_config
-from run_rows import rows
+from run_results import rows
 
 from fastuft.runfolder import RunFolder, load_checkpoint
 
