@@ -114,7 +114,7 @@ class RowWalk {
   }
 
  private:
-  const Region<int64_t>& region_;
+  Region<int64_t> region_;
   int64_t left_, start_, inner_ = 0, middle_ = 0;
 };
 
