@@ -75,13 +75,14 @@ def run(benchmark, make, scale, form, ceilings):
     images = f"{count} x 3 x {side} x {side} {str(dtype).removeprefix('torch.')} {name.removeprefix('uint8 ')}"
     whole = 2.0 * count * 3 * side * side * dtype.itemsize
 
-    def run(operation, function, *, baseline=False, bytes_moved=whole, graph=True):
+    def run(operation, function, *, baseline=False, limit=False, bytes_moved=whole, graph=True):
         measure(
             benchmark,
             function,
             make,
             group=f"{operation}, {images}",
             baseline=baseline,
+            limit=limit,
             ceilings=ceilings,
             bytes_moved=bytes_moved,
             dtype=dtype,
@@ -95,7 +96,8 @@ def run(benchmark, make, scale, form, ceilings):
 
 @pytest.mark.parametrize("operation", ["CutMix", "CutMix in place", "MixUp", "MixUp in place"])
 def test_plain_copy(run, operation):
-    run(operation, lambda *x: x[0].clone(), baseline=True)
+    # In place less than a copy is enough.
+    run(operation, lambda *x: x[0].clone(), baseline=True, limit="place" not in operation)
 
 
 def test_cutmix(run, make):
@@ -244,39 +246,67 @@ def cpu_seconds(functions: dict[str, Callable[[Mix], object]], sets: Sequence[Mi
 
 
 # Wider than what is claimed: continuous integration runs beside other work, which takes caches and bandwidth.
-MOST_OVER_COPY = 2.0
+MOST_OVER_COPY = 1.7
 MOST_OF_WHOLE = 0.7
+COMPILED = pytest.mark.skipif(not ops.HAS_CPU_EXTENSION, reason="the compiled extension is not built")
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-@pytest.mark.skipif(not ops.HAS_CPU_EXTENSION, reason="the compiled extension is not built")
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+def cpu_batch(count: int, side: int, dtype: torch.dtype, layout: torch.memory_format) -> Mix:
+    images = torch.rand(count, 3, side, side).mul_(255).to(dtype=dtype, memory_format=layout)
+    boxes, lam = fastuft.sample_boxes(count, side, side)
+    return Mix(images, boxes, torch.arange(count).flip(0), lam)
+
+
+@COMPILED
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "uint8"])
+def test_claim_beside_a_copy(benchmark, device, smoke, dtype, layout):
+    """Processor time over that of a copy, in alternating rounds, whose medians other work disturbs alike."""
+    if device.type != "cpu":
+        pytest.skip("a claim of --device cpu")
+    size = (8, 32) if smoke else (64, 224)
+    sets = [cpu_batch(*size, getattr(torch, dtype), LAYOUTS[layout]) for _ in range(7)]
+    functions: dict[str, Callable[[Mix], object]] = {
+        "copy": lambda x: x.images.clone(),
+        "cutmix": lambda x: fastuft.cutmix(x.images, x.boxes, x.partner),
+    }
+    seconds = cpu_seconds(functions, sets, rounds=1 if smoke else 60)
+    ratio = seconds["cutmix"] / seconds["copy"]
+    measure(
+        benchmark,
+        functions["cutmix"],
+        lambda: (sets[0],),
+        group=f"time of CutMix over a copy's, {dtype} {layout}: {ratio:.2f}",
+        device="cpu",
+        rounds=1 if smoke else 20,
+        memory=False,
+        info={"ratio": ratio},
+    )
+    assert smoke or ratio <= MOST_OVER_COPY, seconds
+
+
+@COMPILED
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=["float32", "uint8"])
 def test_cpu_time_follows_what_must_be_moved(layout, dtype):
-    """Out of place near a copy and below the expression; in place a sixteenth of the area takes well below the whole."""
+    """Out of place below the expression; in place a sixteenth of the area takes well below the whole."""
     half, side = 16, 224
-
-    def batch() -> Mix:
-        images = torch.rand(2 * half, 3, side, side).mul_(255).to(dtype=dtype, memory_format=layout)
-        boxes, lam = fastuft.sample_boxes(2 * half, side, side)
-        return Mix(images, boxes, torch.arange(2 * half).flip(0), lam)
-
     whole = torch.tensor([[0, 0, side, side]], dtype=torch.int32).repeat(half, 1)
     low, high = 3 * side // 8, 5 * side // 8
     sixteenth = torch.tensor([[low, low, high, high]], dtype=torch.int32).repeat(half, 1)
     functions: dict[str, Callable[[Mix], object]] = {
-        "copy": lambda x: x.images.clone(),
         "cutmix": lambda x: fastuft.cutmix(x.images, x.boxes, x.partner),
         "expression": lambda x: reference.cutmix(x.images, x.boxes, x.partner),
         "whole": lambda x: fastuft.cutmix_(x.images, whole),
         "sixteenth": lambda x: fastuft.cutmix_(x.images, sixteenth),
     }
-    seconds = cpu_seconds(functions, [batch() for _ in range(7)], rounds=25)
-    assert seconds["cutmix"] <= MOST_OVER_COPY * seconds["copy"], seconds
+    seconds = cpu_seconds(functions, [cpu_batch(2 * half, side, dtype, LAYOUTS[layout]) for _ in range(7)], rounds=25)
     assert seconds["cutmix"] < seconds["expression"], seconds
     assert seconds["sixteenth"] <= MOST_OF_WHOLE * seconds["whole"], seconds
 
 
-@pytest.mark.skipif(not ops.HAS_CPU_EXTENSION, reason="the compiled extension is not built")
+@COMPILED
 @pytest.mark.parametrize("mix", [fastuft.cutmix_, fastuft.mixup_], ids=["cutmix_", "mixup_"])
 def test_in_place_allocates_nothing(mix):
     images = torch.randn(32, 3, 64, 64).to(memory_format=torch.channels_last)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,7 +97,6 @@ def test_read(benchmark, photographs, reader):
         for _ in reader(folder, shard):
             pass
 
-    benchmark._timer = time.process_time
     rounds = None if harness.SMOKE else 5
     baseline = reader is image_folder
     measure(

@@ -19,11 +19,14 @@ continuous integration comes from :func:`interleaved_ratio` or :func:`peak_extra
 
 On a CPU, every round is one call, on two alternating sets of inputs (with ``cold=True``, on enough sets to exceed the
 last-level cache), with one thread (``--threads``) and a heap that keeps its pages, so that page faults of temporaries are not
-counted. On a GPU, the calls are captured in one CUDA graph over enough sets of inputs to exceed the L2 cache four times (with
-``cold=False``, over one set, which stays there if it fits). A round is one replay between two CUDA events, enqueued after a
-short spin so that no launch latency is counted, divided by the number of calls. Bytes and FLOPs are explicit counts of what the
-operation must move and compute. The percentage of the ceiling is the larger of
-bytes / bandwidth and FLOPs / matrix rate, over the median, with both rates measured in the same session.
+counted. The time of one thread is its processor time, without other programs' turns; with several threads, or with ``wall``,
+it is the time that passes. On a GPU, the calls are captured in one CUDA graph over enough sets of inputs to exceed the L2
+cache four times (with ``cold=False``, over one set, which stays there if it fits). A round is one replay between two CUDA
+events, enqueued after a short spin so that no launch latency is counted, divided by the number of calls. Bytes and FLOPs are
+explicit counts of what the operation must move and compute. The percentage of the ceiling is the larger of bytes / bandwidth
+and FLOPs / matrix rate, over the median, with both rates measured in the same session. Where a row cannot be faster than
+another one that does less (a copy, products alone), that one has ``limit=True``, and the table gives its share of each row's
+time.
 """
 
 from __future__ import annotations
@@ -86,8 +89,14 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
+def cpu_clock(wall: bool = False) -> Callable[[], float]:
+    """The clock of work on a CPU: of this process while it has one thread and ``wall`` is not asked for."""
+    return time.perf_counter if wall or torch.get_num_threads() > 1 else time.process_time
+
+
 def _best_seconds(fn: Callable[[], object], device: torch.device, rounds: int) -> float:
     fn()
+    clock = cpu_clock()
     best = math.inf
     for _ in range(rounds):
         if device.type == "cuda":
@@ -98,9 +107,9 @@ def _best_seconds(fn: Callable[[], object], device: torch.device, rounds: int) -
             end.synchronize()
             best = min(best, start.elapsed_time(end) * 1e-3)
         else:
-            begin = time.perf_counter()
+            begin = clock()
             fn()
-            best = min(best, time.perf_counter() - begin)
+            best = min(best, clock() - begin)
     return best
 
 
@@ -271,6 +280,7 @@ def measure(
     *,
     group: str | None = None,
     baseline: bool = False,
+    limit: bool = False,
     device: torch.device | str | None = None,
     ceilings: Ceilings | None = None,
     bytes_moved: float | None = None,
@@ -281,6 +291,7 @@ def measure(
     cold: bool | None = None,
     memory: bool = True,
     rounds: int | None = None,
+    wall: bool = False,
     info: dict[str, Any] | None = None,
 ) -> float:
     """Time ``fn(*inputs())`` with the benchmark fixture and record what the table and the page show.
@@ -291,6 +302,7 @@ def measure(
         inputs: makes one set of random inputs; called several times, outside the timed part. None: fn takes none.
         group: rows compared with each other; name the sizes in it.
         baseline: this row is what the group's ratios refer to.
+        limit: this row does less than any other of the group can.
         device: where fn works; by default a GPU when there is one (pass "cpu" for host work).
         ceilings: the fixture of that name, for the per cent of the ceiling.
         bytes_moved: bytes the operation must read plus write in one call.
@@ -302,6 +314,7 @@ def measure(
             other work fills the cache between two calls.
         memory: measure the peak extra memory of one call.
         rounds: fixed number of rounds; by default as many as fit ``--seconds``.
+        wall: on a CPU, time that passes although one thread works: for work that waits, or has threads of its own.
         info: more to record: sizes, parameters.
 
     Returns:
@@ -344,6 +357,7 @@ def measure(
         def next_set() -> tuple[tuple[Any, ...], dict[str, Any]]:
             return tuple(next(turn)), {}
 
+        benchmark._timer = cpu_clock(wall)
         benchmark.pedantic(fn, setup=next_set, rounds=rounds or _rounds(estimate), warmup_rounds=warmup)
         clocks = {}
 
@@ -354,6 +368,8 @@ def measure(
     record: dict[str, Any] = {
         "device": device_name(place),
         "baseline": baseline,
+        "limit": limit,
+        "clock": "cuda events" if place.type == "cuda" else cpu_clock(wall).__name__,
         "quantiles_seconds": {str(q): quantile(times, q) for q in (0.2, 0.5, 0.8)},
         "bytes": bytes_moved,
         "flops": flops,

@@ -23,9 +23,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_MEASURED = "not measured yet"
-HEADERS = ("median", "20-80 %", "speed", "ceiling", "extra MB", "rate")
+HEADERS = ("median", "20-80 %", "speed", "% of limit", "ceiling", "extra MB", "rate")
 LEGEND = (
     "20-80 %: quantiles of the rounds over their median; speed: the baseline's median over this one's; "
+    "% of limit: the same of the row that does less than any other can; "
     "ceiling: of the bandwidth or matrix rate measured here"
 )
 
@@ -53,8 +54,9 @@ def by_group(entries: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]
 
 
 def cells(entry: dict[str, Any], members: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """(median, quantiles, speed, ceiling, extra MB, rate) of one entry beside the others of its group, as text."""
+    """(median, quantiles, speed, % of limit, ceiling, extra MB, rate) of one entry beside the others of its group, as text."""
     reference = next((other["median"] for other in members if other.get("baseline")), None)
+    limit = next((other["median"] for other in members if other.get("limit")), None)
     percent, peak, rate = (entry.get(key) for key in ("percent_of_ceiling", "peak_extra_bytes", "items_per_second"))
     quantiles = entry.get("quantiles_seconds")
     spread = [f"{quantiles[q] / entry['median']:.2f}" for q in ("0.2", "0.8")] if quantiles else []
@@ -62,6 +64,7 @@ def cells(entry: dict[str, Any], members: Sequence[dict[str, Any]]) -> tuple[str
         readable_time(entry["median"]),
         "-".join(spread),
         "" if reference is None else f"{reference / entry['median']:.2f}x",
+        "" if limit is None else f"{100 * limit / entry['median']:.0f}%",
         "" if percent is None else f"{percent:.0f}% {entry['ceiling']}",
         "" if peak is None else f"{peak / 1e6:.1f}",
         "" if rate is None else f"{rate:,.0f}/s",
@@ -70,7 +73,8 @@ def cells(entry: dict[str, Any], members: Sequence[dict[str, Any]]) -> tuple[str
 
 def label(entry: dict[str, Any]) -> str:
     """Name of an entry as tables show it."""
-    return entry["name"].removeprefix("test_") + (" (baseline)" if entry.get("baseline") else "")
+    roles = ", ".join(role for role in ("baseline", "limit") if entry.get(role))
+    return entry["name"].removeprefix("test_") + (f" ({roles})" if roles else "")
 
 
 def table_lines(entries: Iterable[dict[str, Any]]) -> list[str]:
@@ -310,9 +314,12 @@ def write_page(results_folder: Path, page: Path) -> None:
         "Every figure here comes from a command: `pytest bench --benchmark-only` on any machine (`make bench` leaves the "
         "longest rows out), `bench/gpu_suite.sh` on one with a GPU, then `python bench/report.py collect` and `page`. "
         "Each benchmark first asserts that its result is right. Compare figures within one table only: they were "
-        "taken in one run, on random inputs, as medians of warm rounds.",
+        "taken in one run, on random inputs, as medians of warm rounds; on one CPU thread, of its processor time, but "
+        "for images per second.",
         "",
         "*20-80 %* are quantiles of the rounds over their median; *speed* is the baseline's median over this row's; "
+        "*% of limit* is the median of the row marked as the limit over this row's, where one operation does less than "
+        "any of the others can (a copy for CutMix, the two products for the loss, slices for the queue); "
         "*ceiling* is the share of the memory bandwidth or of the matrix rate measured in the same run that the written "
         "counts of bytes and FLOPs reach; *extra MB* is the largest memory alive during a call above what was alive "
         "before; an empty cell was not counted.",
