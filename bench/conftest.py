@@ -10,6 +10,8 @@ import pytest
 import report
 import torch
 
+from fastuft import fused
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastuft benchmarks")
@@ -89,6 +91,13 @@ def ceilings(device) -> harness.Ceilings:
 def cpu_ceilings() -> harness.Ceilings:
     """The same for the CPU, for host work on a machine with a GPU."""
     return harness.Ceilings(torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _no_fallback():
+    """No benchmark times a portable path in place of a fused kernel that was found wrong."""
+    yield
+    assert fused.refusals() == {}
 
 
 @pytest.fixture(autouse=True)
