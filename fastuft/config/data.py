@@ -39,7 +39,8 @@ class DataConfig:
         drop_last: drop the last partial batch of an epoch (required by ``split`` statistics).
         max_megapixels: size of the largest image that is decoded, in megapixels.
         read_timeout: seconds that reading one file may take; a file that takes longer counts as bad.
-        readers: threads that read images ahead of the decoder; 0 uses 16, or 64 if they come over a network.
+        readers: threads that read images ahead of the decoder; 0 starts with 16, or 64 if they come over a
+            network, and adds more, up to 256, while latency and rate require it.
         suffixes: suffixes of images in folders and shards, in any case; others that Pillow decodes may be added (.tif,
             .gif), and "" for names without a suffix.
     """

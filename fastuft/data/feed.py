@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,11 @@ from torch import Tensor
 from fastuft.data.backend import Backend, DecodeError, Request, ViewSpec
 from fastuft.data.bad import BadFile, BadImageError
 from fastuft.data.decoding import EncodedImage, check_whole, decode_rgb, read_image, reason_of, recoded
+from fastuft.data.depth import ReadDepth
 from fastuft.data.encoded import plain
-from fastuft.data.images import is_remote
 from fastuft.data.loading import resolve_loader
 from fastuft.data.order import Positions
-from fastuft.data.reading import ReaderPool, Reading, readers_for
+from fastuft.data.reading import MOST_READERS, ReaderPool, Reading, readers_for
 from fastuft.data.strong import StrongParameters
 from fastuft.data.views import ViewParameters
 from fastuft.messages import note
@@ -91,17 +92,16 @@ class Feed:
 
     def __init__(self, paths: Sequence[str], spec: ViewSpec, replacing: Replacing | None = None) -> None:
         self.paths = paths
-        self._loading = spec.loading
+        self._loading, self._batch_size = spec.loading, spec.batch_size
         self._replacing = replacing
         self._known = np.zeros((len(paths), 3), np.int64)  # width, height and bytes of files read before
         self._bad: dict[int, str] = {}
         self._stripped: set[int] = set()  # files whose metadata the decoder cannot parse
         self._recoded: set[int] = set()  # files that Pillow decodes instead
         self._lock = threading.RLock()  # one thread makes requests, the consumer's handles failures
-        workers = spec.loading.readers or readers_for(paths)
-        self._pool = ReaderPool(workers, spec.loading.read_timeout)
-        # Over a network, keep every thread busy; for local files, the next batches are enough.
-        self._ahead = max(_AHEAD, -(-2 * workers // spec.batch_size)) if is_remote(paths) else _AHEAD
+        fixed = spec.loading.readers
+        self._depth = ReadDepth(fixed or readers_for(paths), fixed or MOST_READERS)
+        self._pool = ReaderPool(self._depth.workers, spec.loading.read_timeout)
         self._backend = make_backend(spec)
 
     @property
@@ -134,7 +134,8 @@ class Feed:
         following = iter(steps)
 
         def read_ahead() -> None:
-            while len(under_way) <= self._ahead and (step := next(following, None)) is not None:
+            ahead = max(_AHEAD, self._depth.batches(self._batch_size))
+            while len(under_way) <= ahead and (step := next(following, None)) is not None:
                 positions = one_pass.positions(step)
                 wanted = [index for index in one_pass.order[positions].tolist() if index not in self._bad]
                 under_way.append((step, positions, self._pool.read(self._read, wanted)))
@@ -152,7 +153,15 @@ class Feed:
             while (request := made.result()) is not None:
                 made = maker.submit(make)
                 if request.images:
+                    handed = time.monotonic()
                     yield request
+                    self._adapt(request, time.monotonic() - handed)
+
+    def _adapt(self, request: Request, seconds: float) -> None:
+        """Read as many images at once as a consumer needs that took ``seconds`` for this batch."""
+        size = sum(len(image.data) for image in request.images)
+        self._depth.add(len(request.images), size, seconds, self._pool.latency)
+        self._pool.workers = self._depth.workers
 
     def _request(self, one_pass: Pass, step: int, positions: Positions, reading: Reading[int, EncodedImage]) -> Request:
         found = reading.results()

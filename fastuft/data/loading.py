@@ -39,7 +39,8 @@ class Loading:
         on_bad_file: error names the file and stops; skip goes on without it: training streams put a good one in its
             place, evaluation leaves it out.
         read_timeout: seconds that reading one file may take; one that takes longer is bad.
-        readers: threads that read files ahead of the decoder; 0 takes 16, and 64 where images come over a network.
+        readers: threads that read files ahead of the decoder; 0 starts with 16, or 64 if images come over a
+            network, and adds more while latency and rate require it.
     """
 
     mean: Triple

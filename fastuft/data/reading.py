@@ -17,9 +17,11 @@ from fastuft.data.bad import BadImageError
 from fastuft.data.images import Located, is_remote
 
 READERS = 16  # threads that read files; on network storage they mostly wait
-REMOTE_READERS = 64  # concurrent requests; at 50 ms each, 1,280 images per second
+REMOTE_READERS = 64  # concurrent requests at the start; at 50 ms each, 1,280 images per second
+MOST_READERS = 256  # that many are started when the latency and the rate ask for them
 READ_TIMEOUT = 60.0  # seconds that reading one file may take
 LARGEST = 1 << 30  # bytes of an encoded image
+_SMOOTHING = 0.02  # share of the newest reading in the mean latency
 _PATIENCE = 0.05  # seconds between attempts to open a file while the process has too many open
 
 Item = TypeVar("Item")
@@ -121,6 +123,8 @@ class Reading(Generic[Item, Result]):
             if not isinstance(self._results[row], _Pending):
                 return False
             self._results[row] = found
+            took = time.monotonic() - self._began[row]
+            self._pool.latency += (took - self._pool.latency) * _SMOOTHING if self._pool.latency else took
         self._finished.append(row)
         if len(self._finished) == len(self.items):
             self._over.set()
@@ -141,7 +145,7 @@ class ReaderPool:
     """Threads that read files. A thread that hangs is given up and replaced; no thread keeps the process alive.
 
     Args:
-        workers: number of threads.
+        workers: number of threads; may be raised later.
         timeout: seconds that reading one file may take.
     """
 
@@ -149,6 +153,7 @@ class ReaderPool:
         self.workers = workers
         self.timeout = timeout
         self.lock = threading.Lock()
+        self.latency = 0.0  # seconds that reading one file takes: a moving mean
         self._tasks: queue.SimpleQueue[Reading[Any, Any] | None] = queue.SimpleQueue()
         self._started = 0
 
