@@ -16,7 +16,9 @@ from fastuft.atomic import write_whole
 from fastuft.model.backbone import Backbone, Stem
 from fastuft.model.checkpoint.card import model_card
 from fastuft.model.checkpoint.conversion import Channels
-from fastuft.model.checkpoint.loading import METADATA_KEY, InitReport, open_backbone
+from fastuft.model.checkpoint.description import METADATA_KEY
+from fastuft.model.checkpoint.init_report import InitReport
+from fastuft.model.checkpoint.loading import open_backbone
 from fastuft.model.checkpoint.programs import write_onnx, write_torch_export
 from fastuft.model.checkpoint.resnet_layouts import OWN_NAMES, TIMM_V2
 from fastuft.model.checkpoint.transformers_export import write_transformers
