@@ -31,6 +31,7 @@ PAPER = {**VIT, "recipe": "paper"}
         ("timm:swin_tiny_patch4_window7_224", "vit"),
         ("timm:convnext_atto", "convnext"),
         ("timm:convnextv2_atto", "convnext"),
+        ("timm:test_convnext", "convnext"),
     ],
 )
 def test_the_preset_follows_the_architecture_name(arch, family):

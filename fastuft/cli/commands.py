@@ -97,7 +97,10 @@ COMMANDS = {
         "measure retrieval, clustering, few-shot accuracy and forgetting; without labels, what can be known",
         "fastuft eval --checkpoint runs/photos --train pets/train --test pets/test --out runs/photos/eval",
         {},
-        first=("checkpoint", "before", "train", "test", "source", "out", "size", "fewshot.shots", "trials", "device"),
+        first=(
+            *("checkpoint", "before", "before_fewshot", "train", "test", "source", "out", "size", "fewshot.shots"),
+            *("trials", "device"),
+        ),
         more_examples=("fastuft eval --checkpoint runs/photos --before start.pth --train photos/  # without labels",),
     ),
     "embed": Command(

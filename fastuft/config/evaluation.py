@@ -111,6 +111,7 @@ class EvalConfig:
         test: test folder with the same classes.
         source: source folder, for forgetting and drift.
         before: checkpoint to compare with (usually the initialization).
+        before_fewshot: few-shot finetuning of ``before`` too, on the same images, which takes as long again.
         out: folder for eval.json and report.html.
         arch: the network, if the checkpoint does not name it.
         stem: the stem, if the checkpoint does not name it.
@@ -141,6 +142,7 @@ class EvalConfig:
     test: PathName | None = None
     source: PathName | None = None
     before: PathName | None = None
+    before_fewshot: bool = False
     out: PathName = "runs/eval"
     arch: str | None = None
     stem: Literal["imagenet", "small"] | None = None

@@ -18,7 +18,7 @@ _VIT = re.compile(r"(vit_|deit|eva|beit|flexivit|cait|dino|aimv2|samvit|test_vit
 _LIKE_VIT = re.compile(
     r"(swin|xcit|pvt|poolformer|caformer|levit|coat|volo|twins|crossvit|mixer|gmlp|resmlp|maxvit|mvit)"
 )
-_CONVNEXT = re.compile(r"(convnext|inceptionnext|convformer)")
+_CONVNEXT = re.compile(r"(convnext|inceptionnext|convformer|test_convnext)")
 
 WARMUP = 0.1  # of the epochs: DINO and DINOv2 warm up for 10 of 100, MoCo v3 for 40 of 300
 

@@ -12,12 +12,12 @@ from fastuft.names import printable
 Arrays = dict[str, np.ndarray]
 _LARGEST = 1e30  # larger than any figure
 _MAX_DEPTH = 20  # levels of nested values; a run writes four
-_PER_SHOTS = ("fewshot", "fixmatch")  # figures by K
+_PER_SHOTS = {"fewshot", "fixmatch"}  # figures by K
 # Figures of eval.json, and how deeply they are nested in groups of figures.
 _FIGURES = {
     "retrieval": 0,
     "clustering": 0,
-    "before": 1,
+    "before": 3,
     "forgetting": 1,
     "label_free": 2,
     "source_drift": 1,
@@ -61,12 +61,10 @@ def checked_evaluation(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     kept = {key: value for key, value in values.items() if _shallow(key, value, complaints)}
     for key in _FIGURES.keys() & kept.keys():
         kept[key] = _figures(key, kept[key], _FIGURES[key], complaints)
-    for key in _PER_SHOTS:
-        by_shots = kept.get(key) or {}
-        odd = [shots for shots in by_shots if not (isinstance(by_shots, dict) and shots.isdecimal() and len(shots) < 6)]
-        complaints += [f"{key}: {printable(shots)!r} is not a number of images and is left out" for shots in odd]
-        if isinstance(by_shots, dict):
-            kept[key] = {shots: value for shots, value in by_shots.items() if shots not in odd}
+    before = kept.get("before")
+    for name, group in (("", kept), ("before.", before if isinstance(before, dict) else {})):
+        for key in _PER_SHOTS & group.keys():
+            group[key] = _by_shots(name + key, group[key], complaints)
     for key in ("statements", "classes"):
         texts = kept.get(key, [])
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
@@ -102,6 +100,16 @@ def _figures(name: str, value: Any, depth: int, complaints: list[str]) -> Any:
         return value
     complaints.append(f"{name} is not a figure and is left out")
     return None
+
+
+def _by_shots(name: str, value: Any, complaints: list[str]) -> dict[str, Any]:
+    """Figures by the number of labeled images; what is under another name is left out."""
+    if not isinstance(value, dict):
+        complaints += [f"{name} is not a group of figures and is left out"] if value is not None else []
+        return {}
+    odd = [shots for shots in value if not (shots.isdecimal() and len(shots) < 6)]
+    complaints += [f"{name}: {printable(shots)!r} is not a number of images and is left out" for shots in odd]
+    return {shots: figures for shots, figures in value.items() if shots not in odd}
 
 
 def _is_spread(value: Mapping[str, Any]) -> bool:

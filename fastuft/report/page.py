@@ -194,7 +194,7 @@ def _verdicts(groups: dict[str, list[RunFiles]], before_after: Table | None) -> 
     """(arm, lines): its accuracies before and after, then the verdict without labels of its first run."""
     measured: dict[str, list[str]] = {}
     for name, metric, before, after, change in before_after.rows if before_after else ():
-        if metric in ACCURACIES:
+        if metric in ACCURACIES or metric.endswith("-shot %"):
             measured.setdefault(name, []).append(f"{metric.removesuffix(' %')} {before} → {after} % ({change})")
     verdicts = []
     for name, runs in groups.items():

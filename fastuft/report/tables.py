@@ -209,6 +209,11 @@ def before_after_table(runs: Sequence[RunFiles]) -> Table | None:
         ("LiDAR", 1, 1, ("label_free", "before", "lidar"), ("label_free", "lidar")),
         ("view agreement %", 100, 1, ("label_free", "before", "view_agreement"), ("label_free", "view_agreement")),
     ]
+    shots = sorted({int(k) for run in runs for k in lookup(run.evaluation, "before", "fewshot") or ()})
+    compared[2:2] = [
+        (f"{k}-shot %", 100, 1, ("before", "fewshot", str(k), "mean_class"), ("fewshot", str(k), "mean_class"))
+        for k in shots
+    ]
     rows = []
     for name, group in arms(runs).items():
         for header, factor, digits, then, now in compared:

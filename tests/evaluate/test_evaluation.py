@@ -70,7 +70,7 @@ def test_every_long_part_reports_progress_to_the_end(full, told):
     assert all(
         last[f"features of {name}, {arm}"] == (n, n) for name, n in images.items() for arm in ("after", "before")
     )
-    assert last["K-means on train, after"] == (2, 2) and last["few-shot runs"] == (4, 4)
+    assert last["K-means on train, after"] == (2, 2) and last["few-shot runs, after"] == (4, 4)
     assert all(done <= total for _, done, total in told)
     steps = [done for part, done, _ in told if part == "features of train, after"]
     assert steps == [7, 14, 21, 24]
@@ -90,6 +90,15 @@ def test_labeled_folders_give_every_metric(full):
     assert {"alignment", "uniformity", "before", "neighbor_overlap", "target_drift"} <= set(metrics["label_free"])
     assert metrics["statements"] == []
     assert {"features", "retrieval", "clustering", "fewshot"} <= set(metrics["timings"])
+
+
+def test_few_shot_accuracy_of_the_start_comes_from_the_same_draws_where_asked(folders):
+    told = []
+    options = config(folders, before_fewshot=True, clustering=ClusteringConfig(restarts=1), map=MapConfig(points=0))
+    result = evaluate_backbone(ColorNet(), options, ColorNet(1), lambda *said: told.append(said))
+    alone = evaluate_backbone(ColorNet(1), config(folders, map=MapConfig(points=0)))
+    assert result.metrics["before"]["fewshot"] == alone.metrics["fewshot"] != result.metrics["fewshot"]
+    assert result.draws == alone.draws and ("few-shot runs, before", 4, 4) in told
 
 
 def test_separable_colors_score_high(full):

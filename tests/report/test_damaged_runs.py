@@ -63,6 +63,8 @@ def write_page(page, runs):
         ("eval.json", b'{"retrieval": {"a": 0.5}}', "retrieval is not a figure"),
         ("eval.json", b'{"fewshot": {"x": {"mean_class": 0.5}}}', "'x' is not a number of images"),
         ("eval.json", b'{"fewshot": [1]}', "fewshot is not a figure"),
+        ("eval.json", b'{"fewshot": 0.5}', "fewshot is not a group of figures"),
+        ("eval.json", b'{"before": {"fewshot": {"x": {"mean_class": 0.5}}}}', "before.fewshot: 'x' is not a number of"),
         ("eval.json", b'{"label_free": {"target_drift": [1]}}', "label_free.target_drift is not a figure"),
         (
             "eval.json",
@@ -206,7 +208,9 @@ def damaged_json(draw, whole):
     result = dict(whole)
     near = st.fixed_dictionaries({}, optional={"mean": VALUES, "std": VALUES, "trials": VALUES, "1": VALUES})
     for key in draw(st.lists(st.sampled_from([*whole, *KEYS]), max_size=4)):
-        result[key] = draw(st.one_of(VALUES, near, st.dictionaries(st.sampled_from(["1", "after", "x"]), near)))
+        result[key] = draw(
+            st.one_of(VALUES, near, st.dictionaries(st.sampled_from(["1", "after", "fewshot", "x"]), near))
+        )
     return json.dumps(result).encode()
 
 

@@ -17,7 +17,7 @@ from fastuft.evaluate.clustering import clustering_accuracy
 from fastuft.evaluate.few_shot import FewShotResult, fewshot
 from fastuft.evaluate.inputs import ArrayLike
 from fastuft.evaluate.retrieval import retrieval_accuracy
-from fastuft.evaluate.sections.context import AFTER, Context
+from fastuft.evaluate.sections.context import AFTER, BEFORE, Context
 from fastuft.evaluate.sections.part import Part
 from fastuft.evaluate.semi_supervised import FixMatchResult, fixmatch
 from fastuft.model import Backbone
@@ -95,24 +95,30 @@ def retrieval(context: Context) -> Part:
 
 
 def few_shot(context: Context) -> Part:
-    """Accuracy after finetuning on K labeled images per class."""
-    part, config = Part(), context.config.fewshot
-
-    def run(common: _Common, shots: list[int]) -> FewShotResult:
-        progress = partial(context.progress, "few-shot runs")
-        return fewshot(**common, config=dataclasses.replace(config, shots=shots), progress=progress)
-
+    """Accuracy after finetuning on K labeled images per class; where asked, of the start too, on the same images."""
+    part, config = Part(), context.config
     names = ("top1", "mean_class", "train_loss")
-    result = _by_shots(part, context, run, config.shots, "fewshot", "{}-shot accuracy", names)
-    if result is None:
-        return part
-    worst = max(max(losses) for losses in result.train_loss.values())
-    guess = math.log(len(context.folders.train.classes))
-    if worst > 0.9 * guess:
-        part.statements.append(
-            f"Few-shot finetuning did not converge (training loss up to {worst:.2f}; guessing gives {guess:.2f}), so its "
-            f"accuracies say little about the features: try a fewshot.lr other than {config.lr:g}."
-        )
+
+    def of(arm: str) -> FewShotResult | None:
+        def run(common: _Common, shots: list[int]) -> FewShotResult:
+            progress = partial(context.progress, f"few-shot runs, {arm}")
+            return fewshot(**common, config=dataclasses.replace(config.fewshot, shots=shots), progress=progress)
+
+        what = "{}-shot accuracy" if arm == AFTER else f"{{}}-shot accuracy {arm}"
+        return _by_shots(part, context, run, config.fewshot.shots, _keys(arm, "fewshot"), what, names, arm)
+
+    for arm in [AFTER, BEFORE] if config.before_fewshot and BEFORE in context.backbones else [AFTER]:
+        words = "" if arm == AFTER else f" {arm}"
+        result = part.known(f"Few-shot accuracy{words}", partial(of, arm))
+        if result is None:
+            continue
+        worst = max(max(losses) for losses in result.train_loss.values())
+        guess = math.log(len(context.folders.train.classes))
+        if worst > 0.9 * guess:
+            part.statements.append(
+                f"Few-shot finetuning{words} did not converge (training loss up to {worst:.2f}; guessing gives {guess:.2f}), "
+                f"so its accuracies say little about the features: try a fewshot.lr other than {config.fewshot.lr:g}."
+            )
     return part
 
 
@@ -133,7 +139,7 @@ def semi_supervised(context: Context) -> Part:
         "FixMatch accuracy with {} labeled images per class",
         ("top1", "mean_class", "train_loss", "confident"),
     )
-    result = _by_shots(part, context, run, config.semi.shots, "fixmatch", what, names)
+    result = _by_shots(part, context, run, config.semi.shots, ("fixmatch",), what, names)
     unused = [] if result is None else [k for k, shares in result.confident.items() if not max(shares)]
     if unused:
         part.statements.append(
@@ -164,9 +170,10 @@ def _by_shots(
     context: Context,
     run: Callable[[_Common, list[int]], Result],
     shots: Sequence[int],
-    key: str,
+    keys: tuple[str, ...],
     what: str,
     names: Sequence[str],
+    arm: str = AFTER,
 ) -> Result | None:
     """Measure an accuracy for each K that has enough images, and record it.
 
@@ -175,9 +182,10 @@ def _by_shots(
         context: the evaluation.
         run: takes the common arguments and the values of K.
         shots: the values of K that are asked for.
-        key: the figures' key in eval.json.
+        keys: the figures' keys in eval.json.
         what: names the accuracy in statements, with {} for K.
         names: the values of the result to record, as spreads over trials.
+        arm: whose accuracy.
 
     Returns:
         The result; None without labels, or if no K has enough images.
@@ -187,9 +195,9 @@ def _by_shots(
     if not possible:
         return None
     assert test is not None
-    with context.stream(AFTER, test) as stream:
+    with context.stream(arm, test) as stream:
         common = _Common(
-            backbone=context.backbones[AFTER],
+            backbone=context.backbones[arm],
             train_paths=train.paths,
             train_labels=train.labels,
             test=stream,
@@ -202,7 +210,7 @@ def _by_shots(
             classes=train.classes,
         )
         result = run(common, possible)
-    part.put({str(k): {name: spread(getattr(result, name)[k]) for name in names} for k in result.top1}, key)
+    part.put({str(k): {name: spread(getattr(result, name)[k]) for name in names} for k in result.top1}, *keys)
     for k, reason in result.undefined.items():
         part.cannot(what.format(k), reason)
     for trial, rows in enumerate(result.draws):

@@ -74,9 +74,10 @@ def _percent(value: Any) -> str | None:
 
 def _figures(evaluation: Mapping[str, Any]) -> dict[str, object]:
     found = {name: _percent(_at(evaluation, *keys)) for name, keys in _FIGURES.items()}
-    for kind, label in (("fewshot", "few-shot"), ("fixmatch", "FixMatch")):
-        for shots, result in (_at(evaluation, kind) or {}).items():
-            found[f"{label} mean class accuracy, {shots} images per class"] = _percent(_at(result, "mean_class"))
+    by_shots = (("few-shot", "", "fewshot"), ("few-shot", " before", "before", "fewshot"), ("FixMatch", "", "fixmatch"))
+    for label, when, *keys in by_shots:
+        for shots, result in (_at(evaluation, *keys) or {}).items():
+            found[f"{label} mean class accuracy{when}, {shots} images per class"] = _percent(_at(result, "mean_class"))
     return {name: value for name, value in found.items() if value is not None}
 
 
