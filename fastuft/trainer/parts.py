@@ -35,7 +35,7 @@ class Parts:
 
     Args:
         config: the configuration, with the choices of the recipe.
-        choices: what the recipe chose, with reasons.
+        choices: what the recipe chose, now or when the run began, with reasons.
         ranks: the processes.
         folder: the run folder.
         manifest: the images.
@@ -89,7 +89,7 @@ def assemble(config: TrainConfig, ranks: Ranks, lock: RunLock | None, closing: E
         watch.folders(config)  # before any work: they may be refused
     given = plain(config)
     state = find_checkpoint(config.resume, folder, ranks)
-    config = with_saved(config, state, ranks)
+    config, kept = with_saved(config, state, ranks)
     manifest = Manifest.build(
         config.target,
         config.source,
@@ -98,7 +98,8 @@ def assemble(config: TrainConfig, ranks: Ranks, lock: RunLock | None, closing: E
         replay_cache=config.data.replay_cache,
         suffixes=config.data.suffixes,
     )
-    config, choices = settle(config, manifest, ranks)
+    config, chosen = settle(config, manifest, ranks)
+    choices = [*kept, *chosen]
     check_memory(config, ranks)
     saved = None if state is None else traits_from((state["init_report"] or {}).get("traits"))
     learner, report = build_learner(config, ranks, resumed=saved)
@@ -139,6 +140,7 @@ def assemble(config: TrainConfig, ranks: Ranks, lock: RunLock | None, closing: E
         average=average,
         config=resolved,
         given=given,
+        choices=choices,
         content_hash=manifest.content_hash,
         init_report=init_report,
         backbone_file=folder.last_file if config.select == "judged" else folder.backbone_file,
@@ -152,8 +154,8 @@ def assemble(config: TrainConfig, ranks: Ranks, lock: RunLock | None, closing: E
     )
     closing.callback(recorder.close)
     recorder.say(headline(config, manifest, total_steps, start))
-    if choices:
-        recorder.say(choices_text(choices, manifest, ranks))
+    if chosen:
+        recorder.say(choices_text(chosen, manifest, ranks))
     if config.recipe == "auto" and state is None and ranks.is_main:
         for line in doubts_about(manifest):
             recorder.say(line)

@@ -49,26 +49,28 @@ class Choice:
     reason: str
 
 
-def with_saved(config: TrainConfig, state: Mapping[str, Any] | None, ranks: Ranks) -> TrainConfig:
-    """Fill open options with the values saved in a checkpoint, so that a resumed run keeps its choices on any machine.
+def with_saved(config: TrainConfig, state: Mapping[str, Any] | None, ranks: Ranks) -> tuple[TrainConfig, list[Choice]]:
+    """What is left open as the checkpoint of a resumed run has it, and those choices: another machine chooses nothing anew.
 
-    The BatchNorm mode depends on the number of processes and stays open if that number has changed.
+    BatchNorm's mode follows from the number of processes: another number leaves it open.
 
     Args:
-        config: the configuration as given.
-        state: state of the checkpoint, or None for a new run.
+        config: as it was given.
+        state: the checkpoint's, or None for a run that begins.
         ranks: the processes.
     """
     if state is None:
-        return config
-    saved, kept = json.loads(state["config"]), {}
+        return config, []
+    saved, found = json.loads(state["config"]), {}
     same_number = len(state["rank_buffers"]) == ranks.world_size
     for option in AUTO_OPTIONS:
         value = _value(saved, option)
         open_still = is_auto(_option(config, option)) and (same_number or option != "model.bn")
         if open_still and value is not None:
-            kept[option] = value
-    return _replaced(config, kept)
+            found[option] = value
+    reasons = {choice["option"]: choice["reason"] for choice in json.loads(state.get("choices", "[]"))}
+    kept = [Choice(option, value, reasons.get(option, "as in the checkpoint")) for option, value in found.items()]
+    return _replaced(config, found), kept
 
 
 def settle(config: TrainConfig, manifest: Manifest, ranks: Ranks) -> tuple[TrainConfig, list[Choice]]:

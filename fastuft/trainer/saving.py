@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fastuft.trainer.distributed import LostRankError
 from fastuft.trainer.finite import check_weights
 from fastuft.trainer.learner import Learner
 from fastuft.trainer.learner_state import backbone_of, queues_agree, state_of
+from fastuft.trainer.recipe import Choice
 
 
 class Saver:
@@ -27,6 +29,7 @@ class Saver:
         average: of the weights, that is exported.
         config: the configuration as nested mappings; part of each checkpoint.
         given: the configuration as it was given; part of each checkpoint.
+        choices: what the recipe chose, now or when the run began; part of each checkpoint.
         content_hash: digest of the training images; part of each checkpoint.
         init_report: the report on the tensors of ``init``; part of each checkpoint.
         backbone_file: the file to export the backbone to at each save.
@@ -42,6 +45,7 @@ class Saver:
         average: StartAverage,
         config: dict[str, Any],
         given: dict[str, Any],
+        choices: list[Choice],
         content_hash: str,
         init_report: dict[str, Any] | None,
         backbone_file: Path,
@@ -54,6 +58,7 @@ class Saver:
             "model_config": config["model"],
             "config": json.dumps(config),
             "given_config": json.dumps(given),
+            "choices": json.dumps([asdict(choice) for choice in choices]),
         }
 
     def save(self, progress: Progress) -> None:

@@ -197,6 +197,7 @@ def test_a_resumed_run_keeps_its_choices(tiny, start, tmp_path, monkeypatch, cap
     config = dataclasses.replace(tiny(init=start, max_steps=2), recipe="auto")
     config = recipe._replaced(config, {"method.queue_size": "auto", "optim.lr": "auto"})
     train(config)
+    first = RunFolder(tmp_path / "run").read_summary()["recipe"]
     monkeypatch.setattr(recipe, "_RATE", 1.0)
     monkeypatch.setattr(recipe, "_LARGEST_QUEUE", 8)
     capsys.readouterr()
@@ -204,6 +205,8 @@ def test_a_resumed_run_keeps_its_choices(tiny, start, tmp_path, monkeypatch, cap
     assert "Chosen for" not in capsys.readouterr().out
     saved = RunFolder(tmp_path / "run").read_config()
     assert (saved["optim"]["lr"], saved["method"]["queue_size"]) == (0.0075, 32)
+    assert RunFolder(tmp_path / "run").read_summary()["recipe"] == first
+    assert {choice["option"] for choice in first["chosen"]} == {"method.queue_size", "optim.lr", "model.bn"}
 
 
 @pytest.mark.parametrize("preset", ["none", "auto"])  # without and with optim.scale_lr
