@@ -46,7 +46,8 @@ from fastuft.kernels.problem import BatchNormGradient
 from fastuft.loss import LossOptions, info_nce_with_terms
 from fastuft.model.grouped_batchnorm import BatchNorm, portable_backward, portable_forward
 from fastuft.trainer.distributed import Ranks
-from fastuft.trainer.learner import Learner, build_learner
+from fastuft.trainer.learner import Learner
+from fastuft.trainer.learner_setup import build_learner
 from fastuft.trainer.recorder import PartTimes
 from fastuft.trainer.step import train_step
 

@@ -5,12 +5,20 @@ Rooms ask here before they use a kernel; the check that compares a kernel with i
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 LOSS, GRADIENT, ENQUEUE, MIXING, BATCHNORM = "loss", "loss gradient", "enqueue", "mixing", "grouped BatchNorm"
 
 _refusals: dict[str, str] = {}
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether the fused kernels can be imported at all."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def refuse(kernel: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""One registered operator per primitive, which dispatches to the fused kernels or to the portable path.
+"""One registered operator per primitive: its implementation, shapes and gradient.
 
 The losses are functional, compute their gradient in the forward pass, and have an autograd formula that only scales it, so
 ``torch.compile`` sees opaque calls. Gradients cannot be differentiated again: double backward raises an error.
@@ -10,9 +10,6 @@ In eager mode, the same formula runs in a ``torch.autograd.Function`` around the
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,68 +18,14 @@ from torch import Tensor, library
 from torch.autograd import forward_ad
 
 from fastuft import fused
-from fastuft.kernels.problem import LseProblem, Problem, schema, tile_precision
-from fastuft.loss import portable
+from fastuft.kernels.problem import LseProblem, Problem, schema
+from fastuft.loss import dispatch, portable
 
 _library = torch.library.Library("fastuft", "FRAGMENT")
 _library.define(f"queue_lse({schema(LseProblem)}) -> (Tensor, Tensor)")
 _library.define(f"mixed_info_nce({schema(Problem)}) -> (Tensor, Tensor, Tensor)")
 _library.define("scaled_gradient(Tensor gradient, Tensor upstream, float factor, ScalarType dtype) -> Tensor")
 _library.define("enqueue_(Tensor(a!) queue, Tensor(b!)? scales, Tensor(c!) pointer, Tensor keys) -> ()")
-
-_reasons: dict[tuple[object, ...], str | None] = {}
-
-
-@functools.cache
-def triton_installed() -> bool:
-    """Whether the fused kernels can be imported at all."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def _fused_reason(q: Tensor, queue: Tensor) -> str | None:
-    """Why the fused kernels cannot take tensors of this kind, or None if they can; determined once per kind."""
-    kind = (q.device, q.dtype, queue.dtype, q.shape[1])
-    if kind not in _reasons:
-        if triton_installed():
-            from fastuft.kernels import queue_sweep
-
-            _reasons[kind] = queue_sweep.unsupported(q, queue)
-        else:
-            _reasons[kind] = "Triton is not installed (pip install triton)"
-    return _reasons[kind]
-
-
-def _use_fused(impl: str, q: Tensor, queue: Tensor, *keys: Tensor | None) -> bool:
-    """Whether the kernels run; with impl='auto', only on CUDA.
-
-    Raises:
-        ValueError: impl='triton', but they cannot run.
-    """
-    if impl == "torch" or (impl == "auto" and not q.is_cuda):
-        return False
-    reason = fused.refusal(fused.LOSS, fused.GRADIENT) or _fused_reason(q, queue)
-    if reason is None and any(key is not None and key.dtype == torch.float64 for key in keys):
-        reason = "a key is float64"
-    if reason is not None and impl == "triton":
-        raise ValueError(f"impl='triton' cannot run: {reason}; use impl='torch' or 'auto'")
-    return reason is None
-
-
-@functools.cache
-def _tell_of_exact_products() -> None:
-    """Warn once per process."""
-    warnings.warn(
-        "query and queue are both float32, and precision='auto' multiplies them exactly, without tensor cores. Run the loss "
-        "under torch.autocast, keep the queue in half precision (KeyQueue(dtype=torch.bfloat16)), or pass precision='bf16' or "
-        "'tf32'; precision='ieee' keeps the exact products without this warning.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
-def _warn_of_exact_products(precision: str, query: Tensor, queue: Tensor) -> None:
-    if precision == "auto" and tile_precision(precision, query.dtype, queue.dtype) == "ieee":
-        _tell_of_exact_products()
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,10 +51,10 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
 @_without_autocast
 def _queue_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = LseProblem(*arguments)
-    if _use_fused(problem.impl, problem.z, problem.queue):
+    if dispatch.use_fused(problem.impl, problem.z, problem.queue):
         from fastuft.kernels import queue_sweep
 
-        _warn_of_exact_products(problem.precision, problem.z, problem.queue)
+        dispatch.warn_of_exact_products(problem.precision, problem.z, problem.queue)
         return queue_sweep.queue_lse(problem)
     compute = torch.float64 if torch.float64 in (problem.z.dtype, problem.queue.dtype) else torch.float32
     rows = portable.Queue(problem.queue, problem.queue_scales)
@@ -121,10 +64,10 @@ def _queue_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
 @_without_autocast
 def _mixed_info_nce(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(*arguments)
-    if _use_fused(problem.impl, problem.q, problem.queue, problem.k_a, problem.k_b):
+    if dispatch.use_fused(problem.impl, problem.q, problem.queue, problem.k_a, problem.k_b):
         from fastuft.kernels import queue_sweep
 
-        _warn_of_exact_products(problem.precision, problem.q, problem.queue)
+        dispatch.warn_of_exact_products(problem.precision, problem.q, problem.queue)
         loss, gradient, alignment = queue_sweep.mixed_info_nce(problem)
     else:
         loss, gradient, alignment = portable.mixed_info_nce(problem)
@@ -133,7 +76,7 @@ def _mixed_info_nce(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scaled_gradient(gradient: Tensor, upstream: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """gradient [B, D] * factor * upstream ([B], or one value for all rows), computed before the cast to dtype."""
-    usable = triton_installed() and fused.refusal(fused.LOSS, fused.GRADIENT) is None
+    usable = fused.triton_installed() and fused.refusal(fused.LOSS, fused.GRADIENT) is None
     if gradient.is_cuda and gradient.dtype == torch.float32 and usable:
         from fastuft.kernels import queue_combine
 
@@ -142,7 +85,7 @@ def _scaled_gradient(gradient: Tensor, upstream: Tensor, factor: float, dtype: t
 
 
 def _enqueue_(queue: Tensor, scales: Tensor | None, pointer: Tensor, keys: Tensor) -> None:
-    usable = triton_installed() and fused.refusal(fused.ENQUEUE) is None
+    usable = fused.triton_installed() and fused.refusal(fused.ENQUEUE) is None
     if keys.is_cuda and queue.dtype != torch.float64 and usable:
         from fastuft.kernels import enqueue
 

@@ -7,9 +7,8 @@ backend's own BatchNorm runs for each group. In eager mode, autograd uses a ``to
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from functools import cache, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -29,13 +28,8 @@ library.define(
 )
 
 
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _use_fused(x: Tensor) -> bool:
-    if not x.is_cuda or not _triton_installed() or fused.refusal(fused.BATCHNORM) is not None:
+    if not x.is_cuda or not fused.triton_installed() or fused.refusal(fused.BATCHNORM) is not None:
         return False
     from fastuft.kernels import grouped_batchnorm
 

@@ -18,7 +18,8 @@ from fastuft.trainer.averaging import StartAverage, average_with_start
 from fastuft.trainer.distributed import Ranks
 from fastuft.trainer.doubts import doubts_about
 from fastuft.trainer.judging import Judge
-from fastuft.trainer.learner import Learner, build_learner
+from fastuft.trainer.learner import Learner
+from fastuft.trainer.learner_setup import build_learner
 from fastuft.trainer.learner_state import restore
 from fastuft.trainer.memory import check_memory
 from fastuft.trainer.recipe import Choice, choices_text, settle, with_saved

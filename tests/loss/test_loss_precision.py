@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fastuft
 from fastuft.kernels.problem import LseProblem, Problem, tile_precision
-from fastuft.loss import ops
+from fastuft.loss import dispatch, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,13 +102,15 @@ def test_the_portable_path_is_exact_at_any_precision():
 
 
 def test_exact_products_warn_once(monkeypatch):
-    ops._tell_of_exact_products.cache_clear()
+    dispatch._tell_of_exact_products.cache_clear()
     q, queue = torch.randn(4, 16), F.normalize(torch.randn(10, 16), dim=1)
     with pytest.warns(RuntimeWarning, match="precision='auto' multiplies them exactly") as caught:
         for _ in range(2):
-            ops._warn_of_exact_products("auto", q, queue)
+            dispatch.warn_of_exact_products("auto", q, queue)
     assert len(caught) == 1
-    ops._tell_of_exact_products.cache_clear()
+    dispatch._tell_of_exact_products.cache_clear()
     for precision, query in (("ieee", q), ("bf16", q), ("auto", q.bfloat16())):
-        ops._warn_of_exact_products(precision, query, queue)  # warnings of this kind would fail a later pytest.warns
-    assert ops._tell_of_exact_products.cache_info().currsize == 0
+        dispatch.warn_of_exact_products(
+            precision, query, queue
+        )  # warnings of this kind would fail a later pytest.warns
+    assert dispatch._tell_of_exact_products.cache_info().currsize == 0

@@ -23,7 +23,7 @@ from fastuft.data import Batch
 from fastuft.model import MoCo, Traits, build_backbone, export, export_backbone, load_backbone
 from fastuft.model.checkpoint.card import _use
 from fastuft.trainer.distributed import Ranks
-from fastuft.trainer.learner import build_learner
+from fastuft.trainer.learner_setup import build_learner
 from fastuft.trainer.step import train_step
 
 timm = pytest.importorskip("timm")

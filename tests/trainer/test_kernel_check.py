@@ -16,7 +16,7 @@ pytest.importorskip("safetensors")
 
 from fastuft import fused
 from fastuft.cli.doctor.kernels import wrong_kernels
-from fastuft.loss import ops, portable
+from fastuft.loss import dispatch, portable
 from fastuft.model import grouped_batchnorm
 from fastuft.trainer import kernel_check
 from fastuft.trainer.distributed import Ranks
@@ -126,7 +126,7 @@ def test_a_wrong_loss_kernel_falls_back_to_the_portable_path(monkeypatch):
         loss, gradient, alignment = portable.mixed_info_nce(problem)
         return loss, gradient * 1.01, alignment
 
-    monkeypatch.setattr(ops, "_use_fused", lambda *_: fused.refusal(fused.LOSS, fused.GRADIENT) is None)
+    monkeypatch.setattr(dispatch, "use_fused", lambda *_: fused.refusal(fused.LOSS, fused.GRADIENT) is None)
     monkeypatch.setattr(queue_sweep, "mixed_info_nce", wrong)
     verdicts = check_kernels([probe_of(fused.LOSS), probe_of(fused.GRADIENT)], torch.float32, "Chip X", alone)
     assert [verdict.kernel for verdict in verdicts] == ["loss gradient"]
@@ -139,7 +139,7 @@ def test_a_refused_loss_kernel_cannot_be_requested():
     fused.refuse(fused.LOSS, "it differs")
     q = torch.randn(2, 16)
     with pytest.raises(ValueError, match="impl='triton' cannot run: it differs"):
-        ops._use_fused("triton", q, q)
+        dispatch.use_fused("triton", q, q)
 
 
 def test_a_cpu_run_skips_the_kernel_check(monkeypatch):

@@ -14,7 +14,7 @@ from trainer.test_train_step import ALONE, a_batch, as_fakes
 from fastuft.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from fastuft.data import Batch
 from fastuft.trainer.distributed import KeyShuffle, Ranks
-from fastuft.trainer.learner import build_learner
+from fastuft.trainer.learner_setup import build_learner
 from fastuft.trainer.step import train_step
 
 MOST_CALLS = 2000

@@ -19,7 +19,7 @@ from fastuft.data import Batch
 from fastuft.runfolder import RunFolder, load_checkpoint
 from fastuft.trainer import train
 from fastuft.trainer.distributed import KeyShuffle, Ranks, start_ranks, stop_ranks
-from fastuft.trainer.learner import build_learner
+from fastuft.trainer.learner_setup import build_learner
 from fastuft.trainer.step import train_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")

@@ -20,14 +20,14 @@ pytest.importorskip("filelock")
 pytest.importorskip("safetensors")
 
 from fastuft.data import Batch
-from fastuft.device import DTYPES
+from fastuft.device import DTYPES, autocast
 from fastuft.loss import KeyQueue
 from fastuft.mix import sample_boxes, sample_lambda
 from fastuft.model import MoCo, batchnorm, grouped_batchnorm
 from fastuft.randomness import keyed_seed
 from fastuft.trainer import distributed, learner, schedule, step
 from fastuft.trainer.distributed import KeyShuffle, Ranks
-from fastuft.trainer.learner import build_learner
+from fastuft.trainer.learner_setup import build_learner
 from fastuft.trainer.optimizer import build_optimizer
 from fastuft.trainer.parameter_groups import parameter_groups
 from fastuft.trainer.recorder import PartTimes
@@ -159,7 +159,7 @@ ON_THE_PATH = [
     learner.Learner.own_rows,
     learner.Learner.mix_,
     learner.Learner.partners,
-    learner.autocast,
+    autocast,
     distributed.gather_rows,
     distributed.upload,
     KeyShuffle,
