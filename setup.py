@@ -28,12 +28,12 @@ class CMakeBuild(build_ext):
     """Builds both libraries into fastuft/mix; without a compiler the package still installs, and says what it lacks."""
 
     @property
-    def place(self) -> Path:
+    def folder(self) -> Path:
         return (ROOT if self.inplace else Path(self.build_lib).resolve()) / "fastuft" / "mix"
 
     def clear(self) -> None:
         """Remove what an earlier build left, which may have had more parts."""
-        for stale in self.place.glob("_C*.so"):
+        for stale in self.folder.glob("_C*.so"):
             stale.unlink()
 
     def run(self) -> None:
@@ -83,12 +83,12 @@ class CMakeBuild(build_ext):
         note.write_text(memory)
         subprocess.run([cmake, "--build", str(work), "--parallel"], check=True)
         self.clear()
-        subprocess.run([cmake, "--install", str(work), "--prefix", str(self.place)], check=True)
-        if not (self.place / "_C_cuda.so").is_file():
+        subprocess.run([cmake, "--install", str(work), "--prefix", str(self.folder)], check=True)
+        if not (self.folder / "_C_cuda.so").is_file():
             say(f"built for the CPU only; the CUDA part needs nvcc on PATH, then run: {AGAIN}")
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in self.place.glob("_C*.so")]
+        return [str(path) for path in self.folder.glob("_C*.so")]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

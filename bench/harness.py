@@ -320,21 +320,21 @@ def measure(
     Returns:
         Median seconds of one call.
     """
-    place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target_device = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if group is not None:
         benchmark.group = group
-    sets = _rotation(inputs, place, place.type == "cuda" if cold is None else cold)
-    if place.type == "cuda":
+    sets = _rotation(inputs, target_device, target_device.type == "cuda" if cold is None else cold)
+    if target_device.type == "cuda":
         fn(*sets[0])  # compilation and autotuning allocate; the memory of a call is that of the next one
-    peak = peak_extra_bytes(fn, *sets[0], device=place) if memory else None
-    synchronize(place)
+    peak = peak_extra_bytes(fn, *sets[0], device=target_device) if memory else None
+    synchronize(target_device)
     begin = time.perf_counter()
     fn(*sets[-1])
-    synchronize(place)
+    synchronize(target_device)
     estimate = time.perf_counter() - begin
     warmup = 0 if SMOKE or estimate > 0.5 else 2
 
-    if place.type == "cuda":
+    if target_device.type == "cuda":
         # The same number of calls for every row of a group, short or long; at least all sets once.
         calls = 1 if SMOKE else max(len(sets), 1 if estimate > 0.05 else _MIN_CALLS)
         if graph:
@@ -350,7 +350,9 @@ def measure(
 
         benchmark._timer = CudaClock(calls)
         benchmark.pedantic(target, setup=spin, rounds=rounds or _rounds(estimate * calls), warmup_rounds=warmup)
-        clocks = read_clocks(target, place) if baseline and not SMOKE else {}  # once a group: asking takes a while
+        clocks = (  # once per group, because reading takes a while
+            read_clocks(target, target_device) if baseline and not SMOKE else {}
+        )
     else:
         turn = itertools.cycle(sets)
 
@@ -366,7 +368,7 @@ def measure(
     times = benchmark.stats.stats.data
     median = statistics.median(times)
     record: dict[str, Any] = {
-        "device": device_name(place),
+        "device": device_name(target_device),
         "baseline": baseline,
         "limit": limit,
         "clock": "cuda events" if place.type == "cuda" else cpu_clock(wall).__name__,
@@ -381,7 +383,7 @@ def measure(
     }
     if items is not None:
         record["items_per_second"] = items / median
-    if ceilings is not None and ceilings.device.type == place.type:
+    if ceilings is not None and ceilings.device.type == target_device.type:
         bound = ceilings.bound(bytes_moved, flops, dtype)
         if bound is not None:
             record["ceiling"] = bound[1]
@@ -400,15 +402,15 @@ def interleaved_ratio(
     device: torch.device | str = "cpu",
 ) -> float:
     """Median time of ``theirs`` over that of ``ours``, in alternating rounds, so that drift of the machine cancels."""
-    place = torch.device(device)
+    target_device = torch.device(device)
     arguments = () if inputs is None else inputs()
     times: dict[Callable[..., object], list[float]] = {ours: [], theirs: []}
     for turn in range(rounds + 1):
         for fn, own in times.items():
-            synchronize(place)
+            synchronize(target_device)
             begin = time.perf_counter()
             fn(*arguments)
-            synchronize(place)
+            synchronize(target_device)
             if turn:  # the first is the warm-up
                 own.append(time.perf_counter() - begin)
     return statistics.median(times[theirs]) / statistics.median(times[ours])

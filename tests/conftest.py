@@ -1,4 +1,4 @@
-"""Shared marks: GPU tests skip, visibly, where there is no CUDA device."""
+"""Shared marks: GPU tests are skipped, visibly, without a CUDA device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _no_fallback():
-    """No test passes on a portable path in place of a fused kernel that was found wrong."""
+    """No test passes on a portable path because a fused kernel was refused."""
     yield
     from fastuft import fused
 

@@ -1,4 +1,4 @@
-"""One measure for all numerics: our error against float64 beside that of PyTorch's own expression in the same dtype."""
+"""One measure for all numerics: our error against float64, compared with that of PyTorch's expression in the same dtype."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FLOOR = 1e-5
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Largest deviation over the largest exact magnitude; infinite when anything is not finite where it should be."""
+    """Largest deviation divided by the largest exact magnitude; infinite if a value is not finite but should be."""
     found, exact = found.detach().double().cpu(), exact.detach().double().cpu()
     if found.shape != exact.shape:
         return float("inf")

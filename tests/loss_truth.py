@@ -1,4 +1,4 @@
-"""What a loss is held against: float64, and the errors that a dtype of the multiplied tiles brings with it."""
+"""References for losses: float64, and the errors that the dtype of the tiles causes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def in_dtype(tensors: Tensors, dtype: torch.dtype, temperature: float = 0.2, nor
 
 
 def with_rounded_tiles(tensors: Tensors, dtype: torch.dtype, temperature: float = 0.2, normalize: bool = True):
-    """The same in float64, with unit queries and queue rounded to a dtype once: no sum over tiles can avoid that error."""
+    """The same in float64, with unit queries and queue rounded once to a dtype, an error that no sum over tiles can avoid."""
     q, k_a, k_b, lam, queue = (t.detach().double() for t in tensors)
     q = q.clone().requires_grad_()
     z, k_a, k_b = (F.normalize(t, dim=1) if normalize else t for t in (q, k_a, k_b))
@@ -32,6 +32,6 @@ def with_rounded_tiles(tensors: Tensors, dtype: torch.dtype, temperature: float 
 
 
 def comparisons(tensors: Tensors, dtype: torch.dtype, temperature: float = 0.2, normalize: bool = True):
-    """([losses], [gradients]) that ours may be compared with where tiles are multiplied in dtype."""
+    """([losses], [gradients]) to compare with if tiles are multiplied in ``dtype``."""
     made = [way(tensors, dtype, temperature, normalize) for way in (in_dtype, with_rounded_tiles)]
     return [loss for loss, _ in made], [gradient for _, gradient in made]

@@ -1,4 +1,4 @@
-"""A folder in which everything can be tried in seconds: images, a start checkpoint and option files."""
+"""A folder for runs of a few seconds: images, a checkpoint to start from, and option files."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def write_small_job(root: Path) -> Path:
     for name, count in (("photos", 24), ("test", 8), ("source", 32)):
         for index in range(count):
             coarse = np.random.default_rng([index, count]).integers(0, 256, (4, 4, 3)).astype(np.uint8)
-            place = root / name / f"class{index % 2}" / f"{index:03d}.png"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(coarse).resize((40, 40), Image.Resampling.BICUBIC).save(place)
+            path = root / name / f"class{index % 2}" / f"{index:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(coarse).resize((40, 40), Image.Resampling.BICUBIC).save(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         export_backbone(build_backbone("resnet_tiny", "small"), root / "start.safetensors")

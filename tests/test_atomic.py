@@ -1,4 +1,4 @@
-"""Whole files: two writers, killed writers, refusing disks."""
+"""Atomic writes: concurrent writers, killed writers, disk errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration tree refuses impossible values by name, and survives a trip through YAML's types."""
+"""The configuration refuses impossible values by name and survives a round trip through YAML's types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines for a person who may have gone."""
+"""Console output when nobody reads it."""
 
 from __future__ import annotations
 

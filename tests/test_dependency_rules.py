@@ -1,4 +1,4 @@
-"""The direction of dependencies, read from the sources' import statements."""
+"""The direction of dependencies, checked in import statements."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LEAVES = {
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, inside functions too."""
+    """Absolute names of all modules that a file imports, also inside functions."""
     package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
@@ -84,21 +84,21 @@ def test_rooms_import_only_what_they_may(room):
 
 @pytest.mark.parametrize("leaf", sorted(LEAVES))
 def test_leaves_import_leaves_only(leaf):
-    place = ROOT / "fastuft" / leaf
-    for path in sources(f"fastuft/{leaf}") if place.is_dir() else [place.with_suffix(".py")]:
+    location = ROOT / "fastuft" / leaf
+    for path in sources(f"fastuft/{leaf}") if location.is_dir() else [location.with_suffix(".py")]:
         for name in of_other_rooms(path, leaf):
             assert name.split(".")[1] in LEAVES, f"{path.relative_to(ROOT)} imports {name}"
 
 
 @pytest.mark.parametrize("room", sorted(ALLOWED))
 def test_rooms_import_only_exported_names(room):
-    """A room is imported through what its ``__init__`` exports; ``kernels`` has none, so that its modules are its face."""
+    """A room is imported through the names in its ``__init__``; ``kernels`` has none, so its modules are imported."""
     inner = set()
     for path in sources(f"fastuft/{room}"):
         for name in of_other_rooms(path, room):
             module = ".".join(name.split(".")[:3])
-            place = ROOT.joinpath(*module.split("."))
-            is_module = place.with_suffix(".py").is_file() or place.is_dir()
+            location = ROOT.joinpath(*module.split("."))
+            is_module = location.with_suffix(".py").is_file() or location.is_dir()
             if len(name.split(".")) > 2 and name.split(".")[1] != "kernels" and is_module:
                 inner.add(module)
     assert not inner

@@ -1,4 +1,4 @@
-"""Notes: said once, by one process of a run."""
+"""Notes are printed once, by one process of a run."""
 
 from __future__ import annotations
 

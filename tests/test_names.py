@@ -1,4 +1,4 @@
-"""Names of others as parts of paths, and as text."""
+"""Arbitrary names as path components and as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Presets by family: which network has which, what wins over them, and that a saved run says all of it."""
+"""Presets by family: which network gets which, what overrides them, and that a saved run has all values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Python calls: the commands' options, messages and files, without a trace left in the process."""
+"""The Python calls take the options of the commands, write the same messages and files, and do not change the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared benchmark timing and the result page, on small benchmarks written here."""
+"""The timing that all benchmarks share, and the results page, on small benchmarks defined here."""
 
 from __future__ import annotations
 

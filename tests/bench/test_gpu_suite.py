@@ -1,4 +1,4 @@
-"""The GPU suite's script, on a machine without a GPU: its syntax, its dry run, and its handling of parts with faked tools."""
+"""The script of the GPU suite on a machine without a GPU: syntax, dry run, and its parts with fake tools."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ RAW = {
 
 @pytest.fixture
 def run(tmp_path):
-    """Run the suite with faked tools; (exit status, output, parts by name)."""
+    """Run the suite with fake tools; returns (exit status, output, parts by name)."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in (("python3", FAKE_PYTHON), ("compute-sanitizer", FAKE_SANITIZER)):

@@ -1,4 +1,4 @@
-"""The sweep on folders: what is finished is kept, labels stand beside every look, and the verdict's report reads it."""
+"""A sweep keeps finished runs, adds labels to every look, and the verdict's report reads it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 
 def script(name):
-    """A script of the benchmarks as a module."""
+    """Import a script of the benchmarks."""
     spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -29,15 +29,15 @@ def script(name):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two classes of colors in train and test, and a source without classes."""
+    """Train and test folders with two classes of colors, and a source without classes."""
     root = tmp_path_factory.mktemp("sweep")
     for name, count in (("train", 24), ("test", 8), ("source", 16)):
         for index in range(count):
             generator = np.random.default_rng([index, count])
             pixels = generator.integers(0, 200, (4, 4, 3)) + np.array([55, 0, 0] if index % 2 else [0, 0, 55])
-            place = root / name / (f"class{index % 2}" if name != "source" else "") / f"{index:02d}.png"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.astype(np.uint8)).resize((40, 40), Image.Resampling.BICUBIC).save(place)
+            path = root / name / (f"class{index % 2}" if name != "source" else "") / f"{index:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).resize((40, 40), Image.Resampling.BICUBIC).save(path)
     torch.manual_seed(0)
     export_backbone(build_backbone("resnet_tiny", "small"), root / "start.safetensors")
     sweep = {
@@ -96,7 +96,7 @@ def test_an_unknown_setting_is_refused(folders, tmp_path, monkeypatch, capsys):
 
 
 def looks(verdict, gains):
-    """A run whose retrieval and view agreement change alike."""
+    """A run whose retrieval and view agreement change in proportion."""
     found = [
         verdict.Look(step, 256, 40.0, 20.0, -2.0 - 0.5 * (step > 0), 0.3, 0.5 + gain / 50)
         for step, gain in enumerate([0.0, *gains])

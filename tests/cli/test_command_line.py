@@ -25,7 +25,7 @@ NEEDED = ["--target", "images", "--out", "run", "--init", "start.pth"]
 
 @pytest.fixture
 def received(monkeypatch):
-    """Configurations that the sub-commands are run with, instead of running them."""
+    """Records the configurations of sub-commands instead of running them."""
     calls = []
     for name, command in list(COMMANDS.items()):
         fake = dataclasses.replace(command, run=lambda config: calls.append(config) or 0)
@@ -34,7 +34,7 @@ def received(monkeypatch):
 
 
 def refused(capsys, *arguments):
-    """The one line that a refused command line prints."""
+    """The single line that a refused command prints."""
     assert main(list(arguments)) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "Traceback" not in err
@@ -42,7 +42,7 @@ def refused(capsys, *arguments):
 
 
 def words_of(example):
-    """Arguments of an example, as a shell would give them."""
+    """The arguments of an example, split as a shell would."""
     words = shlex.split(example.partition(" > ")[0], comments=True)
     return words[words.index("-m") + 2 :] if "-m" in words else words[1:]
 
@@ -277,7 +277,7 @@ def test_missing_extras_are_named(capsys, monkeypatch):
 
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
-    """As if the package came from a wheel, beside a package whose benchmarks have nothing to do with it."""
+    """As if the package were installed from a wheel, next to another package that has benchmarks."""
     package = tmp_path / "site-packages" / "fastuft" / "cli"
     (tmp_path / "site-packages" / "bench").mkdir(parents=True)
     monkeypatch.setattr(benchmarks, "__file__", str(package / "benchmarks.py"))
@@ -323,10 +323,10 @@ def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for index in range(16):
-        place = folder / "ab"[index % 2]
-        place.mkdir(exist_ok=True)
+        inner = folder / "ab"[index % 2]
+        inner.mkdir(exist_ok=True)
         pixels = generator.integers(0, 255, (36, 36, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{index}.png")
+        Image.fromarray(pixels).save(inner / f"{index}.png")
     return folder
 
 

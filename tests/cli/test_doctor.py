@@ -1,4 +1,4 @@
-"""The doctor on faked machines."""
+"""The doctor on fake machines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastuft.cli.doctor import machine as machine_checks
 
 
 class Machine:
-    """A faked environment: installed distributions, programs' output, and a stand-in for torch."""
+    """A fake environment: installed distributions, output of programs, and a stand-in for torch."""
 
     def __init__(self, monkeypatch):
         self.installed = dict.fromkeys(packages.NEEDED, "99.0")

@@ -1,4 +1,4 @@
-"""The whole job through the real command line: a checkpoint in MoCo's layout, finetuning, evaluation, export."""
+"""The whole workflow through the real command line: a checkpoint in MoCo's layout, finetuning, evaluation, export."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIDE = 32
 
 
 def fastuft(*arguments, status=0):
-    """Run the command line in a process of its own; its standard output."""
+    """Run the command line in a separate process; returns its standard output."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastuft.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
@@ -31,11 +31,11 @@ def fastuft(*arguments, status=0):
 
 
 def write_classes(folder, classes, count, generator):
-    """Class folders of stripes whose direction and color tell the class, nested, in several formats."""
+    """Nested class folders in several formats; direction and color of stripes depend on the class."""
     y, x = np.mgrid[:SIDE, :SIDE]
     for label in range(classes):
-        place = folder / f"class {label}"
-        place.mkdir(parents=True)
+        class_folder = folder / f"class {label}"
+        class_folder.mkdir(parents=True)
         for index in range(count):
             phase = generator.uniform(0, 2 * np.pi)
             angle = np.pi * label / classes + generator.normal(0, 0.05)
@@ -43,11 +43,11 @@ def write_classes(folder, classes, count, generator):
             color = np.array([1.0, 0.3 + 0.2 * label, 1.0 - 0.3 * label])
             pixels = 128 + 90 * wave[..., None] * color + generator.normal(0, 10, (SIDE, SIDE, 3))
             suffix = ("png", "jpg", "webp", "bmp")[index % 4]
-            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(place / f"{index}.{suffix}")
+            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(class_folder / f"{index}.{suffix}")
 
 
 def write_moco_checkpoint(path):
-    """A ResNet-18 with a two-layer head, named as MoCo v2's training script saves it."""
+    """A ResNet-18 with a two-layer head under the names of MoCo v2's training script."""
     torch.manual_seed(0)
     encoder = {f"encoder_q.{name}": value for name, value in build_backbone("resnet18").state_dict().items()}
     encoder |= {"encoder_q.fc.0.weight": torch.randn(512, 512) * 0.05, "encoder_q.fc.0.bias": torch.zeros(512)}
@@ -60,7 +60,7 @@ def write_moco_checkpoint(path):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Folders, the checkpoint, and a finished finetuning run of them."""
+    """The folders, the checkpoint, and a finished finetuning run."""
     root = tmp_path_factory.mktemp("job")
     generator = np.random.default_rng(0)
     for name, classes, count in (("target", 2, 12), ("test", 2, 6), ("source", 3, 40)):

@@ -1,4 +1,4 @@
-"""Help pages: the path from photos to a report, and options with what matters first."""
+"""Help pages: the workflow from photos to a report, and options in order of importance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastuft.cli.help import command_help, front_page, groups_of
 
 
 def page(capsys, *arguments):
-    """What a call for help prints."""
+    """The output of a call for help."""
     assert main(list(arguments)) == 0
     out, err = capsys.readouterr()
     assert err == ""

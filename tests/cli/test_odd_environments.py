@@ -1,4 +1,4 @@
-"""Every command as a user without a home, under warnings that are errors, optimized, and in a locale without letters."""
+"""Every command without a home folder, with warnings as errors, with -O, and in the C locale."""
 
 from __future__ import annotations
 

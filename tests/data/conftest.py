@@ -1,4 +1,4 @@
-"""Small sets of images that the tests of streams share."""
+"""Small sets of images shared by the tests of streams."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def manifest(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def jpegs(tmp_path_factory):
-    """JPEGs, which a GPU decodes itself."""
+    """JPEGs, which a GPU can decode."""
     root = tmp_path_factory.mktemp("jpegs")
     generator = np.random.default_rng(1)
     for index in range(32):
@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
     for name, count in (("target", 41), ("source", 90)):
         for index in range(count):
             suffix = ("jpg", "png", "webp", "bmp")[index % 4]
-            place = root / name / f"class{index % 3}" / f"{index:03d}.{suffix}"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            smooth_picture(generator, 40 + index % 7, 50 - index % 5).save(place)
+            path = root / name / f"class{index % 3}" / f"{index:03d}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            smooth_picture(generator, 40 + index % 7, 50 - index % 5).save(path)
     return str(root / "target"), str(root / "source")

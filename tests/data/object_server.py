@@ -1,6 +1,6 @@
-"""A small object server on the loopback: ranges, etags, preconditions and S3's listing, with troubles on demand.
+"""A small object server on the loopback: ranges, etags, preconditions and S3 listings, with failures on demand.
 
-It speaks what the tests need of HTTP and of S3 (path style, any signature is accepted).
+It implements the parts of HTTP and S3 that the tests need (path style; any signature is accepted).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from xml.sax.saxutils import escape
 
 
 class ObjectServer:
-    """Objects by their path; ``url`` is where, ``asked`` the requests of objects so far as (method, path, range)."""
+    """Objects by path at ``url``; ``asked`` lists the requests so far as (method, path, range)."""
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
-        self.troubles: dict[str, list[int | str]] = {}  # by path: a status, "cut", "hang" or "ignore", used up in turn
+        self.faults: dict[str, list[int | str]] = {}  # by path: a status, "cut", "hang" or "ignore", used up in turn
         self.storm = 0  # status of every answer
         self.asked: list[tuple[str, str, str]] = []
         self.headers: list[dict[str, str]] = []
@@ -35,13 +35,13 @@ class ObjectServer:
             if path.is_file():
                 self.objects[f"/{prefix}/{path.relative_to(folder)}"] = path.read_bytes()
 
-    def trouble(self, path: str) -> int | str:
+    def fault(self, path: str) -> int | str:
         with self._lock:
-            waiting = self.troubles.get(path)
+            waiting = self.faults.get(path)
             return self.storm or (waiting.pop(0) if waiting else 0)
 
     def listing(self, bucket: str, query: dict[str, list[str]]) -> bytes:
-        """Keys of a bucket in pages of five."""
+        """The keys of a bucket in pages of five."""
         prefix, after = query.get("prefix", [""])[0], query.get("continuation-token", [""])[0]
         keys = sorted(
             path.removeprefix(f"/{bucket}/") for path in self.objects if path.startswith(f"/{bucket}/{prefix}")
@@ -84,11 +84,11 @@ class ObjectServer:
                 with server._lock:
                     server.asked.append((self.command, path, self.headers.get("Range", "")))
                     server.headers.append(dict(self.headers) | {"query": parts.query})
-                trouble = server.trouble(path)
-                if trouble == "hang":
+                fault = server.fault(path)
+                if fault == "hang":
                     time.sleep(3)
-                if isinstance(trouble, int) and trouble:
-                    return self.send(trouble)
+                if isinstance(fault, int) and fault:
+                    return self.send(fault)
                 if "list-type" in query:
                     return self.send(200, server.listing(path.strip("/"), query))
                 whole = server.objects.get(path)
@@ -98,12 +98,12 @@ class ObjectServer:
                     return self.send(412)
                 about = {"ETag": etag(whole), "Last_Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
                 asked = self.headers.get("Range")
-                if asked is None or trouble == "ignore":
+                if asked is None or fault == "ignore":
                     return self.send(200, whole, with_body, **about)
                 first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
                 body = whole[first : last + 1]
                 about["Content_Range"] = f"bytes {first}-{first + len(body) - 1}/{len(whole)}"
-                if trouble == "cut":
+                if fault == "cut":
                     self.send(206, body, with_body=False, **about)
                     self.wfile.write(body[: len(body) // 2])
                     self.close_connection = True

@@ -24,16 +24,16 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], **options) -> Pa
 
 
 def contents(folder: str) -> list[tuple[str, bytes]]:
-    """(name relative to the folder, bytes) of every file, in a mixed order, as writers of shards leave it."""
+    """(name relative to the folder, bytes) of every file, not in the order of names."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file()]
     return [
         (os.path.relpath(path, folder), path.read_bytes()) for path in sorted(paths, key=lambda path: path.name[::-1])
     ]
 
 
-def pack(folder: str, place: Path, stem: str, count: int) -> str:
-    """The folder's files in ``count`` shards ``stem-0.tar``, dealt out in turn; returns the text with braces."""
+def pack(folder: str, out: Path, stem: str, count: int) -> str:
+    """Write the folder's files to ``count`` shards ``stem-00.tar``, in turn; returns their names with braces."""
     members = contents(folder)
     for shard in range(count):
-        write_tar(place / f"{stem}-{shard:02d}.tar", members[shard::count])
-    return str(place / f"{stem}-{{00..{count - 1:02d}}}.tar")
+        write_tar(out / f"{stem}-{shard:02d}.tar", members[shard::count])
+    return str(out / f"{stem}-{{00..{count - 1:02d}}}.tar")

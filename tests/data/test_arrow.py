@@ -1,4 +1,4 @@
-"""Arrow files of ``save_to_disk``: rows in their order, found without reading images, and the folder's pixels."""
+"""Arrow files of ``save_to_disk``: rows are found in order without reading images, and pixels equal the folder's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def table_of(contents, labels, names, *, large=False):
-    """Columns as ``datasets`` has them: structs of bytes and path, class labels, and what they are in the metadata."""
+    """Columns as in ``datasets``: structs of bytes and path, class labels, and their description in the metadata."""
     kind = pa.large_binary() if large else pa.binary()
     rows = [
         None if content is None else {"bytes": content, "path": f"{row}.jpg"} for row, content in enumerate(contents)
@@ -40,24 +40,24 @@ def table_of(contents, labels, names, *, large=False):
     return pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": about}})})
 
 
-def write(place: Path, table, *, batch=7, writer=pa.ipc.new_stream, compression=None):
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with writer(str(place), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as file:
+def write(out: Path, table, *, batch=7, writer=pa.ipc.new_stream, compression=None):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with writer(str(out), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as file:
         file.write_table(table, max_chunksize=batch)
-    return place
+    return out
 
 
 @pytest.fixture(scope="module")
 def saved(folders, tmp_path_factory):
-    """The target folder as ``save_to_disk`` leaves it, in three files."""
-    place = tmp_path_factory.mktemp("saved") / "photos"
+    """The target folder as written by ``save_to_disk``, in three files."""
+    out = tmp_path_factory.mktemp("saved") / "photos"
     paths, labels, names = labeled_folder(folders[0])
     for number, rows in enumerate((slice(0, 20), slice(20, 38), slice(38, None))):
         contents = [Path(path).read_bytes() for path in paths[rows]]
-        write(place / f"data-{number:05d}-of-00003.arrow", table_of(contents, labels[rows], names))
-    (place / "dataset_info.json").write_text("{}")
-    (place / "state.json").write_text("{}")
-    return place
+        write(out / f"data-{number:05d}-of-00003.arrow", table_of(contents, labels[rows], names))
+    (out / "dataset_info.json").write_text("{}")
+    (out / "state.json").write_text("{}")
+    return out
 
 
 def test_rows_are_the_folders_images_with_their_classes(folders, saved, tmp_path):
@@ -89,30 +89,30 @@ def test_pixels_are_the_folders_for_any_ranks_and_restarts(folders, saved, tmp_p
 
 
 def test_finding_the_rows_reads_no_image(saved, monkeypatch):
-    """Headers, offsets and labels: of images of 60 kB each, a fiftieth of the file; then the index is kept."""
-    place = write(saved.parent / "large.arrow", table_of([b"x" * 60_000] * 200, [0] * 200, ["a"]), batch=50)
+    """Only headers, offsets and labels are read: for images of 60 kB, a fiftieth of the file; then the index is cached."""
+    out = write(saved.parent / "large.arrow", table_of([b"x" * 60_000] * 200, [0] * 200, ["a"]), batch=50)
     read = []
     real = os.pread
     monkeypatch.setattr("os.pread", lambda file, length, offset: read.append(length) or real(file, length, offset))
-    assert len(list_images(str(place))) == 200 and sum(read) < place.stat().st_size / 50
+    assert len(list_images(str(out))) == 200 and sum(read) < out.stat().st_size / 50
     read.clear()
-    assert len(list_images(str(place))) == 200 and not read
+    assert len(list_images(str(out))) == 200 and not read
 
 
 @pytest.mark.parametrize("writer", [pa.ipc.new_stream, pa.ipc.new_file])
 @pytest.mark.parametrize("large", [False, True])
 def test_kinds_of_files_and_columns(tmp_path, writer, large):
     contents = [b"first", None, b"third" * 1000, b""]
-    place = write(
+    out = write(
         tmp_path / "x.arrow", table_of(contents, [1, 0, 1, 0], ["cat", "dog"], large=large), batch=3, writer=writer
     )
-    found, labels, names = labeled_folder(str(place))
+    found, labels, names = labeled_folder(str(out))
     assert [read_bytes(found[row]) for row in (0, 2)] == [contents[0], contents[2]]
     assert ([names[label] for label in labels]) == ["dog", "cat", "dog", "cat"]
     for row in (1, 3):
         with pytest.raises(BadImageError, match=rf"x.arrow/{row}: is empty"):
             read_bytes(found[row])
-    assert Manifest.build(str(place)).content_hash  # sizes are the images'
+    assert Manifest.build(str(out)).content_hash  # sizes are the images'
     plain = pa.table({"photo": pa.array(contents, pa.large_binary() if large else pa.binary()), "kind": ["a"] * 4})
     found = list_images(str(write(tmp_path / "y.arrow", plain, writer=writer)))
     assert read_bytes(found[2]) == contents[2]
@@ -187,14 +187,14 @@ def test_damaged_files_are_named(tmp_path, damage, words):
 
 
 def test_any_flipped_byte_of_a_header_is_refused_or_harmless(tmp_path):
-    """Whatever a header says, the answer is rows or one message; nothing else is raised, and nothing is read past the end."""
+    """Any header gives rows or one message; nothing else is raised, and nothing is read past the end."""
     content = write(tmp_path / "x.arrow", table_of([b"1" * 900, b"2" * 900], [0, 1], ["a", "b"])).read_bytes()
-    place = tmp_path / "flipped.arrow"
+    out = tmp_path / "flipped.arrow"
     outcomes = set()
     for at in range(0, len(content) - 1900, 3):
-        place.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
+        out.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
         try:
-            outcomes.add(len(list_images(str(place))))
+            outcomes.add(len(list_images(str(out))))
         except ValueError as error:
             outcomes.add("refused")
             assert "flipped.arrow" in str(error)
@@ -203,9 +203,9 @@ def test_any_flipped_byte_of_a_header_is_refused_or_harmless(tmp_path):
 
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])
 def test_compressed_batches_are_refused(tmp_path, compression):
-    place = write(tmp_path / "x.arrow", table_of([b"1" * 900] * 9, [0] * 9, ["a"]), compression=compression)
+    out = write(tmp_path / "x.arrow", table_of([b"1" * 900] * 9, [0] * 9, ["a"]), compression=compression)
     with pytest.raises(ValueError, match=r"x.arrow is compressed, so that its images cannot be read alone"):
-        list_images(str(place))
+        list_images(str(out))
 
 
 def test_paths_without_bytes_are_refused(tmp_path):
@@ -227,13 +227,13 @@ def test_paths_without_bytes_are_refused(tmp_path):
 
 
 def test_a_file_that_changes_is_noticed(tmp_path):
-    place = write(tmp_path / "x.arrow", table_of([b"1" * 900], [0], ["a"]))
-    (path,) = list_images(str(place))
-    write(place, table_of([b"2" * 900], [0], ["a"]))
-    os.utime(place, ns=(1, 1))
+    out = write(tmp_path / "x.arrow", table_of([b"1" * 900], [0], ["a"]))
+    (path,) = list_images(str(out))
+    write(out, table_of([b"2" * 900], [0], ["a"]))
+    os.utime(out, ns=(1, 1))
     with pytest.raises(BadImageError, match=r"x.arrow/0: cannot be read \(the shard x.arrow has changed"):
         read_bytes(path)
-    assert read_bytes(list_images(str(place))[0]) == b"2" * 900
+    assert read_bytes(list_images(str(out))[0]) == b"2" * 900
 
 
 def test_pyarrow_is_asked_for_when_it_is_missing(saved, monkeypatch):

@@ -1,4 +1,4 @@
-"""Each operator beside torchvision's with the same parameters: the figures of docs/augmentations.md."""
+"""Each operator compared with torchvision's at the same parameters: the figures of docs/augmentations.md."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def photos(tmp_path_factory):
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
 def test_decoding_agrees_with_torchvision(photos, loader):
-    """The whole image, neither resized nor cropped beyond a square."""
+    """The whole image, cropped to a square without resizing."""
     io = pytest.importorskip("torchvision.io")
     ours = next(iter(EvalStream(photos, size=375, resize=375, loading=plain(loader))))[0] * 255
     theirs = torch.stack([transforms.center_crop(io.decode_image(path), [375, 375]) for path in photos])
@@ -77,7 +77,7 @@ def stated():
 
 
 def hold(operator, loader, difference):
-    """Print a row and hold it against the page; photographs and libraries of other versions differ a little."""
+    """Print a row and compare it with the page; other photographs and library versions differ a little."""
     mean, high = float(difference.mean()), float(np.quantile(difference, 0.99))
     print(f"| {operator} | {loader} | {mean:.2f} | {high:.1f} |")
     expected = stated()[operator][loader]
@@ -98,7 +98,7 @@ def parameters(case):
 
 
 def reference(case, image, view, row):
-    """The same view by torchvision on Pillow images, as MoCoV2's own code does it."""
+    """The same view by torchvision on Pillow images, as in MoCoV2's code."""
     top, left = (int(value) for value in view.roi_start[row])
     bottom, right = (int(value) for value in view.roi_end[row])
     x = transforms.resized_crop(image, top, left, bottom - top, right - left, [SIZE, SIZE])

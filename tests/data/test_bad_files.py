@@ -1,4 +1,4 @@
-"""Files that cannot be used: replaced alike everywhere, copied where only Pillow reads them, or named."""
+"""Unusable files: replaced equally on all ranks, recoded if only Pillow reads them, or named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastuft.data.decoding import read_image
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_replacements_come_from_the_same_set_on_every_rank(manifest, tmp_path, loader):
-    """A file that fails only in the decoder: the same replacements for one rank, two ranks and a restart."""
+    """A file that fails only in the decoder has the same replacements for one rank, two ranks and after a restart."""
     paths = []
     for index, path in enumerate(manifest.paths):
         copy = tmp_path / f"{index:02d}.png"
@@ -64,7 +64,7 @@ def test_too_many_bad_files_stop_even_when_skipping(manifest, tmp_path):
 
 
 def test_files_are_read_in_parallel_and_ahead_of_the_batch(manifest, monkeypatch):
-    """On network storage each read waits; the batch that is wanted must not."""
+    """On network storage each read takes long, but the next batch must be ready."""
     lock, under_way, most, done = threading.Lock(), 0, 0, 0
 
     def slow_read(path, max_megapixels):
@@ -121,7 +121,7 @@ def test_any_parser_exception_is_attributed_to_its_file(manifest, monkeypatch, e
 
 
 class StubbornBackend:
-    """Cannot decode one file, whose header it reads."""
+    """A backend that can read the header of one file but not decode it."""
 
     refused = ""
 
@@ -145,7 +145,7 @@ class StubbornBackend:
 
 
 def test_pillow_decodes_files_that_dali_refuses(manifest, monkeypatch, capsys):
-    """Also where a list of labeled images names it twice."""
+    """Also if a list of labeled images names it twice."""
     monkeypatch.setattr(feed_module, "make_backend", lambda spec: StubbornBackend(spec))
     monkeypatch.setattr(StubbornBackend, "refused", manifest.paths[0])
     stream = EvalStream([*manifest.paths[:3], manifest.paths[0]], [0, 1, 2, 3], size=8, batch_size=3, loading=plain())

@@ -1,4 +1,4 @@
-"""The DALI pipeline of a GPU: its graph anywhere, its pixels where there is one."""
+"""The DALI pipeline for a GPU: its graph on any machine, its pixels on a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastuft.data.backend import ViewSpec
 
 @pytest.mark.parametrize("strong", [None, StrongConfig()], ids=["moco", "strong"])
 def test_the_gpu_pipeline_builds(strong):
-    """Without a GPU too: arguments that DALI's operators do not have, or parameters of views on the GPU, are refused."""
+    """Building refuses unknown arguments of operators and view parameters on the GPU, also without a GPU."""
     pytest.importorskip("nvidia.dali")
     from fastuft.data.dali import _view_pipeline
 
@@ -48,7 +48,7 @@ def test_the_gpu_pipeline_builds(strong):
 
 
 def test_results_are_ordered_on_the_consumers_stream(manifest, monkeypatch):
-    """DALI's ``run`` takes the stream by position only; as a keyword it would be an input of the pipeline."""
+    """DALI's ``run`` takes the stream only by position; a keyword would be an input of the pipeline."""
     pytest.importorskip("nvidia.dali")
     stream = small_stream(manifest)
     backend = stream._feed._backend

@@ -1,4 +1,4 @@
-"""Folders that the ``datasets`` library itself wrote: saved data sets, and its cache."""
+"""Folders written by the ``datasets`` library itself: saved data sets and its cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ datasets = pytest.importorskip("datasets")
 
 @pytest.fixture(scope="module")
 def loaded(folders, tmp_path_factory):
-    """The target folder as ``datasets`` loads it, and where it keeps what it loaded."""
+    """The target folder loaded by ``datasets``, and its cache folder."""
     cache = tmp_path_factory.mktemp("datasets-cache")
     loaded = datasets.load_dataset("imagefolder", data_dir=folders[0], split="train", cache_dir=str(cache))
     return loaded, cache
@@ -47,6 +47,6 @@ def test_the_cache_of_a_data_set_with_bytes_is_read_and_one_with_paths_is_refuse
     data_set.save_to_disk(str(tmp_path / "saved"))
     datasets.load_from_disk(str(tmp_path / "saved")).to_parquet(str(tmp_path / "hub" / "train-00000-of-00001.parquet"))
     datasets.load_dataset(str(tmp_path / "hub"), split="train", cache_dir=str(tmp_path / "kept"))
-    from_cache, from_parquet = (labeled_folder(str(tmp_path / place)) for place in ("kept", "hub"))
+    from_cache, from_parquet = (labeled_folder(str(tmp_path / name)) for name in ("kept", "hub"))
     assert [read_bytes(path) for path in from_cache[0]] == [read_bytes(path) for path in from_parquet[0]]
     assert from_cache[1:] == from_parquet[1:]

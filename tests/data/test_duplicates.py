@@ -1,4 +1,4 @@
-"""Images that look the same are told, others are not, whatever the files are like."""
+"""Images that look alike are found in any format and size, and others are not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastuft.trainer.doubts import doubts_about
 
 
 def photograph(number, side=160):
-    """A smooth picture with edges, as photographs have them."""
+    """A smooth picture with edges, similar to a photograph."""
     generator = np.random.default_rng([number, 7])
     coarse = Image.fromarray(generator.integers(0, 256, (7, 9, 3)).astype(np.uint8))
     picture = coarse.resize((side * 9 // 7, side), Image.Resampling.BICUBIC)
@@ -65,7 +65,7 @@ def test_each_group_counts_once(photographs, tmp_path):
 
 
 def test_small_images_are_compared_by_pixels(tmp_path):
-    """Two strokes on 28 px are alike in every coarse measure."""
+    """Two strokes on 28 px are equal in every coarse measure."""
     paths = []
     for number in range(4):
         pixels = np.zeros((28, 28), np.uint8)
@@ -90,7 +90,7 @@ def test_the_search_is_bounded_in_time(photographs, monkeypatch):
 
 
 def test_every_copy_is_found_by_band_hashing():
-    """Rows that differ in no more bits than are allowed share a band of eight."""
+    """Hashes that differ in at most the allowed number of bits share one of eight bands."""
     generator = np.random.default_rng(0)
     bits = generator.integers(0, 256, (500, 16)).astype(np.uint8)
     copies = bits.copy()

@@ -1,4 +1,4 @@
-"""Headers and orientation: one reading decides for every decoder, whatever metadata say or how damaged they are."""
+"""Headers and orientation are read once for all decoders, whatever the metadata and however damaged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def riff(*chunks):
 
 
 def with_exif(kind, exif, prefix=b"Exif\0\0"):
-    """The picture with a block of tags as it is, well formed or not."""
+    """The picture with a block of tags, well-formed or not."""
     data = encode(kind)
     if kind == "JPEG":
         return data[:2] + segment(prefix + exif) + data[2:]
@@ -177,13 +177,13 @@ def test_a_header_without_pixels_or_end_is_damaged():
     assert read_header(b"GIF89a") is None and read_header(b"") is None
 
 
-def read_all(place):
-    """What every part says of one file: sizes that agree, or the file's own error."""
+def read_all(image_file):
+    """Read one file by every path: the sizes agree, or the error names the file."""
     try:
-        size = image_size(str(place))
-        pixels = open_rgb(str(place))
+        size = image_size(str(image_file))
+        pixels = open_rgb(str(image_file))
     except BadImageError as error:
-        assert str(place) in str(error)
+        assert str(image_file) in str(error)
         return
     assert pixels.size == size
 
@@ -196,9 +196,9 @@ def test_any_bytes_instead_of_tags_leave_a_readable_image(tmp_path_factory, exif
     data = with_exif(kind, start + exif)
     header = read_header(data)
     assert (header.width, header.height) == (WIDTH, HEIGHT) and 1 <= header.orientation <= 8
-    place = tmp_path_factory.getbasetemp() / f"fuzz.{kind.lower()}"
-    place.write_bytes(data)
-    assert open_rgb(str(place)).size == header.size
+    path = tmp_path_factory.getbasetemp() / f"fuzz.{kind.lower()}"
+    path.write_bytes(data)
+    assert open_rgb(str(path)).size == header.size
 
 
 @pytest.mark.slow
@@ -210,6 +210,6 @@ def test_damage_anywhere_gives_an_image_or_a_named_error(tmp_path_factory, kind,
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(1, len(content))) :]
-    place = tmp_path_factory.getbasetemp() / f"damaged.{kind.lower()}"
-    place.write_bytes(bytes(content))
-    read_all(place)
+    path = tmp_path_factory.getbasetemp() / f"damaged.{kind.lower()}"
+    path.write_bytes(bytes(content))
+    read_all(path)

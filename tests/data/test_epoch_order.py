@@ -1,4 +1,4 @@
-"""Every image once an epoch, and the source evenly, for any sizes."""
+"""Every image once per epoch, and the source evenly, for any sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of file that people have: what is read, how, and what is refused."""
+"""Image files of every kind: which are read, how, and which are refused."""
 
 from __future__ import annotations
 
@@ -52,57 +52,57 @@ def half_transparent(image):
     return Image.fromarray(pixels)
 
 
-def turned(image, orientation, place, **options):
+def turned(image, orientation, path, **options):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image.save(place, exif=exif, **options)
+    image.save(path, exif=exif, **options)
 
 
-def write(kind, place):
-    """Write one kind of image; returns the upright RGB pixels that are to be read."""
+def write(kind, path):
+    """Write one kind of image; returns the expected upright RGB pixels."""
     image = picture()
     gray = image.convert("L")
     pixels = np.asarray(image)
     if kind == "gray.jpg":
-        gray.save(place, quality=100)
+        gray.save(path, quality=100)
         return np.asarray(gray.convert("RGB"))
     if kind == "cmyk.jpg":
-        image.convert("CMYK").save(place, quality=100, subsampling=0)
+        image.convert("CMYK").save(path, quality=100, subsampling=0)
     elif kind == "progressive.jpg":
-        image.save(place, quality=100, subsampling=0, progressive=True)
+        image.save(path, quality=100, subsampling=0, progressive=True)
     elif kind == "mpo.jpg":
-        image.save(place, format="MPO", save_all=True, append_images=[gray.convert("RGB")], quality=100, subsampling=0)
+        image.save(path, format="MPO", save_all=True, append_images=[gray.convert("RGB")], quality=100, subsampling=0)
     elif kind == "16-bit-gray.png":
-        Image.fromarray(np.asarray(gray).astype(np.uint16) * 257).save(place)
+        Image.fromarray(np.asarray(gray).astype(np.uint16) * 257).save(path)
         return np.asarray(gray.convert("RGB"))
     elif kind == "16-bit-rgb.png":
-        place.write_bytes(png_16_bit_rgb(image))
+        path.write_bytes(png_16_bit_rgb(image))
     elif kind in ("palette.png", "palette.bmp"):
         palette = image.convert("P", palette=Image.Palette.ADAPTIVE)
-        palette.save(place)
+        palette.save(path)
         return np.asarray(palette.convert("RGB"))
     elif kind == "one-bit.png":
-        image.convert("1").save(place)
+        image.convert("1").save(path)
         return np.asarray(image.convert("1").convert("RGB"))
     elif kind in ("transparent.png", "transparent.webp"):
-        half_transparent(image).save(place, **({"lossless": True, "exact": True} if kind.endswith("webp") else {}))
+        half_transparent(image).save(path, **({"lossless": True, "exact": True} if kind.endswith("webp") else {}))
     elif kind in ("animated.png", "animated.webp"):
         options = {"lossless": True} if kind.endswith("webp") else {}
-        image.save(place, save_all=True, append_images=[Image.new("RGB", image.size)], duration=50, **options)
+        image.save(path, save_all=True, append_images=[Image.new("RGB", image.size)], duration=50, **options)
     elif kind.startswith("exif"):
         orientation = int(kind[4])
         options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(
             kind.rpartition(".")[2], {}
         )
-        turned(image, orientation, place, **options)
+        turned(image, orientation, path, **options)
         turns = {3: 2, 6: 3, 8: 1}  # quarter turns counter-clockwise that make it upright
         return np.rot90(pixels, turns[orientation]) if orientation in turns else np.rot90(pixels, 3)[:, ::-1]
     elif kind.startswith("one-pixel"):
-        image.resize((1, 1)).save(place)
+        image.resize((1, 1)).save(path)
         return np.asarray(image.resize((1, 1)))
     elif kind == "film-behind.jpg":  # telephones append a film of any length
-        image.save(place, quality=100, subsampling=0)
-        with open(place, "ab") as file:
+        image.save(path, quality=100, subsampling=0)
+        with open(path, "ab") as file:
             file.write(b"\0" * 200_000)
     return pixels
 
@@ -129,17 +129,17 @@ KINDS = [
 
 
 def test_each_format_is_read_upright_as_rgb(tmp_path):
-    """Grayscale, palette, CMYK, 16 bits, transparency (dropped), first frame, orientation: the same in both loaders."""
-    places = [tmp_path / kind for kind in KINDS]
-    truth = [np.ascontiguousarray(write(kind, place)) for kind, place in zip(KINDS, places, strict=True)]
-    assert verify_files(map(str, places), decode=True) == []
+    """Grayscale, palette, CMYK, 16 bits, transparency (dropped), first frame and orientation are equal in both loaders."""
+    paths = [tmp_path / kind for kind in KINDS]
+    truth = [np.ascontiguousarray(write(kind, path)) for kind, path in zip(KINDS, paths, strict=True)]
+    assert verify_files(map(str, paths), decode=True) == []
     read = {
-        loader: next(iter(EvalStream(list(map(str, places)), size=32, resize=32, loading=plain(loader))))[0]
+        loader: next(iter(EvalStream(list(map(str, paths)), size=32, resize=32, loading=plain(loader))))[0]
         for loader in LOADERS
     }
-    for row, (kind, place, expected) in enumerate(zip(KINDS, places, truth, strict=True)):
-        assert image_size(str(place)) == expected.shape[1::-1], kind
-        assert np.abs(np.asarray(open_rgb(str(place))).astype(int) - expected).mean() < 3, kind
+    for row, (kind, path, expected) in enumerate(zip(KINDS, paths, truth, strict=True)):
+        assert image_size(str(path)) == expected.shape[1::-1], kind
+        assert np.abs(np.asarray(open_rgb(str(path))).astype(int) - expected).mean() < 3, kind
         width, height = (32 * side // min(expected.shape[:2]) for side in expected.shape[1::-1])
         left, top = round((width - 32) / 2), round((height - 32) / 2)
         resized = Image.fromarray(expected).resize((width, height), Image.Resampling.BILINEAR)
@@ -150,7 +150,7 @@ def test_each_format_is_read_upright_as_rgb(tmp_path):
 
 
 def test_metadata_that_dali_cannot_parse_is_removed(tmp_path, capsys):
-    """Its parser misreads what stands behind a chunk of odd length in WebP files."""
+    """DALI's parser misreads what follows a chunk of odd length in WebP files."""
     generator = np.random.default_rng(0)
     for index in range(32):
         noise = Image.fromarray(generator.integers(0, 256, (20, 20 + index, 3), dtype=np.uint8))
@@ -166,7 +166,7 @@ def test_metadata_that_dali_cannot_parse_is_removed(tmp_path, capsys):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_pillow_only_formats_are_read_when_named(tmp_path, loader):
-    """A TIFF that is turned, and a GIF; under the suffix of another format they are bad."""
+    """A rotated TIFF and a GIF; with the suffix of another format they are bad files."""
     turned(picture(), 6, tmp_path / "a.tif")
     picture().convert("P").save(tmp_path / "b.gif")
     paths = list_images(str(tmp_path), (".tif", ".gif"))
@@ -190,35 +190,35 @@ def test_a_very_wide_image_is_read(tmp_path):
 
 
 def bomb(width, height):
-    """A tiny PNG whose header promises a giant image."""
+    """A tiny PNG whose header declares a giant image."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     crc = struct.pack(">I", zlib.crc32(b"IHDR" + header))
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header + crc + b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def thumbnail_then_cut(place):
-    """A JPEG that is truncated, although the thumbnail in its metadata is whole."""
-    picture().save(place.with_suffix(".thumb"), format="JPEG")
-    thumbnail = place.with_suffix(".thumb").read_bytes()
-    picture(640, 480).save(place, quality=95)
-    content = place.read_bytes()
+def thumbnail_then_cut(path):
+    """A truncated JPEG with a whole thumbnail in its metadata."""
+    picture().save(path.with_suffix(".thumb"), format="JPEG")
+    thumbnail = path.with_suffix(".thumb").read_bytes()
+    picture(640, 480).save(path, quality=95)
+    content = path.read_bytes()
     exif = b"Exif\0\0" + b"II*\0\x08\0\0\0\0\0\0\0\0\0" + thumbnail
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     return content[:2] + segment + content[2 : len(content) // 2]
 
 
 BAD = {
-    "empty.jpg": (lambda place: b"", "is empty"),
-    "html.jpg": (lambda place: b"<!DOCTYPE html><html>Not found</html>" * 9, "is not an image"),
-    "gif.jpg": (lambda place: (picture().convert("P").save(place, format="GIF"), place.read_bytes())[1], "a GIF file"),
-    "cut.jpg": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is truncated"),
-    "cut.png": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is truncated"),
-    "cut.webp": (lambda place: (picture(640, 480).save(place), place.read_bytes()[:-900])[1], "is truncated"),
+    "empty.jpg": (lambda path: b"", "is empty"),
+    "html.jpg": (lambda path: b"<!DOCTYPE html><html>Not found</html>" * 9, "is not an image"),
+    "gif.jpg": (lambda path: (picture().convert("P").save(path, format="GIF"), path.read_bytes())[1], "a GIF file"),
+    "cut.jpg": (lambda path: (picture(640, 480).save(path), path.read_bytes()[:-900])[1], "is truncated"),
+    "cut.png": (lambda path: (picture(640, 480).save(path), path.read_bytes()[:-900])[1], "is truncated"),
+    "cut.webp": (lambda path: (picture(640, 480).save(path), path.read_bytes()[:-900])[1], "is truncated"),
     "thumbnail.jpg": (thumbnail_then_cut, "is truncated"),
-    "header-only.png": (lambda place: b"\x89PNG\r\n\x1a\n", "has a damaged header .ends within"),
-    "large.png": (lambda place: bomb(13_000, 13_500), "above data.max_megapixels=170"),
-    "bomb.png": (lambda place: bomb(200_000, 200_000), "200000 x 200000 pixels, above"),
-    "strip.png": (lambda place: bomb(30_000, 20), "more than 100 to 1"),
+    "header-only.png": (lambda path: b"\x89PNG\r\n\x1a\n", "has a damaged header .ends within"),
+    "large.png": (lambda path: bomb(13_000, 13_500), "above data.max_megapixels=170"),
+    "bomb.png": (lambda path: bomb(200_000, 200_000), "200000 x 200000 pixels, above"),
+    "strip.png": (lambda path: bomb(30_000, 20), "more than 100 to 1"),
 }
 
 
@@ -230,11 +230,11 @@ ignore_bombs = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWa
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_refused_before_decoding(tmp_path, name):
     make, reason = BAD[name]
-    place = tmp_path / name
-    content = make(place)
-    place.write_bytes(content)
+    path = tmp_path / name
+    content = make(path)
+    path.write_bytes(content)
     with pytest.raises(BadImageError, match=reason):
-        image_size(str(place), max_megapixels=170)
+        image_size(str(path), max_megapixels=170)
 
 
 def moco_stream(paths, loader, **changes):
@@ -248,15 +248,15 @@ def moco_stream(paths, loader, **changes):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_training_names_or_replaces_bad_files(tmp_path, loader):
     good = [tmp_path / f"good{index}.jpg" for index in range(len(BAD) + 2)]
-    for place in good:
-        picture().save(place)
+    for path in good:
+        picture().save(path)
     bad = []
     for name, (make_content, reason) in BAD.items():
-        place = tmp_path / name
-        place.write_bytes(make_content(place))
-        bad.append(place)
-        with pytest.raises(BadImageError, match=rf"{re.escape(str(place))}: .*{reason}.*on_bad_file=skip"):
-            list(moco_stream([*good[:3], place], loader).epoch(0))
+        path = tmp_path / name
+        path.write_bytes(make_content(path))
+        bad.append(path)
+        with pytest.raises(BadImageError, match=rf"{re.escape(str(path))}: .*{reason}.*on_bad_file=skip"):
+            list(moco_stream([*good[:3], path], loader).epoch(0))
     assert [entry.path for entry in verify_files(map(str, [*good, *bad]), max_megapixels=170)] == list(map(str, bad))
     stream = moco_stream([*good, *bad], loader, on_bad_file="skip")
     batches = list(stream.epoch(0))
@@ -265,45 +265,45 @@ def test_training_names_or_replaces_bad_files(tmp_path, loader):
     assert set(index.tolist()) == set(range(len(good)))  # each good one is there, some more than once
     assert [
         (entry.path, bool(re.search(BAD[os.path.basename(entry.path)][1], entry.reason))) for entry in stream.bad_files
-    ] == [(str(place), True) for place in bad]
+    ] == [(str(path), True) for path in bad]
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda place: place.unlink(), "cannot be read .*No such file"),
-        (lambda place: place.write_bytes(b""), "is empty"),
-        (lambda place: place.write_bytes(place.read_bytes()[:4000]), "has changed since it was first read"),
-        (lambda place: picture(160, 120).save(place, quality=95), "has changed .*was 320 x 240.*is 160 x 120"),
-        (lambda place: (place.unlink(), os.mkfifo(place)), "cannot be read .*it is a pipe"),
+        (lambda path: path.unlink(), "cannot be read .*No such file"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(path.read_bytes()[:4000]), "has changed since it was first read"),
+        (lambda path: picture(160, 120).save(path, quality=95), "has changed .*was 320 x 240.*is 160 x 120"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read .*it is a pipe"),
     ],
     ids=["vanished", "emptied", "cut", "smaller", "pipe"],
 )
 def test_a_file_damaged_during_training_is_named_or_replaced(tmp_path, loader, spoil, reason):
-    """What a crop is drawn for is what is decoded: a region beyond the pixels would end the process."""
-    places = [tmp_path / f"{index}.jpg" for index in range(6)]
-    for place in places:
-        picture(320, 240).save(place, quality=95)
-    streams = [moco_stream(places, loader, on_bad_file=rule) for rule in ("error", "skip")]
+    """The crop is drawn for the bytes that are decoded; a region beyond the pixels would crash the process."""
+    paths = [tmp_path / f"{index}.jpg" for index in range(6)]
+    for path in paths:
+        picture(320, 240).save(path, quality=95)
+    streams = [moco_stream(paths, loader, on_bad_file=rule) for rule in ("error", "skip")]
     for stream in streams:
         list(stream.epoch(0))
-    spoil(places[4])
+    spoil(paths[4])
     with pytest.raises(BadImageError, match=rf"4\.jpg: {reason}.*on_bad_file=skip"):
         list(streams[0].epoch(1))
     index = torch.cat([batch.index for batch in streams[1].epoch(1)])
     assert len(index) == 6 and set(index.tolist()) == {0, 1, 2, 3, 5}
-    assert [entry.path for entry in streams[1].bad_files] == [str(places[4])]
+    assert [entry.path for entry in streams[1].bad_files] == [str(paths[4])]
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_rewritten_file_of_equal_length_and_size_is_read_again(tmp_path, loader):
-    """Nothing was drawn for another shape; times of changes differ for many reasons, and are not compared."""
-    places = [tmp_path / f"{index}.bmp" for index in range(6)]
-    for place in places:
-        Image.new("RGB", (64, 48), (10, 10, 10)).save(place)
+    """The drawn crops still fit; modification times change for many reasons and are not compared."""
+    paths = [tmp_path / f"{index}.bmp" for index in range(6)]
+    for path in paths:
+        Image.new("RGB", (64, 48), (10, 10, 10)).save(path)
     data = DataConfig(batch_size=2, threads=1, loader=loader)
-    stream = stream_of(Manifest.build(list(map(str, places))), data, AugmentConfig(size=32, jitter_p=0.0), seed=0)
+    stream = stream_of(Manifest.build(list(map(str, paths))), data, AugmentConfig(size=32, jitter_p=0.0), seed=0)
 
     def bright(epoch):
         batches = list(stream.epoch(epoch))
@@ -311,19 +311,19 @@ def test_a_rewritten_file_of_equal_length_and_size_is_read_again(tmp_path, loade
         return index[views.flatten(1).mean(1) > 0.9].tolist()
 
     assert bright(0) == []
-    Image.new("RGB", (64, 48), (250, 250, 250)).save(places[4])
+    Image.new("RGB", (64, 48), (250, 250, 250)).save(paths[4])
     assert bright(1) == [4] and stream.bad_files == []
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_tiny_and_very_wide_images_train(tmp_path, loader):
-    """One pixel, and 30,000 in a row, beside ordinary ones."""
+    """Images of one pixel and of 30,000 pixels in a row, together with ordinary ones."""
     sizes = [(1, 1), (30_000, 400), (64, 48), (1, 40)]
     for index, size in enumerate(sizes):
         picture(*size).save(tmp_path / f"{index}.png")
-    places = sorted(tmp_path.iterdir())
-    assert verify_files(map(str, places), decode=True) == []
-    batches = list(moco_stream(places, loader).epoch(0))
+    paths = sorted(tmp_path.iterdir())
+    assert verify_files(map(str, paths), decode=True) == []
+    batches = list(moco_stream(paths, loader).epoch(0))
     assert sorted(torch.cat([batch.index for batch in batches]).tolist()) == [0, 1, 2, 3]
     for batch in batches:
         for index, view in zip(batch.index.tolist(), batch.query, strict=True):
@@ -332,7 +332,7 @@ def test_tiny_and_very_wide_images_train(tmp_path, loader):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_file_names_that_are_not_text_work(tmp_path, loader):
-    """Bytes of another encoding: read, listed by list files, named in messages, written to the list of bad files."""
+    """Names in another encoding are read, listed by list files, shown in messages, and written to the list of bad files."""
     for name in (b"caf\xe9.jpg", b"bad\xff.jpg"):
         (tmp_path / os.fsdecode(name)).touch()
     picture().save(tmp_path / os.fsdecode(b"caf\xe9.jpg"))
@@ -359,11 +359,11 @@ def test_files_that_cannot_be_read_are_named(tmp_path, make_place):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads everything")
 def test_files_without_permission_are_named(tmp_path):
-    place = tmp_path / "secret.png"
-    picture().save(place)
-    place.chmod(0)
+    path = tmp_path / "secret.png"
+    picture().save(path)
+    path.chmod(0)
     with pytest.raises(BadImageError, match="cannot be read"):
-        image_size(str(place))
+        image_size(str(path))
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -1,4 +1,4 @@
-"""Files that list images: what people write into them, read where the meaning is plain, else named by line."""
+"""List files: unambiguous lines are read, other lines are errors with their number."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_a_pipe_is_not_a_list(tmp_path):
 @settings(max_examples=1500, deadline=None)
 @given(st.lists(st.one_of(st.binary(max_size=30), st.sampled_from([b"a.jpg", b"inner", b"\xff\xfe", b"\t1", b","]))))
 def test_any_content_gives_paths_or_an_error_with_the_line(tmp_path_factory, parts):
-    place = tmp_path_factory.getbasetemp() / "fuzzed"
-    place.mkdir(exist_ok=True)
-    (place / "list.txt").write_bytes(b"\n".join(parts))
+    folder = tmp_path_factory.getbasetemp() / "fuzzed"
+    folder.mkdir(exist_ok=True)
+    (folder / "list.txt").write_bytes(b"\n".join(parts))
     try:
-        paths = list_images(str(place / "list.txt"))
+        paths = list_images(str(folder / "list.txt"))
     except ValueError as error:
-        assert str(place / "list.txt") in str(error) and str(error).isprintable()
+        assert str(folder / "list.txt") in str(error) and str(error).isprintable()
     else:
         assert all(os.path.isabs(path) for path in paths)

@@ -1,4 +1,4 @@
-"""Finding the images of folders: links and large trees."""
+"""Listing folders: links, other files, large trees."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_link_to_itself_is_not_a_folder(tmp_path, manifest):
 
 @pytest.fixture
 def mixed(tmp_path, manifest, monkeypatch):
-    """Images beside other files and what systems leave behind."""
+    """Images, other files, and folders that systems leave behind."""
     monkeypatch.setattr(messages, "_said", set())
     for folder in ("cats", "cats/__MACOSX", "@eaDir", ".ipynb_checkpoints"):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -128,13 +128,13 @@ def test_listing_works_without_a_home(mixed, monkeypatch):
 
 @pytest.mark.slow
 def test_a_large_tree_is_scanned_quickly_and_cached(tmp_path, monkeypatch):
-    """Rates for 100,000 files, printed; a million at this rate takes well under a minute."""
+    """Prints the rates for 100,000 files; a million at this rate takes well under a minute."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for folder in range(100):
-        place = tmp_path / "tree" / f"n{folder:08d}"
-        place.mkdir(parents=True)
+        inner = tmp_path / "tree" / f"n{folder:08d}"
+        inner.mkdir(parents=True)
         for index in range(1000):
-            os.close(os.open(place / f"{index:06d}.JPEG", os.O_CREAT | os.O_WRONLY))
+            os.close(os.open(inner / f"{index:06d}.JPEG", os.O_CREAT | os.O_WRONLY))
     seconds, busy = [], []
     for _ in range(2):
         begin, begin_busy = time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""What is derived from the machine: threads and the loader."""
+"""The threads and the loader that are derived from the machine."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_the_replayed_share_is_fixed_by_its_seed_and_saved(folders, tmp_path):
 
 
 def test_the_content_hash_does_not_depend_on_the_location(folders, tmp_path):
-    """Under another root, behind a link, from a replay cache: what resumes is the data, not the place."""
+    """Under another root, behind a link, or from a replay cache, a run resumes with the same data."""
     first = Manifest.build(*folders, fraction=0.3)
     shutil.copytree(folders[0], tmp_path / "moved")
     (tmp_path / "linked").symlink_to(folders[1])
@@ -51,9 +51,9 @@ def test_the_content_hash_of_a_list_does_not_depend_on_its_location(folders, tmp
     shutil.copytree(folders[0], tmp_path / "moved")
     hashes = []
     for root in (folders[0], str(tmp_path / "moved")):
-        place = tmp_path / f"{len(hashes)}.txt"
-        place.write_text("\n".join(list_images(root)[:7]))
-        hashes.append(Manifest.build(str(place)).content_hash)
+        listed = tmp_path / f"{len(hashes)}.txt"
+        listed.write_text("\n".join(list_images(root)[:7]))
+        hashes.append(Manifest.build(str(listed)).content_hash)
     assert hashes[0] == hashes[1]
 
 

@@ -1,4 +1,4 @@
-"""Shards in moto's S3, another implementation of the server's side than the tests' own."""
+"""Shards in moto's S3, a server that is independent of the tests' own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams on machines that give little: few open files, a /dev/shm of 64 KB, a folder of files that all have to be opened."""
+"""Streams on machines with few open files or a /dev/shm of 64 KB."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def many(tmp_path_factory):
     root = tmp_path_factory.mktemp("many")
     for index in range(300):
         pixels = np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        place = root / f"{index % 30:02d}" / f"{index:03d}.png"
-        place.parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(place)
+        path = root / f"{index % 30:02d}" / f"{index:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
     return root
 
 

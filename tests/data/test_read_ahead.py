@@ -1,4 +1,4 @@
-"""Images that come late: the default pool hides 50 ms per image, and grows with the rate at which images are used."""
+"""Slow reads: the default pool hides a latency of 50 ms per image, and grows with the rate at which images are used."""
 
 from __future__ import annotations
 

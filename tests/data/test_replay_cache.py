@@ -17,7 +17,7 @@ from fastuft.data import Manifest
 
 @pytest.fixture
 def replayed(manifest, tmp_path):
-    """A target and six originals of the source; ``build`` makes the manifest and gives the source's paths."""
+    """A target and six source images; ``build`` makes the manifest and returns the paths of the source."""
     for name in ("originals", "target"):
         (tmp_path / name).mkdir()
     for path in manifest.paths[:6]:
@@ -96,7 +96,7 @@ Manifest.build(sys.argv[1], sys.argv[2], fraction=1.0, replay_cache=sys.argv[3])
 
 @pytest.mark.slow
 def test_the_replay_cache_survives_kills_and_is_shared_by_ranks(tmp_path):
-    """A process is killed again and again while it copies; then three at once finish, each file copied by one."""
+    """A process is killed repeatedly while it copies; then three processes finish at once, and each file is copied by one."""
     generator = np.random.default_rng(0)
     for folder, count in (("target", 1), ("source", 3000)):
         (tmp_path / folder).mkdir()
@@ -138,13 +138,13 @@ def test_the_replay_cache_survives_kills_and_is_shared_by_ranks(tmp_path):
 
 
 def test_the_replay_cache_copies_once_and_resumes(folders, tmp_path):
-    place = tmp_path / "cache"
-    first = Manifest.build(*folders, fraction=0.3, replay_cache=str(place))
-    copies = [path for path in first.paths if path.startswith(str(place))]
+    cache = tmp_path / "cache"
+    first = Manifest.build(*folders, fraction=0.3, replay_cache=str(cache))
+    copies = [path for path in first.paths if path.startswith(str(cache))]
     assert len(copies) == 27
-    stamps = {path: (place / path).stat().st_mtime_ns for path in copies}
-    (place / copies[0]).write_bytes(b"cut")
-    again = Manifest.build(*folders, fraction=0.3, replay_cache=str(place))
+    stamps = {path: (cache / path).stat().st_mtime_ns for path in copies}
+    (cache / copies[0]).write_bytes(b"cut")
+    again = Manifest.build(*folders, fraction=0.3, replay_cache=str(cache))
     assert again.paths == first.paths
-    changed = [path for path in copies if (place / path).stat().st_mtime_ns != stamps[path]]
+    changed = [path for path in copies if (cache / path).stat().st_mtime_ns != stamps[path]]
     assert changed == copies[:1]

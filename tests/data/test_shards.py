@@ -38,12 +38,12 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def shards(folders, tmp_path_factory):
-    place = tmp_path_factory.mktemp("shards")
-    return pack(folders[0], place / "target", "t", 3), pack(folders[1], place / "source", "s", 4)
+    shard_file = tmp_path_factory.mktemp("shards")
+    return pack(folders[0], shard_file / "target", "t", 3), pack(folders[1], shard_file / "source", "s", 4)
 
 
-def build(places, **options):
-    return Manifest.build(*places, **{"fraction": 0.3, "seed": 1, **options})
+def build(locations, **options):
+    return Manifest.build(*locations, **{"fraction": 0.3, "seed": 1, **options})
 
 
 def test_names_sizes_and_order_equal_the_folder(folders, shards):
@@ -56,9 +56,9 @@ def test_names_sizes_and_order_equal_the_folder(folders, shards):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_pixels_order_and_restarts_equal_the_folder_for_any_ranks(folders, shards, loader):
-    def batches(places, rank=0, world_size=1, start=0):
+    def batches(locations, rank=0, world_size=1, start=0):
         data = DataConfig(batch_size=16, loader=loader, threads=1 + rank % 2)
-        stream = stream_of(build(places), data, seed=3, rank=rank, world_size=world_size)
+        stream = stream_of(build(locations), data, seed=3, rank=rank, world_size=world_size)
         return list(stream.epoch(1, start))
 
     whole = batches(folders)
@@ -71,8 +71,8 @@ def test_pixels_order_and_restarts_equal_the_folder_for_any_ranks(folders, shard
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_evaluation_of_shards_equals_the_folder(folders, shards, loader):
-    def images(place):
-        return torch.cat([views for views, _ in EvalStream(list_images(place), loading=plain(loader), size=32)])
+    def images(shard_file):
+        return torch.cat([views for views, _ in EvalStream(list_images(shard_file), loading=plain(loader), size=32)])
 
     assert torch.equal(images(shards[0]), images(folders[0]))
     paths, labels, classes = labeled_folder(shards[0])
@@ -183,33 +183,33 @@ def test_webdataset_classes_and_left_out_files(tmp_path, capsys):
 
 
 def test_the_index_is_cached_and_follows_the_shard(tmp_path, own_cache, monkeypatch):
-    place = write_tar(tmp_path / "x.tar", [(f"{row}.jpg", bytes([row + 1]) * 700) for row in range(4)])
+    shard_file = write_tar(tmp_path / "x.tar", [(f"{row}.jpg", bytes([row + 1]) * 700) for row in range(4)])
     walked = []
     real = tar_index.walk
     monkeypatch.setattr("fastuft.data.sources.shards.walk", lambda *args: walked.append(1) or real(*args))
-    assert len(list_images(str(place))) == len(list_images(str(place))) == 4 and len(walked) == 1
-    write_tar(place, [(f"{row}.jpg", bytes([row + 7]) * 700) for row in range(4)])
-    os.utime(place, ns=(0, 0))
-    assert [read_bytes(path)[0] for path in list_images(str(place))] == [7, 8, 9, 10] and len(walked) == 2
+    assert len(list_images(str(shard_file))) == len(list_images(str(shard_file))) == 4 and len(walked) == 1
+    write_tar(shard_file, [(f"{row}.jpg", bytes([row + 7]) * 700) for row in range(4)])
+    os.utime(shard_file, ns=(0, 0))
+    assert [read_bytes(path)[0] for path in list_images(str(shard_file))] == [7, 8, 9, 10] and len(walked) == 2
     (kept,) = own_cache.glob("*.npz")
     whole = kept.read_bytes()
     for damaged in (whole[:100], b"", bytes(len(whole)), whole[:-400] + bytes(400)):
         kept.write_bytes(damaged)
         walked.clear()
-        assert len(list_images(str(place))) == 4 and walked == [1]
+        assert len(list_images(str(shard_file))) == 4 and walked == [1]
     np.savez(kept, about=np.array([{"an": "object"}], object))  # pickled: never loaded
-    assert len(list_images(str(place))) == 4 and len(walked) == 2
+    assert len(list_images(str(shard_file))) == 4 and len(walked) == 2
 
 
 def test_an_outdated_index_is_detected_on_reading(tmp_path, own_cache):
-    """A shard that was written anew with the same size and time, as a careless copy may leave it."""
-    place = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 700), ("b.jpg", b"2" * 100)])
-    time_before, size = place.stat().st_mtime_ns, place.stat().st_size
-    list_images(str(place))
-    write_tar(place, [("b.jpg", b"1" * 100), ("a.jpg", b"2" * 700)])
-    os.utime(place, ns=(time_before, time_before))
-    assert place.stat().st_size == size
-    for path in list_images(str(place)):
+    """A shard that was rewritten with the same size and modification time."""
+    shard_file = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 700), ("b.jpg", b"2" * 100)])
+    time_before, size = shard_file.stat().st_mtime_ns, shard_file.stat().st_size
+    list_images(str(shard_file))
+    write_tar(shard_file, [("b.jpg", b"1" * 100), ("a.jpg", b"2" * 700)])
+    os.utime(shard_file, ns=(time_before, time_before))
+    assert shard_file.stat().st_size == size
+    for path in list_images(str(shard_file)):
         with pytest.raises(
             BadImageError,
             match=r"x.tar/[ab].jpg: cannot be read \(the shard x.tar has changed since the shard was indexed",
@@ -255,7 +255,7 @@ def test_shards_without_images_are_refused(tmp_path):
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_each_member_of_a_shard_changed_during_a_run_is_a_bad_file(folders, tmp_path, loader):
-    """Stops with the member's and the shard's name; where bad files are skipped, each is counted and listed."""
+    """The error names member and shard; if bad files are skipped, each member is counted and listed."""
     text = pack(folders[0], tmp_path, "t", 4)
 
     def stream(on_bad_file):
@@ -274,21 +274,21 @@ def test_each_member_of_a_shard_changed_during_a_run_is_a_bad_file(folders, tmp_
 
 @pytest.mark.slow
 def test_a_million_members_load_in_seconds(tmp_path, own_cache):
-    """Printed: seconds and bytes per member of loading the kept indexes of 1,000 shards."""
+    """Prints seconds and bytes per member of loading the cached indexes of 1,000 shards."""
     import tracemalloc
 
     names = [f"n{shard:08d}/n{shard:08d}_{row}.JPEG".encode() for shard in range(1000) for row in range(1000)]
-    places = []
+    locations = []
     for shard in range(1000):
-        place = tmp_path / f"{shard:04d}.tar"
-        place.write_bytes(b"")
-        os.truncate(place, 1000 * 110_080 + 1024)
+        shard_file = tmp_path / f"{shard:04d}.tar"
+        shard_file.write_bytes(b"")
+        os.truncate(shard_file, 1000 * 110_080 + 1024)
         index = tar_index.ShardIndex(
             np.arange(1000) * 110_080 + 512, np.full(1000, 109_000), tar_index.Texts.of(names[shard * 1000 :][:1000])
         )
-        blob = tar_index_blob(place)
+        blob = tar_index_blob(shard_file)
         tar_index.keep_index(index, blob, (".jpg", ".jpeg", ".png", ".bmp", ".webp"), own_cache)
-        places.append(place)
+        locations.append(shard_file)
     del names
     tracemalloc.start()
     began = time.perf_counter()
@@ -301,7 +301,7 @@ def test_a_million_members_load_in_seconds(tmp_path, own_cache):
     assert seconds < 30 and held < 120e6 and peak < 300e6
 
 
-def tar_index_blob(place):
+def tar_index_blob(shard_file):
     from fastuft.data.sources.blobs import LocalBlob
 
-    return LocalBlob.look(str(place))
+    return LocalBlob.look(str(shard_file))

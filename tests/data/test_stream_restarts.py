@@ -1,4 +1,4 @@
-"""The same pixels for any ranks, restarts and kills; what a stream does when it is left or its batches are held."""
+"""Pixels do not depend on ranks, restarts and kills; streams can be abandoned and their batches held."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastuft.config import DataConfig
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("mode", ["union", "balanced"])
 def test_ranks_take_disjoint_slices_with_the_same_pixels(manifest, loader, mode):
-    """One, two, four and eight ranks with different numbers of threads; a step's slices make up the global batch."""
+    """For one to eight ranks with different numbers of threads, the slices of a step make up the global batch."""
     changes = {"replay_mode": mode, "replay_share": 0.25} if mode == "balanced" else {}
 
     def batches(rank, world_size):
@@ -60,7 +60,7 @@ def test_held_batches_are_not_overwritten(manifest, loader):
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("taken", [1, 3, 4])
 def test_an_abandoned_epoch_leaves_nothing_behind(manifest, loader, taken):
-    """Also where every batch was taken and only the end was not reached."""
+    """Also if every batch was taken but the iterator was not exhausted."""
     stream = small_stream(manifest, loader)
     left = stream.epoch(0)
     for _ in range(taken):
@@ -85,8 +85,8 @@ WORKER = """
 import json, sys
 from fastuft.config import DataConfig
 from fastuft.data import SMALL_IMAGES, Loading, Manifest, TrainStream
-place, epochs = sys.argv[1], int(sys.argv[2])
-log = open(place + "/log.jsonl", "a+")
+folder, epochs = sys.argv[1], int(sys.argv[2])
+log = open(folder + "/log.jsonl", "a+")
 log.seek(0)
 done = [json.loads(line) for line in log.read().splitlines() if line.endswith("}")]
 epoch, step = (done[-1]["epoch"], done[-1]["step"] + 1) if done else (0, 0)
@@ -106,7 +106,7 @@ for epoch in range(epoch, epochs):
 
 @pytest.mark.slow
 def test_repeated_kills_cover_every_epoch_exactly(manifest, tmp_path):
-    """200 epochs in a process that is killed every few epochs and resumed: each image once an epoch, pixels as in an
+    """200 epochs in a process that is killed every few epochs and resumed: each image once per epoch, pixels as in an
     uninterrupted run.
     """
     folders = [os.path.dirname(manifest.paths[row]) for row in (0, -1)]

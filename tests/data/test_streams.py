@@ -149,19 +149,19 @@ def test_labeled_stream_shuffles_images_with_their_labels(folders, loader):
     assert not torch.equal(torch.cat(first), torch.cat(second))
 
 
-def damage(place, kind):
-    original = place.read_bytes()
+def damage(path, kind):
+    original = path.read_bytes()
     if kind == "empty":
-        place.write_bytes(b"")
+        path.write_bytes(b"")
     elif kind == "truncated":
-        place.write_bytes(original[: len(original) // 2])
+        path.write_bytes(original[: len(original) // 2])
     elif kind == "html":
-        place.write_bytes(b"<html><body>404</body></html>" * 20)
+        path.write_bytes(b"<html><body>404</body></html>" * 20)
     elif kind == "vanished":
-        place.unlink()
+        path.unlink()
     elif kind == "inner":  # header and end are whole; the decoder fails
         middle = len(original) // 3
-        place.write_bytes(original[:middle] + b"\x00" * (len(original) // 3) + original[middle + len(original) // 3 :])
+        path.write_bytes(original[:middle] + b"\x00" * (len(original) // 3) + original[middle + len(original) // 3 :])
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -1,4 +1,4 @@
-"""RandAugment and Cutout: every operator does what its name says, the same in both loaders, from drawn numbers alone."""
+"""RandAugment and Cutout: every operator does what its name says, equally in both loaders, from the drawn numbers only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parquet files with image bytes: rows in their order, the folder's pixels, row groups read once."""
+"""Parquet files with image bytes: rows in order, pixels equal to the folder's, row groups read once."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 
-def write(place: Path, paths, labels, names, *, group=7, noted=True):
-    """A file as ``datasets`` writes it: a struct of bytes and path, a class label, and what they are in the metadata."""
+def write(out: Path, paths, labels, names, *, group=7, noted=True):
+    """A file as ``datasets`` writes it: a struct of bytes and path, a class label, and their description in the metadata."""
     images = [{"bytes": Path(path).read_bytes(), "path": Path(path).name} for path in paths]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = pa.table({"image": pa.array(images, kind), "label": pa.array(labels, pa.int64())})
     features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
     if noted:
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    place.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(table, place, row_group_size=group)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, out, row_group_size=group)
 
 
 @pytest.fixture(scope="module")
 def data_set(folders, tmp_path_factory):
-    """The target folder as two files, as a clone of a data set lies on the disk."""
-    place = tmp_path_factory.mktemp("cloned")
+    """The target folder in two files, as in a clone of a data set."""
+    out = tmp_path_factory.mktemp("cloned")
     paths, labels, names = labeled_folder(folders[0])
     for number, rows in enumerate((slice(0, 20), slice(20, None))):
-        write(place / "data" / f"train-{number:05d}-of-00002.parquet", paths[rows], labels[rows], names)
-    (place / "README.md").touch()
-    return place
+        write(out / "data" / f"train-{number:05d}-of-00002.parquet", paths[rows], labels[rows], names)
+    (out / "README.md").touch()
+    return out
 
 
 def test_rows_equal_the_images_of_the_folder(folders, data_set, tmp_path):
@@ -100,27 +100,27 @@ def test_several_threads_read_a_group_once(data_set, monkeypatch):
 
 def test_damaged_tables_are_named(folders, data_set, tmp_path):
     paths, labels, names = labeled_folder(folders[0])
-    place = tmp_path / "x.parquet"
-    write(place, paths[:9], labels[:9], names, noted=False)
-    assert len(list_images(str(place))) == 9
-    whole = place.read_bytes()
-    place.write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "x.parquet"
+    write(out, paths[:9], labels[:9], names, noted=False)
+    assert len(list_images(str(out))) == 9
+    whole = out.read_bytes()
+    out.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
         ValueError, match=r"1 of 1 parquet files cannot be used: \S*x.parquet is not a whole parquet file"
     ):
-        list_images(str(place))
-    place.write_bytes(whole)
-    found = list_images(str(place))
-    place.write_bytes(bytes(3000) + whole[3000:])
+        list_images(str(out))
+    out.write_bytes(whole)
+    found = list_images(str(out))
+    out.write_bytes(bytes(3000) + whole[3000:])
     with pytest.raises(
         BadImageError, match=r"x.parquet/0: cannot be read \(the file x.parquet has (changed|a damaged row)"
     ):
         read_bytes(found[0])
-    parquet.write_table(pa.table({"a": pa.array([b"x"]), "b": pa.array([b"y"])}), place)
+    parquet.write_table(pa.table({"a": pa.array([b"x"]), "b": pa.array([b"y"])}), out)
     with pytest.raises(ValueError, match=r"needs one column of image bytes and has 2 \(a, b\)"):
-        list_images(str(place))
-    parquet.write_table(pa.table({"image": pa.array([b"x", None], pa.binary())}), place)
-    found = list_images(str(place))
+        list_images(str(out))
+    parquet.write_table(pa.table({"image": pa.array([b"x", None], pa.binary())}), out)
+    found = list_images(str(out))
     assert read_bytes(found[0]) == b"x"
     with pytest.raises(BadImageError, match=r"x.parquet/1: is empty"):
         read_bytes(found[1])

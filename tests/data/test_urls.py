@@ -1,4 +1,4 @@
-"""Images behind URLs: the same as the folder's, whatever the network does; no credentials in any text."""
+"""Images behind URLs equal the folder's, whatever the network does; no text contains credentials."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from fastuft.data.sources import remote
 
 @pytest.fixture(scope="module")
 def server(folders, tmp_path_factory):
-    place = tmp_path_factory.mktemp("shards")
-    pack(folders[0], place / "target", "t", 3)
-    pack(folders[1], place / "source", "s", 4)
+    folder = tmp_path_factory.mktemp("shards")
+    pack(folders[0], folder / "target", "t", 3)
+    pack(folders[1], folder / "source", "s", 4)
     with ObjectServer().serving() as serving:
-        serving.put_folder(place, "bucket/shards")
+        serving.put_folder(folder, "bucket/shards")
         serving.put_folder(Path(folders[0]), "bucket/photos")
         yield serving
 
 
 @pytest.fixture(autouse=True)
 def own_world(server, tmp_path, monkeypatch):
-    """No waiting, no cache of others, and the server's address in the environment, where S3's clients look for it."""
+    """No waiting, an empty cache, and the server's address in the environment variables of S3 clients."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     monkeypatch.setattr(messages, "_said", set())
     monkeypatch.setattr(remote, "_failures", 0)
@@ -41,7 +41,7 @@ def own_world(server, tmp_path, monkeypatch):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     remote._bucket.cache_clear()
-    server.troubles.clear()
+    server.faults.clear()
     server.storm = 0
     server.asked.clear()
     server.headers.clear()
@@ -50,14 +50,14 @@ def own_world(server, tmp_path, monkeypatch):
 SHARDS = ("shards/target/t-{00..02}.tar", "shards/source/s-{00..03}.tar")
 
 
-def places(server, scheme):
+def locations(server, scheme):
     base = {"s3": "s3://bucket", "http": f"{server.url}/bucket"}[scheme]
     return [f"{base}/{name}" for name in SHARDS]
 
 
 @pytest.mark.parametrize("scheme", ["s3", "http"])
 def test_shards_behind_urls_equal_the_folder(server, folders, scheme):
-    target, source = places(server, scheme)
+    target, source = locations(server, scheme)
     ours, theirs = list_images(source), list_images(folders[1])
     assert [path.split(".tar/")[1] for path in ours] == [os.path.relpath(path, folders[1]) for path in theirs]
     assert [read_bytes(path) for path in ours] == [Path(path).read_bytes() for path in theirs]
@@ -75,7 +75,7 @@ def test_pixels_equal_the_folder_for_any_ranks_and_restarts(server, folders, loa
         data = DataConfig(batch_size=16, loader=loader, threads=1)
         return list(stream_of(manifest, data, seed=3, rank=rank, world_size=world_size).epoch(1, start))
 
-    whole, named = batches(folders), places(server, "s3")
+    whole, named = batches(folders), locations(server, "s3")
     for world_size in (1, 2, 4):
         ranks = [batches(named, rank, world_size) for rank in range(world_size)]
         assert_ranks_make_the_batches(whole, ranks)
@@ -99,7 +99,7 @@ def test_single_objects_equal_the_folder(server, folders, text):
 
 
 def test_objects_are_named_by_prefix_pattern_or_braces(server):
-    expected = list_images(places(server, "s3")[0])
+    expected = list_images(locations(server, "s3")[0])
     for text in ("s3://bucket/shards/target/", "s3://bucket/shards/target/*.tar", "s3://bucket/**/t-0[0-2].tar"):
         assert list_images(text) == expected
     assert len(list_images(f"{server.url}/bucket/photos/class0/000.jpg")) == 1
@@ -116,19 +116,19 @@ def test_objects_are_named_by_prefix_pattern_or_braces(server):
 
 
 def test_credentials_are_used_and_never_shown(server, tmp_path, capsys):
-    """A login and a signature reach the server, and no text: not the paths, the manifest, a trouble or an error."""
+    """A login and a signature reach the server but no text: paths, the manifest, reported failures and errors."""
     base = server.url.replace("http://", "http://someone:pass%2Fword@")
     path = "/bucket/shards/target/t-00.tar"
-    server.troubles[path] = [0, 503]
+    server.faults[path] = [0, 503]
     text = f"{base}{path}?X-Signature=s3cr3t&more=1"
     found = list_images(text)
-    server.troubles[path] = [503]
+    server.faults[path] = [503]
     assert read_bytes(found[0])
     assert all(headers["query"] == "X-Signature=s3cr3t&more=1" for headers in server.headers)
     basic = {headers["authorization"] for headers in server.headers}
     assert basic == {"Basic c29tZW9uZTpwYXNzL3dvcmQ="}
     Manifest.build(text).save(tmp_path / "manifest.json")
-    server.troubles[path] = [403]
+    server.faults[path] = [403]
     with pytest.raises(
         BadImageError, match=r"t-00.tar/class0.*is refused \(403 Forbidden\): check the credentials"
     ) as caught:
@@ -143,10 +143,10 @@ def test_credentials_are_used_and_never_shown(server, tmp_path, capsys):
 
 
 def test_transient_failures_are_retried_and_reported(server, capsys):
-    """One line for each, with shard and member; a body that is cut off is read again."""
-    found = list_images(places(server, "s3")[0])
+    """One line per failure names shard and member; a truncated body is read again."""
+    found = list_images(locations(server, "s3")[0])
     shard, member = found[7].partition(".tar")[0] + ".tar", found[7].split(".tar/")[1]
-    server.troubles[shard.replace("s3:/", "")] = [503, "cut", 500, 429]
+    server.faults[shard.replace("s3:/", "")] = [503, "cut", 500, 429]
     assert read_bytes(found[7])
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"{shard}/{member} was not served (503 Service Unavailable); trying again"
@@ -156,13 +156,13 @@ def test_transient_failures_are_retried_and_reported(server, capsys):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_persistent_failures_end_in_an_error_or_a_counted_skip(server, loader, monkeypatch):
     monkeypatch.setattr(remote, "_TRIES", 3)
-    target = places(server, "s3")[0]
+    target = locations(server, "s3")[0]
 
     def stream(on_bad_file):
         return stream_of(Manifest.build(target), DataConfig(batch_size=8, loader=loader, on_bad_file=on_bad_file))
 
     first, second = stream("error"), stream("skip")
-    server.troubles["/bucket/shards/target/t-01.tar"] = [503] * 1000
+    server.faults["/bucket/shards/target/t-01.tar"] = [503] * 1000
     with pytest.raises(BadImageError, match=r"t-01.tar/class.*the shard t-01.tar was not served \(503 .*\), 3 times"):
         list(first.epoch(0))
     assert len(list(second.epoch(0))) == second.steps_per_epoch
@@ -176,8 +176,8 @@ def test_a_hanging_server_is_given_up(server, monkeypatch):
     monkeypatch.setattr(remote, "_ANSWER", 0.2)
     monkeypatch.setattr(remote, "_TRIES", 2)
     remote._bucket.cache_clear()
-    found = list_images(places(server, "s3")[0])
-    server.troubles["/bucket/shards/target/t-00.tar"] = ["hang"] * 2
+    found = list_images(locations(server, "s3")[0])
+    server.faults["/bucket/shards/target/t-00.tar"] = ["hang"] * 2
     slow = next(path for path in found if "t-00.tar" in path)
     began = time.monotonic()
     with pytest.raises(BadImageError, match="was not served in time, 2 times"):
@@ -187,29 +187,29 @@ def test_a_hanging_server_is_given_up(server, monkeypatch):
 
 
 def test_a_server_without_ranges_is_refused(server):
-    found = list_images(places(server, "http")[0])
-    server.troubles["/bucket/shards/target/t-00.tar"] = ["ignore"]
+    found = list_images(locations(server, "http")[0])
+    server.faults["/bucket/shards/target/t-00.tar"] = ["ignore"]
     with pytest.raises(BadImageError, match="the server ignores ranges"):
         read_bytes(next(path for path in found if "t-00.tar" in path))
 
 
 @pytest.mark.parametrize("scheme", ["s3", "http"])
 def test_a_changed_etag_is_detected(server, scheme, tmp_path):
-    """While a run reads it: a bad file. At the next start: a new index."""
-    place = f"/bucket/other/{scheme}.tar"
+    """During a run it makes a bad file; the next start builds a new index."""
+    folder = f"/bucket/other/{scheme}.tar"
     one = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 700)])
-    server.objects[place] = one.read_bytes()
-    text = f"s3:/{place}" if scheme == "s3" else server.url + place
+    server.objects[folder] = one.read_bytes()
+    text = f"s3:/{folder}" if scheme == "s3" else server.url + folder
     (path,) = list_images(text)
     assert read_bytes(path) == b"1" * 700
-    server.objects[place] = write_tar(one, [("a.jpg", b"2" * 700)]).read_bytes()
+    server.objects[folder] = write_tar(one, [("a.jpg", b"2" * 700)]).read_bytes()
     with pytest.raises(BadImageError, match=r"tar/a.jpg: cannot be read \(the shard \w+.tar has changed since"):
         read_bytes(path)
     assert read_bytes(list_images(text)[0]) == b"2" * 700
 
 
 def test_the_index_is_cached_and_the_draw_reads_no_image(server):
-    target, source = places(server, "s3")
+    target, source = locations(server, "s3")
     Manifest.build(target, source)
     server.asked.clear()
     assert Manifest.build(target, source).num_source == 9
@@ -217,7 +217,7 @@ def test_the_index_is_cached_and_the_draw_reads_no_image(server):
 
 
 def test_drawn_members_are_copied_once_and_read_from_the_copies(server, folders, tmp_path):
-    _, source = places(server, "s3")
+    _, source = locations(server, "s3")
     first = Manifest.build(folders[0], source, replay_cache=str(tmp_path / "copies"))
     assert first.content_hash == Manifest.build(*folders).content_hash
     server.asked.clear()

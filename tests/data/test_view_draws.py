@@ -1,4 +1,4 @@
-"""The random numbers of views: keyed by position, distributed as the configuration says."""
+"""The random numbers of views: keyed by position, distributed as configured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastuft.data.views import draw_views, uniforms
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 3000), st.integers(1, 300), st.integers(1, 300))
 def test_draws_depend_on_position_only(first, count, split):
-    """Any cut of a range of positions into batches gives the same numbers."""
+    """Any division of a range of positions into batches gives the same numbers."""
     positions = np.arange(first, first + count)
     whole = uniforms(1, 2, 0, positions)
     parts = [uniforms(1, 2, 0, positions[at : at + split]) for at in range(0, count, split)]
@@ -52,7 +52,7 @@ def test_the_small_image_preset_equals_the_documentation():
 
 
 def test_crops_of_a_seed_are_fixed():
-    """Resumed runs and committed figures rest on them."""
+    """Resumed runs and committed figures depend on them."""
     sizes = np.tile([500, 375], (3, 1))
     view = draw_views(AugmentConfig(), sizes, uniforms(0, 0, 0, np.arange(3)))
     crops = np.concatenate([view.roi_start, view.roi_end], 1).astype(int).tolist()

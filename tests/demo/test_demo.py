@@ -1,4 +1,4 @@
-"""The demo at its smallest: images are fixed by their seed, every arm runs, a second call finds everything done."""
+"""The demo at its smallest size: images depend only on the seed, every arm runs, a second call has nothing left to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Public names say what they take: every argument, shapes of tensors, units of quantities, errors that they raise."""
+"""Public docstrings describe every argument, shapes of tensors, units of quantities, and raised errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNITS = {
 
 
 def public_objects():
-    """(name, object) of fastuft and of every room's face, each once."""
+    """(name, object) of each public object of fastuft and of its rooms, once."""
     found = {}
     for module in ("fastuft", *(f"fastuft.{room}" for room in ROOMS)):
         face = import_module(module)
@@ -60,7 +60,7 @@ SHAPE = re.compile(r"\[|shape|as for :func:")  # a shape, or a word of where it 
 
 
 def arguments_of(value):
-    """(name, annotation) of each argument that a caller gives; of a class those that it does not inherit."""
+    """(name, annotation) of each argument of a call; for a class, of those that it does not inherit."""
     if inspect.isclass(value) and "__init__" not in vars(value):
         return []
     try:
@@ -97,7 +97,7 @@ def test_public_objects_are_found():
 
 
 def wrong_arguments(name, value):
-    """What a docstring's list of arguments lacks or invents; it may be left out where the name is not fastuft's own."""
+    """Arguments that a docstring omits or invents; names from other packages need no list."""
     arguments, texts = [argument for argument, _ in arguments_of(value)], described(value)
     if inspect.isclass(value) and value.__bases__ != (object,):
         arguments = [argument for argument in arguments if argument in vars(value).get("__annotations__", arguments)]

@@ -46,7 +46,7 @@ EVERY_COMMAND = [(page, line) for page in PAGES for line in commands(page)]
 
 @pytest.fixture
 def parse_only(monkeypatch):
-    """Commands parse and check their options, and then do nothing."""
+    """Make commands parse and check their options without running."""
     for name, command in list(COMMANDS.items()):
         monkeypatch.setitem(COMMANDS, name, dataclasses.replace(command, run=lambda config: 0))
 

@@ -1,4 +1,4 @@
-"""The commands of README and tutorial, run one after the other on small files that bear the names of theirs."""
+"""The commands of README and tutorial, run in order on small files with the same names."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SMALL = {"finetune": "photos.yaml", "eval": "eval.yaml"}
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with every file that the pages name."""
+def workspace(tmp_path, monkeypatch):
+    """A workspace with every file that the pages mention."""
     write_small_job(tmp_path)
     (tmp_path / "photos.yaml").write_text(yaml.safe_dump(RESNET))
     (tmp_path / "eval.yaml").write_text(yaml.safe_dump(EVALUATION | {"device": "cpu"}))
@@ -43,7 +43,7 @@ def run(line):
 
 
 @pytest.mark.timeout(300)
-def test_the_commands_of_the_readme_work(place, capsys):
+def test_the_commands_of_the_readme_work(workspace, capsys):
     lines = [line for line in commands(ROOT / "README.md") if line.startswith("fastuft ")]
     lines += [
         line for line in INLINE.findall((ROOT / "README.md").read_text()) if line.split()[1] in ("embed", "search")
@@ -52,12 +52,12 @@ def test_the_commands_of_the_readme_work(place, capsys):
     for line in lines:
         run(line)
     assert "photos/class" in capsys.readouterr().out  # the nearest images
-    assert (place / "backbone.pth").is_file() and (place / "photos.npz").is_file()
-    assert (place / "runs/photos/eval/report.html").is_file()
+    assert (workspace / "backbone.pth").is_file() and (workspace / "photos.npz").is_file()
+    assert (workspace / "runs/photos/eval/report.html").is_file()
 
 
 @pytest.mark.timeout(300)
-def test_the_commands_of_the_tutorial_work(place, capsys):
+def test_the_commands_of_the_tutorial_work(workspace, capsys):
     lines = commands(ROOT / "docs" / "tutorial.md")
     assert [line.split()[1] for line in lines] == [
         "doctor",
@@ -70,7 +70,7 @@ def test_the_commands_of_the_tutorial_work(place, capsys):
     ]
     for line in lines[1:]:  # doctor looks at the machine: its own tests
         if " report " in line:
-            shutil.copytree(place / "runs" / "photos", place / "runs" / "naive")
+            shutil.copytree(workspace / "runs" / "photos", workspace / "runs" / "naive")
         run(line)
-    assert json.loads((place / "runs/photos/eval/eval.json").read_text())["retrieval"] >= 0
-    assert (place / "report.html").is_file() and (place / "runs/photos/eval/report.html").is_file()
+    assert json.loads((workspace / "runs/photos/eval/eval.json").read_text())["retrieval"] >= 0
+    assert (workspace / "report.html").is_file() and (workspace / "runs/photos/eval/report.html").is_file()

@@ -1,4 +1,4 @@
-"""Folders of small images of plain colors, and a network that tells them apart."""
+"""Folders of small images of plain colors, and a network that distinguishes them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ColorNet(nn.Module):
 
 
 def write_images(root, classes, count, seed):
-    """``count`` images of each class below ``root``, noise around the class's color; the folder as text."""
+    """Write ``count`` noisy images per class in its color below ``root``; returns the folder as text."""
     rng = np.random.default_rng(seed)
     for c, name in enumerate(classes):
         for i in range(count):

@@ -1,4 +1,4 @@
-"""Evaluation of a backbone on folders: what each combination of folders gives, and what it refuses."""
+"""Evaluation of a backbone on folders: what each combination of folders measures, and what is refused."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def config(folders, **changes):
 
 @pytest.fixture(scope="module")
 def told():
-    """What the evaluation of ``full`` said of its progress."""
+    """The progress that the evaluation of ``full`` reported."""
     return []
 
 

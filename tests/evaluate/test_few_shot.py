@@ -1,4 +1,4 @@
-"""Few-shot finetuning: draws, the recipe, shared decoding, and what is refused."""
+"""Few-shot finetuning: draws, recipe, shared decoding, and errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def quick(*shots, **changes):
 
 
 class SmallNet(nn.Module):
-    """Color features of a few convolutions with BatchNorm."""
+    """A few convolutions with BatchNorm on colors."""
 
     num_features, mean, std = 8, MEAN, STD
 

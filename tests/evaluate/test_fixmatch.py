@@ -1,4 +1,4 @@
-"""FixMatch: its loss by hand, its draws, what it does with unlabeled images, and what is refused."""
+"""FixMatch: the loss computed by hand, draws, the use of unlabeled images, and errors."""
 
 from __future__ import annotations
 

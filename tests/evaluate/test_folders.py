@@ -1,4 +1,4 @@
-"""The folders of an evaluation: labels, classes that do not agree, and names that look like an accident."""
+"""The folders of an evaluation: labels, mismatched classes, and accidental-looking class names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looks: the sample is fixed, the views are the same for every backbone, the backbone is left as it was."""
+"""Looks: a fixed sample, the same views for every backbone, and no change to the backbone."""
 
 from __future__ import annotations
 

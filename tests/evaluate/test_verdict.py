@@ -1,4 +1,4 @@
-"""From looks to a verdict: what counts as better, as collapse, as not known, and which step is the best."""
+"""From looks to a verdict: better, no better, collapsed or not known, and which step is best."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def later(step, **changes):
 
 
 def good(step, view_agreement=0.6, **changes):
-    """Views agree more, and the features have spread."""
+    """A look with more view agreement and spread features."""
     return later(step, **{"view_agreement": view_agreement, "uniformity": -2.4, **changes})
 
 
@@ -85,7 +85,7 @@ def test_an_unknown_verdict_selects_the_last_step(looks, why):
 
 
 def test_the_best_so_far_is_the_last_or_an_earlier_step():
-    """What lets a run keep one file: adding a look makes it the best, or leaves the best as it was."""
+    """A new look becomes the best or leaves the best unchanged, so a run needs to keep only one file."""
     looks = [START]
     best = None
     for number, agreement in enumerate([0.41, 0.45, 0.44, 0.45, 0.03, 0.5, 0.49], 1):
@@ -105,7 +105,7 @@ def test_a_run_stops_after_looks_without_improvement():
 
 
 def test_agreement_is_compared_by_its_odds():
-    """From 60 to 68 % and from 18 to 24 % is the same step."""
+    """From 60 to 68 % and from 18 to 24 % are equal gains."""
     for start, now in ((0.602, 0.683), (0.18, 0.238)):
         looks = [dataclasses.replace(START, view_agreement=start), good(10, now)]
         assert agreement_gain(looks[1], looks[0]) == pytest.approx(0.353, abs=0.01)

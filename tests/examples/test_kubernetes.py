@@ -1,4 +1,4 @@
-"""The Kubernetes manifest: valid for operator and cluster; its script passes signals on and tells a stop from an end."""
+"""The Kubernetes manifest: valid for operator and cluster; its script forwards signals and distinguishes a stop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_kubeflow_model_accepts_every_field(job):
     models = pytest.importorskip("kubeflow.training.models")
 
     def read(value, model):
-        """The value as the operator's OpenAPI model has it: names that the model lacks are an error."""
+        """The value as the operator's OpenAPI model; unknown names are an error."""
         names = {key: field for field, key in model.attribute_map.items()}
         assert set(value) <= set(names), f"{model.__name__} has no {set(value) - set(names)}"
         kinds = {key: model.openapi_types[field] for key, field in names.items()}
@@ -69,7 +69,7 @@ def test_mounts_have_volumes_and_the_container_name_is_pytorch(job):
 
 
 def start(job, folder, torchrun):
-    """The container's script with another torchrun, its run folder below ``folder``."""
+    """The container's script with a stand-in for torchrun and its run folder below ``folder``."""
     bin = folder / "bin"
     bin.mkdir()
     (bin / "torchrun").write_text(f"#!/bin/sh\n{torchrun}\n")

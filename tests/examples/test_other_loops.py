@@ -1,4 +1,4 @@
-"""Lightning and the Hugging Face Trainer with the loss and the queue: AMP, checkpoints that hold the queue, exact resume."""
+"""Lightning and the Hugging Face Trainer with the loss and the queue: AMP, the queue in checkpoints, exact resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings: right features, parts that outlive a stop, files of both kinds, and search in them."""
+"""Embeddings: correct features, parts that survive a stop, both file formats, and search."""
 
 from __future__ import annotations
 

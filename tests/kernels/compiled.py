@@ -1,4 +1,4 @@
-"""Kernels compiled offline for a chip, and what their machine code shows. Needs no GPU."""
+"""Kernels compiled offline for a GPU architecture, and properties of their machine code. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a job; the loop is the innermost one with a matrix instruction."""
+    """The compiled job; the loop is the innermost one with a matrix instruction."""
 
     registers: int
     stack: int
@@ -68,14 +68,14 @@ class Compiled:
 
     @property
     def ctas(self) -> int:
-        """Programs that share a multiprocessor."""
+        """Number of programs that share a multiprocessor."""
         threads = 32 * self.num_warps
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
         return min(by_registers, THREADS[self.arch] // threads, SHARED[self.arch] // (self.shared + 1024))
 
 
 def waves(job: Job, result: Compiled) -> float:
-    """Programs of a sweep of 256 rows (tall: 4,096) over 65,536 keys, over those that the chip holds at once."""
+    """Programs of a sweep of 256 rows (tall: 4,096) over 65,536 keys, divided by those that run at once."""
     from fastuft.kernels.launch_plan import plan_units
 
     plan = plan_units(4_096 if job.tall else 256, 65_536, config_of(job), MULTIPROCESSORS[job.arch])
@@ -167,7 +167,7 @@ def kernel_of(job: Job):
 
 
 def compile_job(job: Job) -> Compiled:
-    """Compile, and read registers, warnings and machine code."""
+    """Compile a job, and read registers, warnings and machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -180,7 +180,7 @@ def compile_job(job: Job) -> Compiled:
     types = {"q_ptr": element, "k_a_ptr": element, "k_b_ptr": element, "keys_ptr": element, "z_ptr": element}
     types |= {"queue_ptr": queue, "out_ptr": element, "pointer_ptr": "i64"}
     signature, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
+    for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in ("z", "queue"):
@@ -191,7 +191,7 @@ def compile_job(job: Job) -> Compiled:
         else:
             signature[name] = "fp32" if name in ("scale", "inverse_tau", "factor") else "i32"
         if signature[name].startswith("*") or name in aligned:
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

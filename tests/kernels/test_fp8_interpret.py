@@ -1,4 +1,4 @@
-"""The fp8 queue in the kernels, in Triton's interpreter: every code, every rounding, and the sweep bit for bit."""
+"""The fp8 queue in the kernels, in Triton's interpreter: every code, every rounding, and the sweep bitwise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def apply(in_ptr, out_ptr, WHICH: tl.constexpr, N: tl.constexpr):
 
 
 def through(which, values, dtype):
-    """What the kernels make of values: 0 encodes, 1 decodes bit by bit, 2 by the chip's conversion."""
+    """Values passed through the kernels: 0 encodes, 1 decodes bit by bit, 2 decodes by the conversion instruction."""
     out = torch.empty(len(values), dtype=dtype)
     apply[(1,)](values, out, which, len(values))
     return out
@@ -49,7 +49,7 @@ def test_decoding_equals_pytorch_for_every_code(native):
 
 
 def test_rounding_equals_pytorch():
-    """All codes, what lies halfway between neighbors, a little to each side of that, and random values."""
+    """All codes, midpoints between neighbors, values close to the midpoints, and random values."""
     codes = torch.arange(127).to(torch.uint8).view(fp8.FP8).float()
     halfway = (codes[1:] + codes[:-1]) / 2
     near = torch.cat([halfway.nextafter(torch.tensor(0.0)), halfway, halfway.nextafter(torch.tensor(1e3))])

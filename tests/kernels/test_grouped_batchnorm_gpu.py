@@ -1,4 +1,4 @@
-"""The grouped BatchNorm kernels on a CUDA device: against float64, at the sizes of a ResNet-50, without waiting."""
+"""The grouped BatchNorm kernels on a CUDA device: against float64, at the sizes of a ResNet-50, without synchronization."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ SIZES = [(8, 24, 5, 3, 4), (4, 70, 5, 7, 2), (12, 16, 1, 1, 6), (2, 16, 11, 9, 2
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Every allocation starts as NaN: an element that no program wrote shows."""
+    """Every allocation starts as NaN, so unwritten elements are detected."""
     for name in ("empty", "empty_like"):
         allocate = getattr(torch, name)
 

@@ -1,4 +1,4 @@
-"""How positions are shared out: every position once, whole tiles, enough programs for a chip."""
+"""The distribution of positions over programs: every position once, whole tiles, enough programs for a GPU."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_programs_cover_every_unit_once_in_one_wave(multiprocessors, precision):
 
 
 def test_no_batch_size_leaves_the_gpu_idle():
-    """At least 85% of a whole wave works, for every batch above one tile of rows; no cliff between batch sizes."""
+    """For every batch above one tile of rows, at least 85% of a wave is busy, without cliffs between batch sizes."""
     from fastuft.kernels.launch_plan import plan_units, tall_rows
     from fastuft.kernels.launch_table import launch
 

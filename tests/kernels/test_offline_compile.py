@@ -1,6 +1,6 @@
-"""Every configuration of the launch table compiles for each chip as the launcher's plan counts on.
+"""Every configuration of the launch table compiles for each architecture as the launch plan assumes.
 
-Runs without a GPU. Compilation happens in a few processes, each test reads its result; the table goes to the log.
+Runs without a GPU. A few processes compile, the tests read the results, and the table is logged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ARCHS = (80, 90, 100)
 
 
 def sweep_jobs() -> list[Job]:
-    """Every entry of the table, with the variants that a call can take of it."""
+    """Every entry of the table, with the variants that calls use."""
     from fastuft.kernels.launch_table import table
 
     found: dict[Job, None] = {}
@@ -72,7 +72,7 @@ COLUMNS = (
 
 
 def line(job: Job, result: Compiled) -> str:
-    """A row of the table; of other kernels than the sweep nothing but what they take."""
+    """A row of the table; for kernels other than the sweep only their resources."""
     taken = f"{result.registers:9} {result.stack:5} {result.shared:7} {result.ctas:4}"
     if job.name != "sweep":
         return taken
@@ -125,7 +125,7 @@ def test_the_plan_assumes_an_occupancy_that_fits(results):
 
 
 def test_products_on_sm_90_are_never_serialized(results):
-    """No C75xx of ptxas (serialized or waited-for wgmma), as few waits as a loop with two products needs."""
+    """ptxas warns of no serialized wgmma (C75xx), and the loop has only the waits that two products need."""
     assert {str(job): result.warnings for job, result in of_sweep(results, arch=90).items() if result.warnings} == {}
     for job, result in of_sweep(results, arch=90, precision="bf16", descriptors=True, queue="").items():
         assert result.matrix == "HGMMA", str(job)
@@ -134,20 +134,20 @@ def test_products_on_sm_90_are_never_serialized(results):
 
 
 def test_converted_tiles_on_sm_90_use_wgmma_up_to_256_columns(results):
-    """An fp32 or fp8 queue passes through registers; at D = 512 they do not hold 64 rows of sums beside it."""
+    """An fp32 or fp8 queue passes through registers, which at D = 512 cannot also hold 64 rows of sums."""
     for queue in ("fp32", "fp8"):
         for job, result in of_sweep(results, arch=90, precision="bf16", queue=queue).items():
             assert result.matrix == ("HMMA" if job.width == 512 else "HGMMA"), str(job)
 
 
 def test_only_gpus_with_fp8_conversion_use_it(results):
-    """On sm_80 codes are taken apart bit by bit; Triton refuses the type there."""
+    """On sm_80 codes are decoded bit by bit, because Triton does not support the type there."""
     for job, result in of_sweep(results, queue="fp8").items():
         assert ("cvt.rn.f16x2.e4m3x2" in result.ptx) == (job.arch >= 90), str(job)
 
 
 def test_combine_launches_while_the_sweep_runs(results):
-    """From sm_90 on; what the sweep wrote, and all else, is read after its end."""
+    """From sm_90 on; combine reads memory only after the sweep has finished."""
     combines = {job: result.ptx for job, result in results.items() if job.name in ("combine", "combine-one-key", "lse")}
     for job, ptx in combines.items():
         before, wait, _ = ptx.partition("griddepcontrol.wait")
@@ -167,7 +167,7 @@ CEILINGS = {
 
 
 def test_the_bound_from_instruction_counts_stays_below_its_ceiling(results):
-    """A bound, not a time: what grows in the loop shows here before a chip shows it."""
+    """A bound, not a time: it reveals growth of the loop without a GPU."""
     for (queue, tall), ceilings in CEILINGS.items():
         chosen = of_sweep(results, arch=90, precision="bf16", queue=queue, tall=tall, need_mu=True)
         for job, result in chosen.items():
@@ -177,7 +177,7 @@ def test_the_bound_from_instruction_counts_stays_below_its_ceiling(results):
 
 
 def test_unit_rows_need_no_maximum(results):
-    """Four shuffles fewer in the loop, and fewer instructions."""
+    """The loop has four shuffles fewer, and fewer instructions."""
     for job, result in of_sweep(results, unit=True, tail=False, queue="").items():
         other = results[replace(job, unit=False)]
         assert result.loop["shuffle"] < other.loop["shuffle"] and result.loop["all"] < other.loop["all"], str(job)
@@ -196,7 +196,7 @@ def test_exact_single_precision_uses_no_tensor_cores(results):
 
 
 def test_every_launch_is_in_the_launch_table():
-    """What the launcher would take for any shape is one of the compiled configurations."""
+    """The launcher's choice for any shape is one of the compiled configurations."""
     from fastuft.kernels.launch_table import PRECISIONS, WIDTHS, launch, table
 
     compiled = {(entry.arch, entry.precision, entry.width, entry.packed, entry.config) for entry in table()}

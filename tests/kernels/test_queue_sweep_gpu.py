@@ -1,4 +1,4 @@
-"""The fused kernels on a CUDA device: large sizes, no waiting, little memory."""
+"""The fused kernels on a CUDA device: large sizes, no synchronization, little memory."""
 
 from __future__ import annotations
 

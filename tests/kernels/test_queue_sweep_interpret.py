@@ -28,7 +28,7 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Every allocation starts as NaN: an element that no program wrote shows."""
+    """Every allocation starts as NaN, so unwritten elements are detected."""
     empty = torch.empty
 
     def poisoned_empty(*arguments, **options):
@@ -113,7 +113,7 @@ def test_equal_keys_give_equation_4():
 
 
 def test_docstring_expression():
-    """The PyTorch line in the kernel's docstring is what the kernel computes."""
+    """The PyTorch expression in the kernel's docstring equals the kernel."""
     line = re.search(r"Equals.*?::\n\n\s+(.*?)\n\n", sweep().__doc__, re.DOTALL)[1]
     z, k, _, _, queue = make(6, 40, 32, torch.float32)
     z, k = F.normalize(z, dim=1), F.normalize(k, dim=1)
@@ -132,7 +132,7 @@ def test_queries_in_the_queue_and_unnormalized_rows():
 
 @pytest.fixture
 def force(monkeypatch):
-    """Sets fields of the launch or the number of programs, whatever table and plan say for the chip."""
+    """Overrides fields of the launch or the number of programs."""
     launch, plan_units = sweep().launch, sweep().plan_units
 
     def force(programs=None, **fields):
@@ -147,7 +147,7 @@ def force(monkeypatch):
 
 
 def test_growing_maxima_are_rescaled():
-    """Later keys dominate by far, tile after tile."""
+    """Later keys dominate, tile after tile."""
     q, k_a, k_b, lam, queue = make(8, 256, 32, torch.float32)
     check(q, k_a, k_b, lam, queue * torch.linspace(0.1, 60, 256)[:, None])
 
@@ -175,7 +175,7 @@ def test_descriptors_and_pointers_agree_bit_for_bit(keys, unit, force):
 @pytest.mark.parametrize("precision", ["ieee", "bf16", "fp16"])
 @pytest.mark.parametrize("temperature", [0.03, 0.05, 0.2])
 def test_unit_rows_at_any_temperature(temperature, precision):
-    """Opposite, equal and random rows: the constant of (1) holds down to tau = 0.05, below it and for fp16 the maximum does."""
+    """Opposite, equal and random rows: the constant of (1) suffices from tau = 0.05 on, else the maximum is needed."""
     q, k_a, k_b, lam, queue = make(6, 70, 32, torch.float32)
     queue[:6], queue[6:12] = F.normalize(q, dim=1), -F.normalize(q, dim=1)
     check(q, k_a, k_b, lam, queue, temperature, precision=precision, unit_queue=True)
@@ -197,7 +197,7 @@ def test_every_precision_of_every_input(dtypes, precision):
 
 
 def test_zero_and_extreme_vectors():
-    """The loss does not depend on a query's length, and the gradient falls with it."""
+    """The loss does not depend on a query's norm, and the gradient is inversely proportional to it."""
     q, k_a, k_b, lam, queue = make(6, 50, 32, torch.float32)
     k_a[4] = 0
     lengths = torch.tensor([0, 1e30, 1e-9, 1e-30, 1, 1])
@@ -249,7 +249,7 @@ def test_a_nan_query_gives_nan():
 
 
 def test_results_do_not_depend_on_the_number_of_programs(force):
-    """Programs that end within a tile of rows, at its end and beyond it."""
+    """Programs may end within a tile of rows, at its end, or beyond it."""
     inputs = make(70, 130, 16, torch.float32)
     exact, same = (in_dtype(inputs, dtype) for dtype in (torch.float64, torch.float32))
     for programs in (1, 2, 3, 5, 7, 12):

@@ -1,4 +1,4 @@
-"""Inputs and the float64 truth shared by the tests of the losses."""
+"""Inputs and float64 references shared by the tests of the losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastuft.kernels.problem import tile_precision
 from fastuft.loss import reference
 
 # (device, implementation): the portable path everywhere, the kernels where there is a GPU.
-PLACES = [
+PATHS = [
     pytest.param(("cpu", "torch"), id="cpu-torch"),
     pytest.param(("cuda", "torch"), id="cuda-torch", marks=pytest.mark.gpu),
     pytest.param(("cuda", "triton"), id="cuda-triton", marks=pytest.mark.gpu),
@@ -71,7 +71,7 @@ class Case:
         return loss.detach(), gradient
 
     def check(self, impl: str) -> None:
-        """Hold loss and gradient against float64, beside PyTorch's own expression in the dtype that is multiplied."""
+        """Compare loss and gradient with float64, relative to PyTorch's expression in the dtype that is multiplied."""
         before = [tensor.clone() for tensor in self.tensors]
         found = self.run(reduction="none", impl=impl)
         exact = self.to(torch.float64).run(reference.mixed_info_nce)

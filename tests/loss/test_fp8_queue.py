@@ -1,4 +1,4 @@
-"""A queue in 8-bit floating point: rows, losses, saved state; its errors on features of a network are in test_loss_accuracy."""
+"""A queue in 8-bit floating point: rows, losses, saving. test_loss_accuracy has its errors on features of a network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from loss_cases import FP8, PLACES, Case
+from loss_cases import FP8, PATHS, Case
 from torch.nn import functional as F
 
 import fastuft
@@ -26,7 +26,7 @@ def test_rows_keep_their_norm_to_e4m3_precision():
     assert codes.dtype == torch.uint8 and scales.shape == (500,)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(500))
     error = (found - rows).norm(dim=1)
-    assert error.mean() > 0.01 and error.max() < 2**-4  # half a unit of four places
+    assert error.mean() > 0.01 and error.max() < 2**-4  # half a unit in the fourth bit
 
 
 def test_zero_tiny_and_nan_rows():
@@ -47,19 +47,19 @@ def test_the_queue_has_the_last_keys(device):
     for _ in range(2):
         queue.enqueue_(7 * new)
     assert queue.pointer == 2
-    for place, row in enumerate([3, 4, 2, 3, 4, 0, 1, 2]):
-        ours = queue.rows()[place]
-        assert (ours - (new[row] if place != 2 else ours)).norm() < 2**-4
+    for slot, row in enumerate([3, 4, 2, 3, 4, 0, 1, 2]):
+        ours = queue.rows()[slot]
+        assert (ours - (new[row] if slot != 2 else ours)).norm() < 2**-4
     assert not torch.equal(queue.rows(), start)
     queue.enqueue_(unit_rows(20, seed=2).to(device))  # more than fit
     expected = fp8.decode(*fp8.encode(unit_rows(20, seed=2)[-8:])).roll((2 + 20) % 8, 0)
     torch.testing.assert_close(queue.rows().cpu(), expected, rtol=0.13, atol=1e-4)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_losses_equal_those_of_decoded_rows(dtype, place):
-    device, impl = place
+def test_losses_equal_those_of_decoded_rows(dtype, path):
+    device, impl = path
     if dtype == torch.float64 and impl == "triton":
         pytest.skip("no float64 kernel")
     case, queue = Case.random(9, 40, 32, dtype, device=device), fastuft.KeyQueue(40, 32, dtype=FP8, device=device)

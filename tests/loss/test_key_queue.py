@@ -1,4 +1,4 @@
-"""The ring buffer of keys, and how it travels: state dicts, checkpoints, processes."""
+"""The ring buffer of keys, in state dicts, checkpoints and distributed processes."""
 
 from __future__ import annotations
 

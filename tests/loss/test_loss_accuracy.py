@@ -1,6 +1,6 @@
-"""What rounding queries and queue costs: errors of loss and gradient, on random rows and on features of a trained network.
+"""The cost of rounding queries and queue: errors of loss and gradient on random rows and on features of a trained network.
 
-Rounding is emulated: inputs are rounded as a chip would, products and sums are float64. ``-s`` prints docs/loss.md's table.
+Rounding is emulated: inputs are rounded as on a GPU, products and sums are float64. ``-s`` prints docs/loss.md's table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def to(dtype: torch.dtype) -> Rounding:
 
 
 def to_tf32(rows: Tensor) -> Tensor:
-    """Ten places after the leading one, to nearest even."""
+    """Round to ten bits after the leading one, to nearest even."""
     bits = rows.float().view(torch.int32)
     bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
     return bits.view(torch.float32).double()
@@ -48,7 +48,7 @@ WAYS: dict[str, tuple[Rounding, Rounding]] = {
 
 
 def loss_and_gradient(q: Tensor, k: Tensor, queue: Tensor, tau: float, way: tuple[Rounding, Rounding]):
-    """(loss [B], its gradient [B, D]) of unit queries; the gradient passes the rounding by, as the kernels' does."""
+    """(loss [B], its gradient [B, D]) of unit queries; the gradient ignores the rounding, as in the kernels."""
     q = q.double().requires_grad_()
     z, key = F.normalize(q, dim=1), F.normalize(k.double(), dim=1)
     rounded = z + (way[0](z.detach()) - z).detach()
@@ -104,7 +104,7 @@ def trained_features() -> tuple[Tensor, Tensor, Tensor]:
     average, queue = copy.deepcopy(encoder), fastuft.KeyQueue(4096, 128, generator=generator)
 
     def view(x: Tensor) -> Tensor:
-        """Turned, scaled and shifted at random, with noise."""
+        """Random rotation, scale, shift and noise."""
         angle, scale = ((torch.rand(len(x), generator=generator) - 0.5) * size for size in (0.6, 0.4))
         cos, sin = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
         shift = (torch.rand(len(x), 2, 1, generator=generator) - 0.5) * 0.4

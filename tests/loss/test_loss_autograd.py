@@ -1,11 +1,11 @@
-"""The operators beside autograd, torch.compile, autocast, loss scaling and torch.library's own checks."""
+"""The operators under autograd, torch.compile, autocast, loss scaling and torch.library's checks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from error_bound import relative_error
-from loss_cases import FP8, PLACES, Case, name_of
+from loss_cases import FP8, PATHS, Case, name_of
 from torch import library, nn
 
 import fastuft
@@ -37,9 +37,9 @@ def test_gradcheck(normalize):
     assert torch.autograd.gradcheck(lambda q: single(3 * q.exp()), q)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_any_upstream_gradient_is_applied(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_any_upstream_gradient_is_applied(path):
+    device, impl = path
     case = Case.random(9, 70, 16, device=device)
     upstream = torch.randn(9, device=device)
 
@@ -59,7 +59,7 @@ def problem(case: Case, q: torch.Tensor, **changes) -> Problem:
 
 
 def outputs(q: torch.Tensor, case: Case, impl: str) -> dict[str, torch.Tensor]:
-    """Everything differentiable that the room returns, as scalars."""
+    """All differentiable outputs of the room, as scalars."""
     arguments = (q, case.k_a, case.k_b, case.lam, case.queue)
     return {
         "info_nce": fastuft.info_nce(q, case.k_a, case.queue, impl=impl),
@@ -69,9 +69,9 @@ def outputs(q: torch.Tensor, case: Case, impl: str) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_backward_twice(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_backward_twice(path):
+    device, impl = path
     case = Case.random(9, 70, 16, device=device)
     q = case.q.requires_grad_()
     for name, loss in outputs(q, case, impl).items():
@@ -81,10 +81,10 @@ def test_backward_twice(place):
         torch.testing.assert_close(second, 2 * first)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", ["info_nce", "mixed_info_nce", "queue_lse", "terms"])
-def test_double_backward_raises(name, place):
-    device, impl = place
+def test_double_backward_raises(name, path):
+    device, impl = path
     case = Case.random(9, 70, 16, device=device)
     q = case.q.requires_grad_()
     for factor in (1.0, q.square().sum()):  # a constant and a differentiable upstream gradient
@@ -139,9 +139,9 @@ def test_forward_mode_is_refused():
             fastuft.info_nce(q, case.k_a, case.queue)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_results_are_equal_without_gradients(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_results_are_equal_without_gradients(path):
+    device, impl = path
     case = Case.random(9, 70, 16, device=device)
     expected = outputs(case.q.clone().requires_grad_(), case, impl)
     for context in (torch.no_grad(), torch.inference_mode()):
@@ -153,10 +153,10 @@ def test_results_are_equal_without_gradients(place):
     assert not any(loss.requires_grad for loss in outputs(case.q, case, impl).values())
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
-def test_autocast_changes_nothing_inside(dtype, place):
-    device, impl = place
+def test_autocast_changes_nothing_inside(dtype, path):
+    device, impl = path
     case = Case.random(9, 70, 16, device=device)
     encoder = nn.Linear(16, 16, device=device)
     with torch.autocast(device, dtype=dtype):
@@ -169,9 +169,9 @@ def test_autocast_changes_nothing_inside(dtype, place):
     assert encoder.weight.grad.dtype == torch.float32 and encoder.weight.grad.any()
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_grad_scaler(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_grad_scaler(path):
+    device, impl = path
     case = Case.random(9, 70, 16, device=device)
     encoder = nn.Linear(16, 16, device=device)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
@@ -190,12 +190,12 @@ def test_grad_scaler(place):
 CALLS = [(2, True, True, "mean"), (1, False, True, "none"), (0, True, False, "sum")]
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize(("weights", "normalize", "need_grad", "reduction"), CALLS)
-def test_opcheck_of_the_loss(weights, normalize, need_grad, reduction, dtype, place):
+def test_opcheck_of_the_loss(weights, normalize, need_grad, reduction, dtype, path):
     """weights: 0 is Eq. 4, 1 one weight for all rows, 2 one per row."""
-    device, impl = place
+    device, impl = path
     case = Case.random(6, 40, 16, dtype, device=device)
     k_b, lam = (None, None) if weights == 0 else (case.k_b, case.lam if weights == 2 else case.lam[:1])
     q = case.q.requires_grad_(need_grad)
@@ -204,9 +204,9 @@ def test_opcheck_of_the_loss(weights, normalize, need_grad, reduction, dtype, pl
     library.opcheck(torch.ops.fastuft.mixed_info_nce.default, arguments)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_opcheck_with_an_fp8_queue(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_opcheck_with_an_fp8_queue(path):
+    device, impl = path
     case, queue = Case.random(6, 40, 16, device=device), fastuft.KeyQueue(40, 16, device=device, dtype=FP8)
     q = case.q.requires_grad_()
     arguments = problem(case, q, queue=queue.keys, queue_scales=queue.scales, impl=impl)
@@ -215,31 +215,31 @@ def test_opcheck_with_an_fp8_queue(place):
     library.opcheck(torch.ops.fastuft.queue_lse.default, primitive)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("keys", [0, 40])
 @pytest.mark.parametrize("need_mu", [True, False])
-def test_opcheck_of_the_primitive(need_mu, keys, place):
-    device, impl = place
+def test_opcheck_of_the_primitive(need_mu, keys, path):
+    device, impl = path
     case = Case.random(6, keys, 16, device=device)
     arguments = LseProblem(case.q.requires_grad_(need_mu), case.queue, None, 0.2, "auto", need_mu, impl)
     library.opcheck(torch.ops.fastuft.queue_lse.default, arguments)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("upstream", [torch.tensor(0.25), torch.arange(6.0)], ids=["one", "rows"])
-def test_opcheck_of_the_backward(upstream, place):
-    device, _ = place
+def test_opcheck_of_the_backward(upstream, path):
+    device, _ = path
     arguments = (torch.randn(6, 16, device=device), upstream.to(device), 0.5, torch.bfloat16)
     library.opcheck(torch.ops.fastuft.scaled_gradient.default, arguments)
     expected = (arguments[0] * (0.5 * arguments[1].reshape(-1, 1))).bfloat16()
     torch.testing.assert_close(torch.ops.fastuft.scaled_gradient(*arguments), expected)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("batch", [0, 3, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, FP8], ids=name_of)
-def test_opcheck_of_the_enqueue(dtype, batch, place):
-    device, _ = place
+def test_opcheck_of_the_enqueue(dtype, batch, path):
+    device, _ = path
     queue = fastuft.KeyQueue(8, 16, device=device, dtype=dtype)
     arguments = (queue.keys, queue.scales, queue.pointer, torch.randn(batch, 16, device=device))
     library.opcheck(torch.ops.fastuft.enqueue_.default, arguments)
@@ -276,20 +276,20 @@ def compiled_agrees(device: str, impl: str, backend: str, dtype: torch.dtype = t
         )
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_compile_fullgraph(place):
-    compiled_agrees(*place, "aot_eager")
+@pytest.mark.parametrize("path", PATHS)
+def test_compile_fullgraph(path):
+    compiled_agrees(*path, "aot_eager")
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_compile_fullgraph_with_an_fp8_queue(place):
-    compiled_agrees(*place, "aot_eager", FP8)
+@pytest.mark.parametrize("path", PATHS)
+def test_compile_fullgraph_with_an_fp8_queue(path):
+    compiled_agrees(*path, "aot_eager", FP8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
-def test_compile_fullgraph_with_inductor(place):
-    compiled_agrees(*place, "inductor")
+@pytest.mark.parametrize("path", PATHS)
+def test_compile_fullgraph_with_inductor(path):
+    compiled_agrees(*path, "inductor")
 
 
 def test_a_bad_weight_gives_nan_in_its_row_when_compiled():

@@ -1,4 +1,4 @@
-"""Wrong input is refused with the argument, its value and the remedy."""
+"""Errors for wrong inputs name the argument, its value and the remedy."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from loss_cases import DTYPES, PLACES, Case, name_of
+from loss_cases import DTYPES, PATHS, Case, name_of
 
 import fastuft
 from fastuft.loss import reference
@@ -15,7 +15,7 @@ MEGABYTE = 10**6
 
 
 def peak_bytes(function, folder, device: str) -> int:
-    """Bytes alive at once during a call, above those before it."""
+    """Peak of allocated bytes during a call, above those before it."""
     if device == "cuda":
         function()
         torch.cuda.reset_peak_memory_stats()
@@ -46,11 +46,11 @@ def run(case: Case, impl: str, what: str) -> None:
             loss.backward()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("what", ["info_nce", "mixed_info_nce", "loss alone", "queue_lse"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=name_of)
-def test_peak_memory_stays_below_the_logits(dtype, what, place, tmp_path):
-    device, impl = place
+def test_peak_memory_stays_below_the_logits(dtype, what, path, tmp_path):
+    device, impl = path
     if dtype == torch.float64 and impl == "triton":
         pytest.skip("no float64 kernel")
     batch, keys = 256, 65536 if device == "cuda" else 16384
@@ -60,7 +60,7 @@ def test_peak_memory_stays_below_the_logits(dtype, what, place, tmp_path):
 
 
 def test_tile_memory_does_not_grow_with_the_batch(tmp_path):
-    """Extra memory grows with the rows of the query, never with the keys."""
+    """Extra memory grows with the rows of the query and not with the keys."""
     short, long = (Case.random(3000, keys, 16, torch.bfloat16) for keys in (4096, 16384))
     first, second = (peak_bytes(lambda c=c: run(c, "torch", "mixed_info_nce"), tmp_path, "cpu") for c in (short, long))
     assert second == first < 10 * MEGABYTE

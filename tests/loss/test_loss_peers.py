@@ -1,4 +1,4 @@
-"""Other projects' losses give the same values and gradients: by their published formula, and by their package if installed."""
+"""Losses of other projects give equal values and gradients, by published formula and by package if installed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def agree(function, case: Case, temperature: float, bounds=(VALUE_BOUND, GRADIEN
 
 @pytest.fixture
 def case() -> Case:
-    """Rows of the queue are unit to float64: pytorch-metric-learning normalizes its references again."""
+    """The queue's rows have unit length in float64, because pytorch-metric-learning normalizes its references again."""
     drawn = Case.random(12, 70, 16, torch.float64)
     return replace(drawn, queue=F.normalize(drawn.queue, dim=1))
 
@@ -73,7 +73,7 @@ def test_losses_equal_published_formulas(formula, temperature, case):
 
 
 def test_the_mixed_loss_is_a_weighted_sum_of_two_moco_losses(case):
-    """Eq. 6 as two calls of moco's expression, one a positive."""
+    """Eq. 6 as two calls of moco's expression, one per positive."""
     q = case.q.requires_grad_()
     lam = 0.3
     expected = lam * moco(q, case.k_a, case.queue, 0.2) + (1 - lam) * moco(q, case.k_b, case.queue, 0.2)
@@ -116,10 +116,10 @@ def test_metric_learning_package(case):
 
 
 def test_lightly_formula_with_the_bank():
-    """The drop-in's bank: negatives before the batch enters, all rows kept when it wraps."""
+    """In the drop-in, negatives are those before the batch enters, and no rows are lost when the bank wraps."""
     loss = NTXentLoss(0.1, memory_bank_size=(10, 16))
     reference = loss.memory_bank.keys.clone()
-    place = 0
+    slot = 0
     for step in range(6):
         case = Case.random(7, 1, 16, seed=step)
         found = loss(case.q.requires_grad_(), case.k_a.requires_grad_())
@@ -127,8 +127,8 @@ def test_lightly_formula_with_the_bank():
         found.backward()
         assert case.k_a.grad is None
         for key in F.normalize(case.k_a.detach(), dim=1):
-            reference[place] = key
-            place = (place + 1) % 10
+            reference[slot] = key
+            slot = (slot + 1) % 10
         torch.testing.assert_close(loss.memory_bank.keys, reference)
 
 
@@ -175,7 +175,7 @@ def test_examples_run(name, capsys):
 
 
 def test_modules_work_in_another_training_loop():
-    """The one-line change: a module built once, called with the queue that the project already has."""
+    """A module that is built once is called with the project's own queue."""
     encoder, criterion = nn.Linear(16, 8), fastuft.MixedInfoNCELoss()
     foreign_queue = F.normalize(torch.randn(8, 40), dim=0)  # [D, K], as moco keeps it
     x, k_a, k_b = torch.randn(6, 16), torch.randn(6, 8), torch.randn(6, 8)

@@ -1,4 +1,4 @@
-"""What query and queue are multiplied in: explicit, by dtype, or by autocast."""
+"""The precision in which query and queue are multiplied: explicit, by dtype, or by autocast."""
 
 from __future__ import annotations
 

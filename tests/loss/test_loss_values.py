@@ -11,7 +11,7 @@ import torch
 from error_bound import GRADIENT, VALUE, assert_as_good, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import DTYPES, PLACES, Case, name_of
+from loss_cases import DTYPES, PATHS, Case, name_of
 from torch.nn import functional as F
 
 import fastuft
@@ -22,7 +22,7 @@ SIZES = [(1, 1, 16), (3, 5, 64), (252, 507, 128), (64, 4096, 128), (5, 130, 48),
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """Every allocation starts as NaN: an element that nothing wrote shows."""
+    """Every allocation starts as NaN, so unwritten elements are detected."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
@@ -30,20 +30,20 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_against_float64(size, dtype, place):
-    device, impl = place
+def test_against_float64(size, dtype, path):
+    device, impl = path
     if impl == "triton" and size[2] > 512:
         pytest.skip("the kernels go up to D=512")
     Case.random(*size, dtype, device=device).check(impl)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_a_full_queue_matches_float64(dtype, place):
-    device, impl = place
+def test_a_full_queue_matches_float64(dtype, path):
+    device, impl = path
     if device == "cpu" and dtype != torch.float32:
         pytest.skip("in test_a_full_half_precision_queue_matches_float64")
     Case.random(256, 65536, 128, dtype, device=device).check(impl)
@@ -55,28 +55,28 @@ def test_a_full_half_precision_queue_matches_float64(dtype):
     Case.random(256, 65536, 128, dtype).check("torch")
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("temperature", [0.02, 0.07, 0.2, 1.0])
-def test_any_temperature_matches_float64(temperature, normalize, place):
-    device, impl = place
+def test_any_temperature_matches_float64(temperature, normalize, path):
+    device, impl = path
     case = Case.random(20, 300, 32, device=device, temperature=temperature, normalize=normalize)
     if not normalize:
         case = replace(case, q=F.normalize(case.q, dim=1), k_a=F.normalize(case.k_a, dim=1))
     case.check(impl)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0, 1, "row"])
-def test_any_weight_matches_float64(lam, place):
-    device, impl = place
+def test_any_weight_matches_float64(lam, path):
+    device, impl = path
     lam = torch.tensor([0.0, 0.5, 1.0] * 3, device=device) if lam == "row" else lam
     replace(Case.random(9, 70, 32, device=device), lam=lam).check(impl)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_forms_of_one_weight_agree(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_forms_of_one_weight_agree(path):
+    device, impl = path
     case = Case.random(9, 70, 32, device=device)
     weights = [0.25, torch.tensor(0.25), torch.full((1,), 0.25), torch.full((9,), 0.25), torch.full((9,), 0.25).half()]
     found = [replace(case, lam=w.to(device) if isinstance(w, torch.Tensor) else w).run(impl=impl) for w in weights]
@@ -84,9 +84,9 @@ def test_forms_of_one_weight_agree(place):
         assert torch.equal(loss, found[0][0]) and torch.equal(gradient, found[0][1])
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_equal_keys_give_equation_4(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_equal_keys_give_equation_4(path):
+    device, impl = path
     case = Case.random(33, 500, 64, device=device)
     q = case.q.requires_grad_()
     single = fastuft.info_nce(q, case.k_a, case.queue, reduction="none", impl=impl)
@@ -97,9 +97,9 @@ def test_equal_keys_give_equation_4(place):
     assert relative_error(single, exact) < 1e-5
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_queries_in_the_queue_and_unnormalized_rows(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_queries_in_the_queue_and_unnormalized_rows(path):
+    device, impl = path
     case = Case.random(12, 90, 32, device=device)
     case.queue[:12] = F.normalize(case.q, dim=1)
     replace(case, temperature=0.02).check(impl)
@@ -108,10 +108,10 @@ def test_queries_in_the_queue_and_unnormalized_rows(place):
     replace(case, q=1e-3 * case.q, k_a=1e3 * case.k_a).check(impl)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_zero_and_extreme_vectors(place):
-    """The loss does not depend on a query's length, and the gradient falls with it."""
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_zero_and_extreme_vectors(path):
+    """The loss does not depend on a query's norm, and the gradient is inversely proportional to it."""
+    device, impl = path
     plain = Case.random(6, 50, 32, device=device)
     plain.k_a[4] = 0
     lengths = torch.tensor([0, 1e30, 1e-9, 1e-30, 1, 1], device=device)
@@ -125,9 +125,9 @@ def test_zero_and_extreme_vectors(place):
     assert_as_good(gradient[kept], exact[1][kept], pytorch[1][kept], GRADIENT)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_empty_queue(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_empty_queue(path):
+    device, impl = path
     case = Case.random(5, 0, 32, device=device)
     loss, gradient = case.run(reduction="none", impl=impl)
     assert (loss == 0).all() and (gradient == 0).all()
@@ -139,29 +139,29 @@ def test_empty_queue(place):
 
 @pytest.mark.parametrize("keys", [1023, 1024, 3 * 1024, 5 * 1024 + 7])
 def test_the_lse_of_queue_parts_merges(keys, monkeypatch):
-    """More parts than the attention operator is given at once, a rest, several blocks of rows."""
+    """More parts than one call of the attention operator takes, a remainder, several blocks of rows."""
     monkeypatch.setattr(portable, "_PART_BYTES", 1)  # parts of 1024 keys
     monkeypatch.setattr(portable, "_PARTS", 2)
     monkeypatch.setattr(portable, "_PARTIAL_BYTES", 2 * 4 * 16 * 5)  # 5 rows at once
     Case.random(12, keys, 16).check("torch")
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("dtype", "queue_dtype"),
     [(torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.bfloat16, torch.float16)],
     ids=name_of,
 )
-def test_mixed_dtypes(dtype, queue_dtype, place):
-    device, impl = place
+def test_mixed_dtypes(dtype, queue_dtype, path):
+    device, impl = path
     Case.random(17, 200, 32, dtype, queue_dtype=queue_dtype, device=device).check(impl)
     case = Case.random(17, 200, 32, dtype, device=device)
     replace(case, k_a=case.k_a.float(), k_b=case.k_b.half()).check(impl)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_strided_inputs(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_strided_inputs(path):
+    device, impl = path
     case = Case.random(10, 60, 32, device=device)
     wide = torch.randn(10, 64, device=device)
     wide[:, ::2] = case.q
@@ -189,10 +189,10 @@ def test_strided_inputs(place):
     replace(case, k_b=case.k_b[:1].expand(10, 32)).check(impl)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_queue_lse(dtype, place):
-    device, impl = place
+def test_queue_lse(dtype, path):
+    device, impl = path
     case = Case.random(33, 700, 64, dtype, device=device)
 
     def run(z, queue, function, **options):
@@ -209,9 +209,9 @@ def test_queue_lse(dtype, place):
     assert_as_good(gradient, exact[2], pytorch[2], GRADIENT)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_reductions_and_modules(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_reductions_and_modules(path):
+    device, impl = path
     case = Case.random(7, 40, 16, device=device)
     rows = fastuft.mixed_info_nce(case.q, case.k_a, case.k_b, case.lam, case.queue, reduction="none", impl=impl)
     assert rows.shape == (7,)
@@ -224,11 +224,11 @@ def test_reductions_and_modules(place):
     torch.testing.assert_close(single, reference.info_nce(case.q, case.k_a, case.queue, 0.07, normalize=False))
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("keys", [0, 90])
-def test_terms_sum_to_the_loss(keys, place):
+def test_terms_sum_to_the_loss(keys, path):
     """Eq. 1-3: the loss is alignment plus distribution."""
-    device, impl = place
+    device, impl = path
     case = Case.random(12, keys, 32, device=device)
     q, k_a, k_b, lam, queue = (t.double() for t in (case.q, case.k_a, case.k_b, case.lam, case.queue))
     z, z_a, z_b = (F.normalize(t, dim=1) for t in (q, k_a, k_b))
@@ -250,9 +250,9 @@ def test_terms_sum_to_the_loss(keys, place):
     torch.testing.assert_close(loss.detach(), alignment + distribution, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_reruns_are_bitwise_equal(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_reruns_are_bitwise_equal(path):
+    device, impl = path
     case = Case.random(70, 3000, 64, device=device)
     first, second = (case.run(impl=impl) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
@@ -260,7 +260,7 @@ def test_reruns_are_bitwise_equal(place):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name_of)
 def test_the_chunked_sweep_equals_the_attention_operator(dtype):
-    """The two sweeps of the portable path, at sizes around their tiles."""
+    """The two sweeps of the portable path agree at sizes around their tiles."""
     for batch, keys in ((1, 1), (1030, 5), (3, 1024), (5, 1025), (1025, 2049)):
         case = Case.random(batch, keys, 16, dtype)
         z = F.normalize(case.q.to(torch.promote_types(dtype, torch.float32)), dim=1)
@@ -273,10 +273,10 @@ def test_the_chunked_sweep_equals_the_attention_operator(dtype):
         assert alone[1].shape == (batch, 0) and relative_error(alone[0], exact[0]) < 2e-6
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_half_precision_gradients_under_a_loss_scale(place):
-    """fp16 at B = 4096: gradients of the mean (1/4096 each) survive because they are scaled in fp32 and cast last."""
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_half_precision_gradients_under_a_loss_scale(path):
+    """In fp16 at B = 4096, gradients of the mean do not underflow, because they are scaled in fp32 and cast last."""
+    device, impl = path
     case = Case.random(4096, 512, 64, torch.float16, device=device)
     scale = 65536.0
     q = case.q.detach().requires_grad_()
@@ -293,9 +293,9 @@ def test_half_precision_gradients_under_a_loss_scale(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
-def test_largest_batch(place):
-    device, impl = place
+@pytest.mark.parametrize("path", PATHS)
+def test_largest_batch(path):
+    device, impl = path
     case = Case.random(65536, 300, 128, device=device)
     loss, gradient = case.run(reduction="none", impl=impl)
     rows = torch.randint(65536, (200,), generator=torch.Generator().manual_seed(0)).to(device)
@@ -316,7 +316,7 @@ def test_float64_inputs_are_exact():
 
 @pytest.mark.parametrize("function", [fastuft.info_nce, fastuft.mixed_info_nce, fastuft.queue_lse])
 def test_docstring_expressions(function):
-    """The PyTorch lines in a docstring compute what the function does."""
+    """The PyTorch expressions in a docstring equal the function."""
     case = Case.random(6, 40, 16)
     names = {
         "F": F,

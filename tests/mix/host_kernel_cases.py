@@ -1,6 +1,6 @@
-"""Cases of the CUDA kernels alone, run on the host by test_mix_cuda_on_host.py; not collected by themselves.
+"""Cases for the CUDA kernels only, run on the host by test_mix_cuda_on_host.py and not collected directly.
 
-The reference, which would serve if the kernels were not loaded, raises where these cases expect poison.
+If the kernels were not loaded, the reference would raise where these cases expect NaN.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_more_samples_than_grid_rows():
 
 
 def test_samples_beyond_the_largest_grid():
-    """More elements than 4096 blocks of 256 threads take in one go."""
+    """More elements than one grid of 4096 blocks of 256 threads."""
     images = torch.randint(0, 255, (2, 1, 1100, 1001), dtype=torch.uint8)  # odd rows: single elements
     boxes = torch.tensor([[1, 2, 1099, 1000]], dtype=torch.int32)
     expected = images.clone()
@@ -97,7 +97,7 @@ def test_nothing_to_do():
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_boxes_in_a_view_leave_the_storage_around_it(data):
-    """Rows of a multiple of 16 bytes, cropped: vectors are used, their parts outside the box and the view stay."""
+    """Cropped rows of a multiple of 16 bytes use vectors; bytes outside the box and the view are unchanged."""
     number = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     dtype = data.draw(st.sampled_from([torch.uint8, torch.float16, torch.float32, torch.float64]))
     height, width = number(1, 6), 16 * number(1, 3)

@@ -1,4 +1,4 @@
-"""AddressSanitizer and UndefinedBehaviorSanitizer around libraries that an unsanitized Python loads."""
+"""AddressSanitizer and UndefinedBehaviorSanitizer for libraries loaded by a Python without sanitizers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def compiler() -> str:
 
 
 def environment(site: Path, **variables: str) -> dict[str, str]:
-    """For a Python that takes packages from ``site`` and carries the compiler's sanitizer libraries."""
+    """Environment of a Python that imports packages from ``site`` and preloads the sanitizer libraries."""
     libraries = []
     for name in ("libasan.so", "libubsan.so"):
         command = [compiler(), f"-print-file-name={name}"]
@@ -42,7 +42,7 @@ def environment(site: Path, **variables: str) -> dict[str, str]:
 
 
 def copy_package(site: Path) -> Path:
-    """The package below ``site`` without its built libraries; the folder for others."""
+    """Copy the package to ``site`` without its libraries; returns the folder for new ones."""
     ignore = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(Path(fastuft.__file__).parent, site / "fastuft", ignore=ignore)
     return site / "fastuft" / "mix"

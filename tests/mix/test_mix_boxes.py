@@ -1,4 +1,4 @@
-"""Sampled boxes and the share of the image that they leave."""
+"""Sampled boxes, and the share of the image outside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import fastuft
 
 @pytest.mark.parametrize(("alpha", "size"), [(1.0, (32, 32)), (0.2, (32, 32)), (1.0, (48, 20)), (0.2, (20, 48))])
 def test_boxes_follow_the_definition(alpha, size):
-    """Mean area against the definition, averaged over all centers; lam exactly the share that remains."""
+    """The mean area equals that of the definition over all centers, and lam is exactly the share outside the box."""
     height, width = size
     boxes, lam = fastuft.sample_boxes(100_000, height, width, alpha, torch.Generator().manual_seed(0))
     top, left, bottom, right = boxes.long().unbind(1)

@@ -1,4 +1,4 @@
-"""The machine code in the built _C_cuda: every kernel for each chip, nothing spilled. Runs without a GPU."""
+"""The machine code in the built _C_cuda: every kernel for each architecture, without spills. Runs without a GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ INSTANCES = {"cutmix_kernel": 4 * 3, "cutmix_swap_kernel": 4 * 3, "mixup_kernel"
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instance of a kernel template for one chip, and what it takes of a thread."""
+    """One instance of a kernel template for one architecture, and its resources per thread."""
 
     chip: str
     name: str
@@ -49,7 +49,7 @@ class Kernel:
 
 
 def cuobjdump() -> str:
-    """The CUDA toolkit's, or the one inside Triton's wheel."""
+    """cuobjdump of the CUDA toolkit, or the one inside Triton's wheel."""
     found = shutil.which("cuobjdump")
     if found is None:
         import triton
@@ -77,7 +77,7 @@ def parse(usage: str) -> list[Kernel]:
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    """What the library holds; the readable table goes to the log."""
+    """The kernels in the library; a readable table is logged."""
     library = ops.find_library("_C_cuda")
     if library is None:
         pytest.skip("_C_cuda is not built here: it needs nvcc")

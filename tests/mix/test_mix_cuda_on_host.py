@@ -1,7 +1,7 @@
-"""The CUDA kernels without a GPU: compiled for the host, thread after thread, under the sanitizers.
+"""The CUDA kernels without a GPU: compiled for the host and run thread by thread under the sanitizers.
 
-This holds the arithmetic of indices, bounds, alignment, clamping and poison. Streams, graphs and what several threads do
-at the same time remain for the tests on a GPU.
+This covers indices, bounds, alignment, clamping and NaN values. Streams, graphs and concurrent threads are left to the
+tests on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROPERTIES = "bitwise or rounds_once or odd_batches or non_dense"
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """The shared library of csrc/cuda.cu for the host."""
+    """csrc/cuda.cu compiled to a shared library for the host."""
     library = tmp_path_factory.mktemp("host_cuda") / "kernels.so"
     folder = Path(torch.__file__).parent
     command = [

@@ -11,7 +11,7 @@ from fastuft.mix import ops, reference
 
 
 def gpu_case(name, order, seed):
-    """(the mixing function of this name, its arguments on the GPU)."""
+    """(the mixing function with this name, its arguments on the GPU)."""
     generator = torch.Generator().manual_seed(seed)
     images = fill([8, 3, 32, 24], torch.float16, order, seed)
     rows = 4 if name.endswith("_") else 8
@@ -22,7 +22,7 @@ def gpu_case(name, order, seed):
 
 
 def expected_of(name, arguments):
-    """What the plain reference makes of fresh arguments."""
+    """The result of the plain reference on new arguments."""
     images, *rest = arguments
     if not name.endswith("_"):
         return getattr(reference, name)(images, *rest)
@@ -33,7 +33,7 @@ def expected_of(name, arguments):
 
 @pytest.mark.gpu
 class TestOnTheGpu:
-    """The CUDA kernels; the reference on the same device is the truth."""
+    """The CUDA kernels, compared with the reference on the same device."""
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 2, 3), (3, 2, 1, 0)], ids=str)
@@ -114,7 +114,7 @@ class TestOnTheGpu:
     @pytest.mark.parametrize("name", ["cutmix", "cutmix_", "mixup", "mixup_"])
     @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=str)
     def test_a_captured_graph_replays_on_new_inputs(self, name, order):
-        """Replayed on other images, boxes, weights and partners than it was captured with."""
+        """The graph replays on other images, boxes, weights and partners than those of the capture."""
         mix, static = gpu_case(name, order, seed=0)
         warm = torch.cuda.Stream()
         warm.wait_stream(torch.cuda.current_stream())
@@ -133,7 +133,7 @@ class TestOnTheGpu:
 
     @pytest.mark.parametrize("name", ["cutmix", "cutmix_", "mixup", "mixup_"])
     def test_runs_on_the_current_stream(self, name):
-        """Inputs that a side stream makes late: work on any other stream would read them too early."""
+        """A side stream writes the inputs late; a kernel on any other stream would read them too early."""
         mix, made = gpu_case(name, (0, 2, 3, 1), seed=0)
         late = [torch.zeros_like(tensor) for tensor in made]
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Which libraries importing loads, by the kind of PyTorch: recognized by its version, never by asking the driver."""
+"""The libraries that an import loads depend on PyTorch's version, never on a call to the driver."""
 
 from __future__ import annotations
 

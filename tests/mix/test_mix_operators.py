@@ -90,7 +90,7 @@ def test_a_failed_check_does_not_bump_the_version_counter():
     ],
 )
 def test_operators_check_values(name, rest):
-    """Compiled programs come without the Python side's checks of values."""
+    """Compiled programs skip the checks of values on the Python side."""
     images = torch.rand(4, 3, 4, 4)
     before = images.clone()
     with pytest.raises(RuntimeError, match=r"boxes|partner|lam"):

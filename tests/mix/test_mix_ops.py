@@ -17,7 +17,7 @@ RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=[Health
 
 
 def test_the_extension_is_built_here():
-    """The suite must not pass on the reference alone without saying so."""
+    """The suite must not silently pass on the reference alone."""
     if not ops.HAS_CPU_EXTENSION:
         pytest.skip("the compiled extension _C is not built on this machine")
 
@@ -103,7 +103,7 @@ def test_grouped_pairs_equal_separate_calls_per_group(group, form):
 
 
 def brute_force_cutmix(images, boxes, partner):
-    """Pixel by pixel, as the definition says."""
+    """CutMix pixel by pixel, as defined."""
     mixed = images.clone()
     for i, (top, left, bottom, right) in enumerate(boxes.tolist()):
         for y, x in itertools.product(range(top, bottom), range(left, right)):
@@ -149,7 +149,7 @@ def test_non_dense_views_are_supported():
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 2, 3)], ids=str)
 def test_outputs_larger_than_the_cache_are_exact(order):
-    """Those are written by streaming stores, here at odd offsets; the sizes exceed any last-level cache in use."""
+    """Such outputs are written with streaming stores, here at odd offsets; the sizes exceed any last-level cache."""
     side = 1501
     images = fill([6, 3, side, side], torch.float32, order, 0)
     boxes, lam = fastuft.sample_boxes(6, side, side, generator=torch.Generator().manual_seed(0))
@@ -159,7 +159,7 @@ def test_outputs_larger_than_the_cache_are_exact(order):
 
 
 def test_without_the_extension_the_reference_is_used(tmp_path):
-    """A copy of the package without libraries warns once, says how to build, and computes the same."""
+    """A copy of the package without libraries warns once, says how to build them, and gives equal results."""
     import shutil
     import subprocess
     import sys

@@ -1,4 +1,4 @@
-"""Networks of fixed weights for the checkpoint tests."""
+"""Networks with fixed weights for the checkpoint tests."""
 
 from __future__ import annotations
 

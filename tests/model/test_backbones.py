@@ -1,4 +1,4 @@
-"""Networks: torchvision's names and shapes, stems, outputs, BatchNorm modes, the MoCo pair."""
+"""Networks: names and shapes of torchvision, stems, outputs, BatchNorm modes, the MoCo pair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports load in the libraries they are for, with nothing missing or left over, and give the same features."""
+"""Exports load in their target libraries without missing or unexpected tensors, and give equal features."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NETWORKS = {
 
 
 def spread_(backbone):
-    """Weights far from their initial zeros and ones, so that no tensor can be left out unnoticed."""
+    """Move weights away from their initial zeros and ones, so that a missing tensor is detected."""
     generator = torch.Generator().manual_seed(0)
     for name, value in backbone.state_dict().items():
         if value.is_floating_point() and value.ndim < 2:
@@ -48,7 +48,7 @@ def spread_(backbone):
 
 @pytest.fixture
 def smaller(monkeypatch):
-    """Lets ``timm.create_model`` build the networks of the table in their small sizes."""
+    """Make ``timm.create_model`` build small versions of the networks in the table."""
 
     def install(changes):
         if changes:

@@ -1,4 +1,4 @@
-"""Damaged and crafted checkpoint files end in one line that names the file, in time, and run nothing."""
+"""Damaged and malicious checkpoint files give a one-line error with the file name, quickly and without running code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ENTRIES = st.fixed_dictionaries(
 
 
 def refused_or_loaded(path) -> None:
-    """Load a file; anything but success or one line of ValueError that names it is a failure."""
+    """Load a file; it must succeed or raise a one-line ValueError that names it."""
     began = time.perf_counter()
     before = {name: value.clone() for name, value in BACKBONE.state_dict().items()}
     try:
@@ -89,9 +89,9 @@ def numpy_archive() -> bytes:
 @given(flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), max_size=8), cut=st.floats(0, 1) | st.none())
 def test_flipped_and_truncated_files(tmp_path_factory, make, flips, cut):
     content = bytearray(make())
-    for place, change in flips:
+    for position, change in flips:
         # half of the changes lie in the first 2 KB, where headers are
-        content[int(place * (len(content) - 1)) if change % 2 else int(place * 2047)] ^= change
+        content[int(position * (len(content) - 1)) if change % 2 else int(position * 2047)] ^= change
     if cut is not None:
         content = content[: int(cut * len(content))]
     path = tmp_path_factory.mktemp("x") / "damaged"

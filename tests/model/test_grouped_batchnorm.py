@@ -1,4 +1,4 @@
-"""BatchNorm over groups: the operator against the backend's own BatchNorm of each group, and as torch sees it."""
+"""BatchNorm over groups: the operator compared with one BatchNorm per group, and checked as a torch operator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make(dtype=torch.float32, images=6, channels=5, affine=True):
 
 
 def by_group(x, weight, bias, residual, group, relu):
-    """One operator for each group, as the formula is written."""
+    """One BatchNorm per group, as in the formula."""
     y = torch.cat([F.batch_norm(part, None, None, weight, bias, True, 0.0, EPS) for part in x.split(group)])
     y = y if residual is None else y + residual
     return y.relu() if relu else y

@@ -1,4 +1,4 @@
-"""Every layout that writes names finds them again, with the same values, under any prefix."""
+"""Every layout reads back the names that it writes, with equal values and under any prefix."""
 
 from __future__ import annotations
 

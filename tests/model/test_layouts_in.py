@@ -1,4 +1,4 @@
-"""Checkpoints of every known layout load by name and shape; what would compute something else is refused."""
+"""Checkpoints of every known layout load by name and shape; those that would compute something else are refused."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_weights_of_another_network_are_refused(moco, tmp_path):
 
 
 def bit_archive(backbone) -> dict:
-    """The backbone under the names of BiT's published archives, kernels as HWIO."""
+    """The backbone under the names of BiT's published archives, with kernels as HWIO."""
     arrays = {}
     for name, value in backbone.state_dict().items():
         array = value.numpy()
@@ -227,7 +227,7 @@ def test_gray_conversion_needs_a_one_channel_convolution(moco, donor, tmp_path):
 
 
 class CaffeBottleneck(nn.Module):
-    """detectron2's bottleneck, with its names and its stride in the first convolution."""
+    """detectron2's bottleneck, with its names and the stride in the first convolution."""
 
     def __init__(self, inputs, planes, stride):
         super().__init__()
@@ -252,7 +252,7 @@ class CaffeBottleneck(nn.Module):
 
 
 class Detectron2(nn.Module):
-    """detectron2's ResNet-50 on BGR pixels in 0..255 less their mean."""
+    """detectron2's ResNet-50, for BGR pixels in 0..255 minus their mean."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks of random weights give the same features here as in the library that saved them, and the same once exported."""
+"""Networks with random weights give the features of the library that saved them, also after an export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def spread_(network: torch.nn.Module) -> torch.nn.Module:
-    """Weights far from their initial zeros and ones, so that no tensor can be left out unnoticed."""
+    """Move weights away from their initial zeros and ones, so that a missing tensor is detected."""
     generator = torch.Generator().manual_seed(0)
     for name, value in network.state_dict().items():
         if value.is_floating_point() and value.ndim < 2:
@@ -34,7 +34,7 @@ def vit(kind: str, **changes):
 
 
 def build_timm(name: str, **changes):
-    """Networks of timm with few blocks, under names that the test alone knows."""
+    """Small timm networks under names of the tests."""
     return timm.create_model(name, num_classes=0, **changes)
 
 
@@ -114,7 +114,7 @@ NETWORKS = {
 
 @pytest.fixture
 def smaller(monkeypatch):
-    """Lets ``timm.create_model`` build the networks of the table in their small sizes."""
+    """Make ``timm.create_model`` build small versions of the networks in the table."""
     create = timm.create_model
 
     def install(changes):
@@ -165,7 +165,7 @@ def test_the_preprocessors_normalization_is_used(tmp_path):
 
 
 def authors_dinov2(state, *, registers: bool, chunks: bool) -> dict:
-    """A timm network's tensors under the names that DINOv2's training code gives them."""
+    """A timm network's tensors under the names of DINOv2's training code."""
     state = dict(state)
     if registers:
         state["register_tokens"] = state.pop("reg_token")

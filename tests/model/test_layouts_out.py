@@ -1,4 +1,4 @@
-"""Exports read back here and in other libraries."""
+"""Exports load again here and in other libraries."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastuft.model import build_backbone, export, export_backbone, export_state_
 def test_an_exported_backbone_records_its_network_and_preprocessing(tmp_path):
     backbone = build_backbone("bit_resnet_tiny", "small")
     export_backbone(backbone, tmp_path / "run" / "backbone.safetensors")
-    for place in (tmp_path / "run", tmp_path / "run" / "backbone.safetensors"):
-        loaded = load_backbone(place)
+    for path in (tmp_path / "run", tmp_path / "run" / "backbone.safetensors"):
+        loaded = load_backbone(path)
         assert equal(loaded, backbone) and not loaded.training
         assert (loaded.arch, loaded.stem, loaded.mean) == ("bit_resnet_tiny", "small", (0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="arch='resnet18' contradicts"):
@@ -106,7 +106,7 @@ def test_exports_have_the_tensors_of_the_peer_network(arch, layout):
 
 
 def their_network(arch, layout, num_classes):
-    """The other library's network."""
+    """The network of the other library."""
     if layout == "timm":
         timm = pytest.importorskip("timm")
         names = {"bit_resnet50": "resnetv2_50x1_bit", "bit_resnet101": "resnetv2_101x1_bit"}

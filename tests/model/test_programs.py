@@ -1,4 +1,4 @@
-"""Exported programs, folders and cards of runs, without the libraries that read them."""
+"""Exported programs, folders and model cards, without the libraries that read them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastuft.runfolder import RunFolder
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder as training leaves it, with an evaluation."""
+    """A run folder as training writes it, with an evaluation."""
     torch.manual_seed(0)
     folder = RunFolder(tmp_path / "run")
     backbone = build_backbone("resnet_tiny", "small").eval()

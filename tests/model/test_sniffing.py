@@ -1,4 +1,4 @@
-"""What files are: everything that is not a checkpoint is refused with what it is and what to do, and runs nothing."""
+"""File detection: a file that is not a checkpoint is refused with its kind and a remedy, and runs no code."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def zip_bytes(**members: bytes) -> bytes:
 
 
 def huge_array() -> bytes:
-    """A NumPy member of 8 bytes whose header claims a terabyte."""
+    """A NumPy member of 8 bytes whose header declares a terabyte."""
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }".ljust(117) + b"\n"
     return zip_bytes(**{"w.npy": b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + b"\0" * 8})
 
@@ -73,7 +73,7 @@ def bad_crc() -> bytes:
 
 
 def bomb() -> bytes:
-    """100 MB that deflate to a few hundred bytes for each MB, said to be 8 GB."""
+    """100 MB that deflate to a few hundred bytes per MB, declared as 8 GB."""
     content = bytearray(zip_bytes(**{"w.npy": b"\x93NUMPY\x01\x00" + bytes(3_000_000)}))
     entry = content.rindex(b"PK\x01\x02")
     content[entry + 24 : entry + 28] = struct.pack("<I", 4_000_000_000)
@@ -148,11 +148,11 @@ def test_a_damaged_torch_archive_is_reported(tmp_path):
         read_checkpoint(tmp_path / "x")
 
 
-@pytest.mark.parametrize("place", ["weight", "structure"])
-def test_a_flipped_byte_in_a_torch_archive_is_detected(tmp_path, place):
+@pytest.mark.parametrize("part", ["weight", "structure"])
+def test_a_flipped_byte_in_a_torch_archive_is_detected(tmp_path, part):
     content = bytearray(torch_bytes({"weight": torch.arange(1000.0)}))
     marks = {"weight": torch.arange(500.0, 510.0).numpy().tobytes(), "structure": b"weight"}
-    content[content.index(marks[place])] ^= 1
+    content[content.index(marks[part])] ^= 1
     (tmp_path / "x").write_bytes(bytes(content))
     with pytest.raises(
         ValueError, match=r"is a damaged torch archive \(Bad CRC-32 for file .*; copy or download it again"

@@ -1,4 +1,4 @@
-"""timm's networks as backbones, with a stand-in for timm: its real ones are compared where timm is installed."""
+"""timm networks as backbones, with a stand-in for timm; real ones are compared if timm is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastuft.trainer.parameter_groups import parameter_groups
 
 
 class ConvHead(nn.Module):
-    """Like MobileNetV3: a layer behind the pooling widens the features."""
+    """Like MobileNetV3: a layer after the pooling widens the features."""
 
     num_features, head_hidden_size = 4, 6
 
@@ -37,7 +37,7 @@ class Plain(ConvHead):
 
 
 class Tokens(nn.Module):
-    """Like a ViT: patches to tokens, behind a class token and a register; any size, stochastic depth, recomputation."""
+    """Like a ViT: a class token, a register and patch tokens; any size, stochastic depth, recomputation."""
 
     num_features, head_hidden_size, num_prefix_tokens, attn_pool = 5, None, 2, None
     recomputed = False

@@ -1,4 +1,4 @@
-"""timm's ViTs, ConvNeXts and convolutional networks at training: sizes, pooling, drop path, recomputed activations."""
+"""Training with timm's ViTs, ConvNeXts and convolutional networks: sizes, pooling, drop path, recomputed activations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 @pytest.fixture
 def small(monkeypatch):
-    """Lets ``timm.create_model`` build a network of the tables in its small size; returns (arch, side, patch)."""
+    """Make ``timm.create_model`` build a small version of a network; returns (arch, side, patch)."""
 
     def install(kind):
         arch, changes, side, patch = NETWORKS[kind]
@@ -76,7 +76,7 @@ def configuration(arch, side, *, model=None, optim=None, runtime=None):
 
 
 def by_preset(arch, side, family, **more):
-    """A configuration with a preset's values, as the command line makes it."""
+    """A configuration with a preset's values, as from the command line."""
     model, optim = {}, {}
     for option, value in preset_options(family, arch, 2).items():
         group, _, name = option.partition(".")

@@ -33,12 +33,12 @@ USE = (
 )
 
 
-def checkout(place: Path) -> Path:
-    """A copy of the tracked files: what a clone holds."""
+def checkout(folder: Path) -> Path:
+    """A copy of the tracked files, as in a clone."""
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if names.returncode:
         pytest.skip("not a git checkout")
-    copy = place / "checkout"
+    copy = folder / "checkout"
     for name in names.stdout.splitlines():
         source, target = ROOT / name, copy / name
         if source.is_symlink():
@@ -57,7 +57,7 @@ def pip(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def use(site: Path, cwd: Path) -> str:
-    """Import and run the installed package from another folder; its path and whether the extension is there."""
+    """Import and run the installed package from another folder; returns its path and whether the extension is built."""
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, "-c", USE], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -68,15 +68,15 @@ def use(site: Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(wheel, sdist, output of the wheel's build), from a copy of the checkout, without network."""
-    place = tmp_path_factory.mktemp("build")
-    copy = checkout(place)
-    wheel = pip("wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(place), str(copy))
+    """(wheel, sdist, output of the wheel's build), built from a copy of the checkout without a network."""
+    folder = tmp_path_factory.mktemp("build")
+    copy = checkout(folder)
+    wheel = pip("wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(folder), str(copy))
     assert wheel.returncode == 0, wheel.stdout[-3000:] + wheel.stderr[-3000:]
     script = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
     sdist = subprocess.run([sys.executable, "-c", script], cwd=copy, capture_output=True, text=True)
     assert sdist.returncode == 0, sdist.stderr[-3000:]
-    return next(place.glob("*.whl")), next((copy / "dist").glob("*.tar.gz")), wheel.stdout + wheel.stderr
+    return next(folder.glob("*.whl")), next((copy / "dist").glob("*.tar.gz")), wheel.stdout + wheel.stderr
 
 
 def test_one_wheel_serves_every_python_and_is_complete(built, tmp_path):
@@ -117,7 +117,7 @@ def test_the_cuda_library_lists_its_dependencies(built, tmp_path):
 
 
 def test_libraries_use_only_the_stable_abi(built, tmp_path):
-    """No C++ symbol of PyTorch, whose names and layouts change between its releases, and nothing of Python's."""
+    """No C++ symbols of PyTorch, which change between releases, and no symbols of Python."""
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm")
@@ -134,7 +134,7 @@ def test_libraries_use_only_the_stable_abi(built, tmp_path):
 
 
 def test_one_wheel_serves_several_torch_versions(built, tmp_path):
-    """FASTUFT_OTHER_PYTHON names an interpreter whose torch is not the one that built the wheel."""
+    """FASTUFT_OTHER_PYTHON is an interpreter with another torch than the one that built the wheel."""
     python = os.environ.get("FASTUFT_OTHER_PYTHON")
     if not python:
         pytest.skip("set FASTUFT_OTHER_PYTHON to a Python with another torch >= 2.11")

@@ -1,4 +1,4 @@
-"""The release script refuses what is not a release; two builds of the same files give the same wheel."""
+"""The release script refuses incomplete releases; builds are reproducible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VERSION = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text()
 
 @pytest.fixture
 def repository(tmp_path):
-    """A repository with one commit of this checkout's files, with a finished section of the change log."""
+    """A repository with one commit of this checkout's files and a finished section in the changelog."""
     copy = checkout(tmp_path)
     log = copy / "CHANGELOG.md"
     log.write_text(log.read_text().replace("## [Unreleased]", f"## [Unreleased]\n\n## [{VERSION}] - 2026-01-02"))
@@ -34,7 +34,7 @@ def git(folder, *arguments):
 
 
 def release(folder, version=VERSION):
-    """(status, error text) of the script, with a Python that fails at once should it come to a build."""
+    """(status, error text) of the script, with a Python that fails at once if a build starts."""
     environment = {**os.environ, "PYTHON": "/bin/false"}
     done = subprocess.run([folder / ".ci" / "release", version], capture_output=True, text=True, env=environment)
     return done.returncode, done.stderr
@@ -71,7 +71,7 @@ def test_a_clean_tree_is_built(repository):
 
 @pytest.mark.slow
 def test_builds_are_reproducible(tmp_path):
-    """In folders of different length, with the CUDA part where nvcc is."""
+    """In folders with paths of different length, with the CUDA part if nvcc is available."""
     wheels = []
     for name in ("one", "another"):
         copy = checkout(tmp_path / name)

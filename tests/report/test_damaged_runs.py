@@ -1,4 +1,4 @@
-"""Whatever lies in a run folder, a report says what is damaged and shows the rest."""
+"""Whatever a run folder contains, a report names what is damaged and shows the rest."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(whole, tmp_path):
 
 
 def write_page(page, runs):
-    """The words of a report's page, made without a warning."""
+    """The text of a report's page, written without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_report(page, runs)
@@ -204,7 +204,7 @@ KEYS += ("statements", "timings")
 
 
 def damaged_json(draw, whole):
-    """A whole file's values with some of them replaced, by others or by figures that nearly fit."""
+    """The values of a valid file, some of them replaced by other values or by nearly valid figures."""
     result = dict(whole)
     near = st.fixed_dictionaries({}, optional={"mean": VALUES, "std": VALUES, "trials": VALUES, "1": VALUES})
     for key in draw(st.lists(st.sampled_from([*whole, *KEYS]), max_size=4)):
@@ -226,7 +226,7 @@ def cut_or_flipped(draw, content):
 
 @st.composite
 def crafted(draw):
-    """Contents of the five files of a run, each whole, altered or damaged."""
+    """Contents of the five files of a run, each valid, altered or damaged."""
     rows = [
         {"kind": "train", "step": s, "loss": 1.0, "loss_alignment": -1.0, "loss_distribution": 2.0, "lr": 0.1}
         for s in range(8)

@@ -1,6 +1,6 @@
 """The report in headless Chromium: phone width, keyboard, sorting, and axe's rules for screen readers.
 
-FASTUFT_CHROMIUM names another Chromium than the one that playwright installs.
+FASTUFT_CHROMIUM is a Chromium to use instead of playwright's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def change(file, values):
 
 @pytest.fixture
 def report(tmp_path):
-    """A page with everything that a page can have: two finetunings with verdict and looks, and the run they began from."""
+    """A page with every part: two finetunings with verdicts and looks, and the run that they started from."""
     runs = []
     for name, accuracy in (("naive", 0.5), ("ours", 0.75), ("start", 0.25)):
         folder = write_run(tmp_path / name, retrieval=accuracy)

@@ -1,4 +1,4 @@
-"""Reports and tables from run files alone: figures, escaping, damage, and absent parts."""
+"""Reports and tables from run files: figures, escaping, damage, and missing parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reproduced figures beside the paper's."""
+"""Reproduced figures compared with the paper's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A scale far below the tiny one, and a process that runs a grid at it."""
+"""A scale far below the tiny one, and a process that runs a grid at that scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published layouts are read exactly, their sizes checked, and nothing in them is executed."""
+"""Published layouts are read exactly, their sizes are checked, and no code in them runs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SIZES = {"sizes": Sizes(200, None, 10)}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    place = tmp_path_factory.mktemp("published")
-    write_tiny_datasets(place, num_train=200, num_glyphs=62)
-    return place
+    folder = tmp_path_factory.mktemp("published")
+    write_tiny_datasets(folder, num_train=200, num_glyphs=62)
+    return folder
 
 
 @pytest.mark.parametrize("name", ["caltech101", "pet", "cifar100", "food101"])
@@ -143,7 +143,7 @@ def test_hostile_or_broken_cifar_files_are_refused_and_run_nothing(tmp_path, mon
 
 
 def test_python2_style_cifar_pickle_is_read(tmp_path):
-    """Python 2 wrote byte strings where Python 3 writes text: keys and raw array data are such strings."""
+    """Python 2 wrote byte strings where Python 3 writes text, for keys and raw array data."""
     data = bytes(range(256))
     raw = (
         b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04"
@@ -218,15 +218,15 @@ def _shards(folder: Path, *members: list[tuple[str, bytes]]) -> Path:
 
 def test_classes_are_shard_names_or_cls_files(tmp_path):
     plain = _shards(tmp_path / "plain", [("a.jpg", b"1")], [("a.jpg", b"2"), ("b.png", b"3")])
-    place = Path(extract_tar_sample(plain, tmp_path / "a", fraction=1.0, seed=0))
-    assert {(p.parent.name, p.read_bytes()) for p in place.glob("*/*.*")} == {("n0", b"1"), ("n1", b"2"), ("n1", b"3")}
+    sample = Path(extract_tar_sample(plain, tmp_path / "a", fraction=1.0, seed=0))
+    assert {(p.parent.name, p.read_bytes()) for p in sample.glob("*/*.*")} == {("n0", b"1"), ("n1", b"2"), ("n1", b"3")}
     webdataset = _shards(
         tmp_path / "web",
         [("x/1.cls", b"7"), ("x/1.jpg", b"1"), ("x/2.jpg", b"2"), ("x/2.cls", b"9\n")],
         [("x/1.jpg", b"3"), ("x/1.cls", b"9")],
     )
-    place = Path(extract_tar_sample(webdataset, tmp_path / "b", fraction=1.0, seed=0))
-    assert {(p.parent.name, p.read_bytes()) for p in place.glob("*/*.*")} == {("7", b"1"), ("9", b"2"), ("9", b"3")}
+    sample = Path(extract_tar_sample(webdataset, tmp_path / "b", fraction=1.0, seed=0))
+    assert {(p.parent.name, p.read_bytes()) for p in sample.glob("*/*.*")} == {("7", b"1"), ("9", b"2"), ("9", b"3")}
 
 
 def test_images_with_similar_names_stay_distinct(tmp_path):
@@ -242,8 +242,8 @@ def test_images_with_similar_names_stay_distinct(tmp_path):
             for name, content in contents:
                 _add(archive, name, content)
                 _add(archive, name.replace(".png", ".cls"), b"7")
-    place = Path(extract_tar_sample(shards, tmp_path / "a", fraction=1.0, seed=0))
-    assert sorted(path.read_bytes() for path in (place / "7").iterdir()) == [b"1", b"2", b"3", b"4", b"5"]
+    sample = Path(extract_tar_sample(shards, tmp_path / "a", fraction=1.0, seed=0))
+    assert sorted(path.read_bytes() for path in (sample / "7").iterdir()) == [b"1", b"2", b"3", b"4", b"5"]
 
 
 def test_no_shard_or_member_name_escapes_the_sample(tmp_path):
@@ -253,10 +253,12 @@ def test_no_shard_or_member_name_escapes_the_sample(tmp_path):
     with tarfile.open(shards / "..tar", "w", format=tarfile.PAX_FORMAT) as archive:
         for index, name in enumerate(names):
             _add(archive, name, bytes([index]))
-    place = Path(extract_tar_sample(shards, tmp_path / "a", fraction=1.0, seed=0))
-    written = sorted(path.relative_to(place) for path in place.rglob("*") if path.suffix != ".json" and path.is_file())
+    sample = Path(extract_tar_sample(shards, tmp_path / "a", fraction=1.0, seed=0))
+    written = sorted(
+        path.relative_to(sample) for path in sample.rglob("*") if path.suffix != ".json" and path.is_file()
+    )
     assert len(written) == len(names) and all(len(path.parts) == 2 for path in written)
-    assert {(place / path).read_bytes() for path in written} == {bytes([index]) for index in range(len(names))}
+    assert {(sample / path).read_bytes() for path in written} == {bytes([index]) for index in range(len(names))}
     assert {path.name for path in tmp_path.iterdir()} == {"shards", "a"}
 
 
@@ -297,10 +299,10 @@ def test_a_stopped_sample_resumes_and_is_not_mixed_with_another(tmp_path, monkey
     monkeypatch.undo()
     with pytest.raises(ValueError, match="has another sample"):
         extract_tar_sample(shards, tmp_path / "a", fraction=1.0, seed=0)
-    place = Path(extract_tar_sample(shards, tmp_path / "a", fraction=0.5, seed=0))
-    assert len(list(place.glob("*/*.jpg"))) == 12
+    folder = Path(extract_tar_sample(shards, tmp_path / "a", fraction=0.5, seed=0))
+    assert len(list(folder.glob("*/*.jpg"))) == 12
     monkeypatch.setattr(shards_module, "_images", None)  # a finished sample is not drawn again
-    assert extract_tar_sample(shards, place, fraction=0.5, seed=0) == str(place)
+    assert extract_tar_sample(shards, folder, fraction=0.5, seed=0) == str(folder)
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "a/b", "..", "a\0b"])

@@ -122,7 +122,7 @@ def test_scales_differ_in_sizes_only():
 
 
 def quoted_figures(text):
-    """(figures, metric names) of the sentences ``Pet few-shot 9.08, 10.97 (K = 2, 4, 8)`` of a docstring, by data set."""
+    """(figures, metric names) by data set of the sentences ``Pet few-shot 9.08, 10.97 (K = 2, 4, 8)`` of a docstring."""
     numbers = {"Caltech101": "caltech101", "Pet": "pet"}
     for name, dataset in numbers.items():
         for sentence in re.findall(rf"{name} ([^;:]*)", text.replace("\n", " ")):

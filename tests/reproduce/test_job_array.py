@@ -1,4 +1,4 @@
-"""The job array example, with stand-ins for the scheduler and for the program."""
+"""The job array example, with stand-ins for the scheduler and the program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "slurm" / "reproduce.sbatch"
 
 @pytest.fixture
 def job(tmp_path):
-    """Starts the script; ``fastuft`` is the given shell code, ``scontrol`` writes down what it is asked for."""
+    """Run the script; ``fastuft`` is the given shell code, and ``scontrol`` logs its requests."""
     folder = tmp_path / "bin"
     folder.mkdir()
 

@@ -1,4 +1,4 @@
-"""The whole grid by its one command, at sizes smaller than the tiny scale's: by the same code, with other numbers."""
+"""The whole grid through its command, with sizes below those of the tiny scale."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def micro():
 
 @pytest.fixture(scope="module")
 def finished(micro, tmp_path_factory):
-    """The output folder of tables 3, 5, 6 and the text on Pet, with Figure 1, made by the command line."""
+    """The output folder of tables 3, 5, 6 and the text for Pet, with Figure 1, written by the command line."""
     out = tmp_path_factory.mktemp("grid")
     options = ["--tables", "3,5,6,text", "--datasets", "pet", "--trials", "2", "--scale", "tiny", "--out", str(out)]
     assert main(["reproduce", *options]) == 0

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or refused, with the one before in use; never more than asked for."""
+"""Checkpoint files: damaged ones are refused, the one before is used, and only the configured number is kept."""
 
 from __future__ import annotations
 

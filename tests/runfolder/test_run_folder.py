@@ -1,4 +1,4 @@
-"""A run folder: which file its weights are taken from, and what is said of damaged ones."""
+"""A run folder: the file that its weights come from, and messages about damaged files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* is used instead")
 
 @pytest.fixture
 def run(tmp_path):
-    """A folder with checkpoints of steps 1 and 2 and a backbone."""
+    """A folder with checkpoints of steps 1 and 2, and a backbone."""
     folder = RunFolder(tmp_path)
     for step in (1, 2):
         folder.checkpoints.save(step, {"x": torch.full((3,), step)}, keep_last=2, keep_every=0)

@@ -1,4 +1,4 @@
-"""The lock on a run folder: one holder, named to the others, gone with its process."""
+"""The lock on a run folder: one holder, named in the errors of others, released with its process."""
 
 from __future__ import annotations
 

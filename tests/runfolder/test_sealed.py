@@ -1,4 +1,4 @@
-"""Backbones hold their own digest: any change of a single byte is noticed wherever they are read."""
+"""Backbones contain their own digest: a change of any byte is detected wherever they are read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def backbone(tmp_path):
     return file
 
 
-def flip(file, place):
+def flip(file, position):
     content = bytearray(file.read_bytes())
-    content[place] ^= 1
+    content[position] ^= 1
     file.write_bytes(bytes(content))
 
 
@@ -41,9 +41,9 @@ def test_a_flip_of_any_byte_is_detected(backbone):
     whole, size = backbone.read_bytes(), backbone.stat().st_size
     header = 8 + int.from_bytes(whole[:8], "little")
     means = whole.index(b"mean")
-    for place in (*range(0, header, 97), means + 10, header, (header + size) // 2, size - 1):
-        flip(backbone, place)
-        assert damage(backbone) is not None, place
+    for position in (*range(0, header, 97), means + 10, header, (header + size) // 2, size - 1):
+        flip(backbone, position)
+        assert damage(backbone) is not None, position
         backbone.write_bytes(whole)
 
 

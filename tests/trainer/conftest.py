@@ -1,4 +1,4 @@
-"""Small images and a small run: what the trainer's tests have in common."""
+"""Small images and a small run for the trainer's tests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SECTIONS = {
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Sums in the same order on any machine, and no fight for cores between processes."""
+    """Sums in the same order on any machine, and no contention for cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,15 +52,15 @@ def folders(tmp_path_factory):
         for index in range(count):
             generator = np.random.default_rng([index, count])
             coarse = generator.integers(0, 256, (4, 4, 3)).astype(np.uint8)
-            place = root / name / f"class{index % 3}" / f"{index:03d}.png"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(coarse).resize((40, 40), Image.Resampling.BICUBIC).save(place)
+            path = root / name / f"class{index % 3}" / f"{index:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(coarse).resize((40, 40), Image.Resampling.BICUBIC).save(path)
     return str(root / "target"), str(root / "source")
 
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """A backbone to start from, of random weights."""
+    """A backbone with random weights to start from."""
     from fastuft.model import build_backbone, export_backbone
 
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture
 def tiny(folders, tmp_path):
-    """``tiny(optim={"lr": 0.1}, seed=3)``: a run of a few seconds with these changes; two epochs of four steps."""
+    """``tiny(optim={"lr": 0.1}, seed=3)``: a run of a few seconds with these changes, two epochs of four steps."""
 
     def make(**changes: Any) -> TrainConfig:
         parts = {n: dataclasses.replace(s, **changes.pop(n, {})) for n, s in SECTIONS.items()}

@@ -1,4 +1,4 @@
-"""Runs of the command line in processes of their own, alone or as the ranks of one run."""
+"""Runs of the command line in separate processes, alone or as the ranks of one run."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def environment(**more: object) -> dict[str, str]:
 
 
 def write_config(config: TrainConfig, path: Path) -> list[str]:
-    """The configuration as a file; the arguments of the command line that read it."""
+    """Write the configuration to a file; returns the arguments of the command line that read it."""
     path.write_text(yaml.safe_dump(plain(config)))
     return ["pretrain", "--config", str(path)]
 
 
 def _hears_hangups() -> None:
-    """As from a terminal, whatever the tests themselves were started with: what ``nohup`` ignores stays ignored."""
+    """Restore the default SIGHUP handling of a terminal, because signals that ``nohup`` ignores stay ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start(arguments: Sequence[str], ranks: int = 1, prelude: str = "") -> list[subprocess.Popen]:
-    """Start ``fastuft ARGUMENTS`` on that many ranks; ``prelude`` is Python run before the command line."""
+    """Start ``fastuft ARGUMENTS`` on that many ranks; ``prelude`` is Python code to run first."""
     script = f"import sys\n{prelude}\nfrom fastuft.cli import main\nsys.exit(main(sys.argv[1:]))"
     port, started = free_port(), []
     for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         started.append(
             subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-c", script, *arguments],
-                env=environment(**place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+                env=environment(**variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

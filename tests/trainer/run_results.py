@@ -1,4 +1,4 @@
-"""What a run left in its folder."""
+"""Results of a run, from its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The average with the start: in all that is looked at, watched and exported, and in nothing that is learned."""
+"""The average with the start: looks, evaluations and exports use it, and training does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchrun brings a run back that has lost a process: from its last checkpoint, by itself, on as many ranks as are left."""
+"""torchrun restarts a run that has lost a process from its last checkpoint, on the remaining ranks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def torchrun(script, arguments, *options):
 
 
 def end(agent):
-    """An agent with all that it started."""
+    """End an agent and its child processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(agent.pid, signal.SIGKILL)
     agent.communicate()
@@ -61,7 +61,7 @@ def end(agent):
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    """(configuration, its arguments, script): a run of 8 steps with a checkpoint every third, whose resume is ``no``."""
+    """(configuration, its arguments, script) of a run of 8 steps with a checkpoint every third and ``resume: no``."""
     config = tiny(runtime={"save_every": 3, "timeout": 60.0})
     script = tmp_path / "run.py"
     script.write_text(DIES_ONCE.replace("WHAT", KILLED))

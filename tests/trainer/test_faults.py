@@ -1,4 +1,4 @@
-"""What a machine or its user can do to a run: odd interpreters, few files, little shared memory, jumping clocks."""
+"""Runs in odd environments: interpreter flags, few open files, little shared memory, jumping clocks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A short run through the command line gives the losses kept in tests/golden; a refactor must reproduce them.
+"""A short run through the command line reproduces the losses in tests/golden; refactoring must not change them.
 
-``pytest tests/trainer/test_golden_curve.py --regenerate-golden`` writes them anew, after a change that is meant to alter
+``pytest tests/trainer/test_golden_curve.py --regenerate-golden`` writes them again, after a change that is meant to alter
 them.
 """
 

@@ -1,4 +1,4 @@
-"""What a run on GPUs asks of torch.distributed, with stand-ins for the devices and for NCCL."""
+"""The calls of a GPU run to torch.distributed, with stand-ins for devices and NCCL."""
 
 from __future__ import annotations
 

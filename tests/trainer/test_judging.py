@@ -1,4 +1,4 @@
-"""The verdict at the end of a run: which weights are exported, what is written, and that it survives a resume."""
+"""The verdict at the end of a run: the exported weights, the records, and resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
 
 @pytest.fixture
 def judged_as(monkeypatch):
-    """Make every verdict this one, of the best step so far."""
+    """Make every verdict this outcome, with the best step so far."""
 
     def install(outcome):
         def judge(looks):

@@ -1,4 +1,4 @@
-"""A fused kernel that is wrong on the chip is found before training uses it, and its portable path takes over."""
+"""A fused kernel that is wrong on this GPU is detected before training uses it, and the portable path is used."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def alone(own):
 
 
 def kernel_that_is_wrong(wrong):
-    """A stand-in whose fused path gives ``wrong`` and whose portable one gives ones."""
+    """A stand-in whose fused path returns ``wrong`` and whose portable path returns ones."""
 
     def run():
         return [torch.ones(3)] if fused.refusal("stand-in") else [wrong()]

@@ -1,4 +1,4 @@
-"""Kill, stop, freeze and resume over and over: no row of metrics is lost or comes twice, and nothing else is learned."""
+"""Kill, stop, freeze and resume repeatedly: no row of metrics is lost or repeated, and training is unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 def saved_step(folder: RunFolder, before: int) -> int:
-    """The newest checkpoint's step, up to which each step has one row; it is whole and none went lost."""
+    """The step of the newest checkpoint, which is whole; every step up to it has exactly one row."""
     newest = folder.checkpoints.newest(load_checkpoint)
     assert not newest.reasons
     step = newest.content["global_step"] if newest.content else 0
@@ -35,12 +35,12 @@ def saved_step(folder: RunFolder, before: int) -> int:
 
 
 def newest_step(folder: RunFolder) -> int:
-    """Of the checkpoints by their names; rows of metrics may be ahead of it, and come again."""
+    """The newest step by the names of checkpoints; rows of metrics may be ahead of it and are then repeated."""
     return next((step for step, _ in folder.checkpoints.all()), 0)
 
 
 def comes_further(folder: RunFolder, step: int, ranks: Sequence[subprocess.Popen]) -> bool:
-    """Wait until the run has saved a later step; False where a process ends before that."""
+    """Wait until the run has saved a later step; False if a process ends before that."""
     give_up = time.monotonic() + 180
     while newest_step(folder) <= step:
         if any(process.poll() is not None for process in ranks):
@@ -50,8 +50,8 @@ def comes_further(folder: RunFolder, step: int, ranks: Sequence[subprocess.Popen
     return True
 
 
-class Trouble:
-    """What happens to the processes of one run, drawn with a seed."""
+class Disturbances:
+    """Events that hit the processes of one run, drawn with a seed."""
 
     def __init__(self, seed: int) -> None:
         self.draws, self.done = random.Random(seed), Counter()
@@ -60,7 +60,7 @@ class Trouble:
         return ranks if self.draws.random() < 0.5 else [self.draws.choice(ranks)]
 
     def freeze(self, ranks: Sequence[subprocess.Popen]) -> bool:
-        """Stop processes with SIGSTOP for a while; whether the others may have taken them for lost."""
+        """Stop processes with SIGSTOP for a while; returns whether the others may have given them up."""
         seconds = TIMEOUT + 8 if self.draws.random() < 0.1 else self.draws.uniform(0.1, 4.0)
         hit = self._hit(ranks)
         for process in hit:
@@ -72,7 +72,7 @@ class Trouble:
         return seconds > TIMEOUT and len(ranks) > 1
 
     def end(self, ranks: Sequence[subprocess.Popen]) -> None:
-        """End the run with one signal, to all of its processes or to one."""
+        """End the run with a signal to all of its processes or to one."""
         number = signal.SIGKILL if self.draws.random() < 0.5 else self.draws.choice(STOPS)
         for process in self._hit(ranks):
             process.send_signal(number)
@@ -83,23 +83,25 @@ class Trouble:
         self.done["killed" if number == signal.SIGKILL else "stopped"] += 1
 
 
-def one_part(arguments: Sequence[str], folder: RunFolder, world_size: int, trouble: Trouble, step: int) -> None:
-    """Start or resume the run, and let trouble come."""
+def one_part(
+    arguments: Sequence[str], folder: RunFolder, world_size: int, disturbances: Disturbances, step: int
+) -> None:
+    """Start or resume the run, and let an event end it."""
     ranks = start(arguments, world_size)
-    if trouble.draws.random() < 0.25:  # while it starts
-        time.sleep(trouble.draws.uniform(0.5, 10.0))
+    if disturbances.draws.random() < 0.25:  # while it starts
+        time.sleep(disturbances.draws.uniform(0.5, 10.0))
     else:
         assert comes_further(folder, step, ranks), finish(ranks)
-        time.sleep(trouble.draws.uniform(0.0, 2.0))
+        time.sleep(disturbances.draws.uniform(0.0, 2.0))
     assert all(process.poll() is None for process in ranks), finish(ranks)
-    if trouble.draws.random() < 0.4:
+    if disturbances.draws.random() < 0.4:
         before = newest_step(folder)
-        may_be_lost = trouble.freeze(ranks)
+        may_be_lost = disturbances.freeze(ranks)
         if not comes_further(folder, before, ranks):
             results = finish(ranks)
             assert may_be_lost and {status for status, _ in results} == {1}, results
             return
-    trouble.end(ranks)
+    disturbances.end(ranks)
 
 
 @pytest.mark.slow
@@ -113,10 +115,10 @@ def test_repeated_kills_stops_and_freezes_lose_no_row(tiny, tmp_path, sizes):
         runtime={"save_every": 5, "keep_last": 2, "timeout": TIMEOUT},
     )
     arguments, folder = write_config(config, tmp_path / "c.yaml"), RunFolder(Path(config.out))
-    trouble, step, parts = Trouble(len(sizes) * 10 + sizes[0]), 0, 0
+    disturbances, step, parts = Disturbances(len(sizes) * 10 + sizes[0]), 0, 0
     end = time.monotonic() + DURATION
-    while time.monotonic() < end or not step or len(trouble.done) < 3:
-        one_part(arguments, folder, sizes[parts % len(sizes)], trouble, step)
+    while time.monotonic() < end or not step or len(disturbances.done) < 3:
+        one_part(arguments, folder, sizes[parts % len(sizes)], disturbances, step)
         step, parts = saved_step(folder, step), parts + 1
     steps = step + 3
     for out in (config.out, str(tmp_path / "undisturbed")):
@@ -126,9 +128,9 @@ def test_repeated_kills_stops_and_freezes_lose_no_row(tiny, tmp_path, sizes):
     if len(sizes) == 1:
         assert rows(folder.path) == rows(tmp_path / "undisturbed")
         disturbed, undisturbed = (
-            load_checkpoint(RunFolder(place).checkpoints.path(steps))
-            for place in (folder.path, tmp_path / "undisturbed")
+            load_checkpoint(RunFolder(run_folder).checkpoints.path(steps))
+            for run_folder in (folder.path, tmp_path / "undisturbed")
         )
         for part in ("model", "queue", "optimizer", "rank_buffers", "torch_rng"):
             torch.testing.assert_close(disturbed[part], undisturbed[part], rtol=0, atol=0, equal_nan=True)
-    print(f"{sizes} ranks: {dict(trouble.done)}, {parts} parts, {steps} steps, each row once")
+    print(f"{sizes} ranks: {dict(disturbances.done)}, {parts} parts, {steps} steps, each row once")

@@ -1,4 +1,4 @@
-"""Killed at any moment, the run goes on bit-exactly: through the command line, with DALI and mixing on."""
+"""A run that is killed at any moment resumes bit-exactly: through the command line, with DALI and mixing."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def kill_and_compare(command, tmp_path, preludes):
 
 
 def points(count, seed=0):
-    """(step to die in, counted from where the run goes on; the part of it)."""
+    """(step to die in, counted from the resumed step; part of the step)."""
     generator = keyed_generator(seed, "kill points")
     return [(int(generator.integers(1, 4)), PARTS[generator.integers(len(PARTS))]) for _ in range(count)]
 

@@ -1,4 +1,4 @@
-"""How many operators the host issues in a step, and that none of them waits for the device."""
+"""The number of operators that the host launches per step, none of which waits for the device."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_adamw_with_a_rate_per_layer_is_one_operator_per_group():
 
 @pytest.mark.parametrize("changes", [{}, {"method": {"mix": "mixup", "mix_per": "pair"}}], ids=["default", "pairs"])
 def test_nothing_is_copied_to_the_host(tiny, monkeypatch, changes):
-    """On a device without memory, ``meta``, every copy to the host raises, whoever asks for it."""
+    """On the ``meta`` device, which has no memory, every copy to the host raises."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # meta has none, and may not be asked
     device = torch.device("meta")
     config = tiny(**changes)

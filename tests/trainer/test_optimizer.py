@@ -1,4 +1,4 @@
-"""The optimizers on a CPU are torch's SGD and AdamW, without copies of channels_last weights; which parameters go together."""
+"""The optimizers on a CPU equal torch's SGD and AdamW without copying channels_last weights; parameter groups."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def gradients(model):
 
 
 def assert_same_steps(ours, theirs):
-    """Five steps of two (model, optimizer) on the same gradients leave the same weights, in the same layout."""
+    """Five steps of two (model, optimizer) on equal gradients give equal weights in the same layout."""
     for seed in range(5):
         for model, its in (ours, theirs):
             torch.manual_seed(seed)
@@ -126,7 +126,7 @@ def test_adamw_makes_no_copies_and_skips_overflowed_steps():
 
 
 def layered(**options):
-    """Groups of the demo's network: (rate's factor, decay or None for the optimizer's) of each parameter by name."""
+    """Parameter groups of the demo's network: {name: (factor of the rate, decay or None for the optimizer's)}."""
     encoder = Encoder(build_backbone("resnet_tiny", "small"), 4)
     groups = parameter_groups(encoder, OptimConfig(**options))
     names = {id(parameter): name for name, parameter in encoder.named_parameters()}
@@ -165,7 +165,7 @@ def test_lars_without_timm_says_what_to_install(monkeypatch):
 
 @pytest.mark.peers
 def test_lars_equals_the_papers_update():
-    """You et al. 2017, Algorithm 1, with the rate per tensor where weights decay alone."""
+    """You et al. 2017, Algorithm 1, with a rate per tensor only for tensors with weight decay."""
     pytest.importorskip("timm.optim")
     encoder = Encoder(build_backbone("resnet_tiny", "small"), 4)
     config = OptimConfig(optimizer="lars", lr=0.5, momentum=0.0, weight_decay=0.01)

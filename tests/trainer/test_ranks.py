@@ -1,4 +1,4 @@
-"""Several processes of one run: the same losses, queues and weights as one; deaths are noticed; any number goes on."""
+"""Several processes of one run: results equal those of one, lost processes are detected, any number resumes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def state_of(folder):
 
 
 def assert_as_one(tiny, tmp_path, world_size, **changes):
-    """A run of several processes equals that of one, to rounding."""
+    """A run of several processes equals that of one, up to rounding."""
     # Statistics over four images amplify rounding from step to step; a low rate keeps it rounding.
     base = {"model": {"bn": "split", "bn_group": 4}, "optim": {"epochs": 1, "lr": 0.005}, **changes}
     one = train(tiny(out=str(tmp_path / "one"), **base)).run_dir
@@ -70,7 +70,7 @@ def views(rank, local):
 
 
 def two_steps(rank, world_size, port, configs, path):
-    """One rank of two steps on given views, for each configuration: what it ends with, and which buckets it reduced."""
+    """Two steps of one rank on given views, for each configuration: its final tensors and the buckets that it reduced."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     ranks = start_ranks("cpu", 60)

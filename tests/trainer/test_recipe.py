@@ -1,4 +1,4 @@
-"""The recipe chooses what is left open, for the images and the machine, and leaves alone what is given."""
+"""The recipe chooses open options for the images and the machine, and keeps given ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def value(config, option):
 
 
 def test_the_measured_settings_are_chosen():
-    """900 photographs and 500 of the source: the settings of the table in docs/recipes.md."""
+    """The settings of the table in docs/recipes.md for 900 target and 500 source images."""
     config, _ = settled(images(900, 500))
     assert (config.data.batch_size, config.method.queue_size, config.model.bn) == (64, 1024, "plain")
     assert (config.optim.epochs, config.optim.lr, config.method.key_momentum) == (20, 0.03, 0.99)

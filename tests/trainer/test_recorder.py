@@ -1,4 +1,4 @@
-"""What a run tells: rows, TensorBoard, Weights & Biases, the bar; and what is said when a writer is missing."""
+"""The records of a run: rows, TensorBoard, Weights & Biases, the progress bar; missing packages are named."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def recorder(folder, resumed_step=0, total_steps=100, **runtime):
 
 
 def without(monkeypatch, name):
-    """As if this package were not installed."""
+    """Make a package look uninstalled."""
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda asked, *more: None if asked == name else real(asked, *more))
 

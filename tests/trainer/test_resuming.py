@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:method.queue_size")
 
 
 def assert_parts_equal(whole, stops, tiny, tmp_path, changes):
-    """A run that is stopped after each of ``stops`` steps and goes on ends as the uninterrupted one."""
+    """A run that is stopped after each of ``stops`` steps and resumed ends like the uninterrupted one."""
     for stop in (*stops, None):
         result = train(tiny(out=str(tmp_path / "parts"), resume="auto", max_steps=stop, **changes))
     assert result.finished

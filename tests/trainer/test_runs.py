@@ -75,7 +75,7 @@ def test_without_a_terminal_progress_is_plain_lines(tiny, capsys):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_gpu_run_synchronizes_only_when_it_writes(tiny, monkeypatch, precision):
-    """The loop between two rows of metrics, the loader's hand-over and the learning rate included."""
+    """The loop between two rows of metrics, including the loader's batches and the learning rate."""
     pytest.importorskip("nvidia.dali")
     real, calls = run_module.train_step, []
 

@@ -1,4 +1,4 @@
-"""The example job: one process per GPU, back into the queue on the status of preemption and on no other."""
+"""The example job: one process per GPU; only the status of a preemption requeues it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROGRAMS = {
 
 @pytest.fixture
 def job(tmp_path):
-    """Runs the job with stand-ins for Slurm's programs: (exit status, lines that they logged)."""
+    """Run the job with stand-ins for Slurm's programs; returns (exit status, lines that they logged)."""
     for name, body in PROGRAMS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -49,8 +49,15 @@ def test_only_a_preempted_run_is_requeued(job, status):
     assert code == status
     assert ("scontrol requeue 123" in lines) == (status == EXIT_PREEMPTED)
     assert "fastuft finetune --resume auto --init moco v2.pth --target photos --source imagenet --out runs/one" in lines
-    place = {"RANK=3", "LOCAL_RANK=1", "WORLD_SIZE=8", "LOCAL_WORLD_SIZE=4", "MASTER_ADDR=node7", "MASTER_PORT=20123"}
-    assert place <= set(lines)
+    variables = {
+        "RANK=3",
+        "LOCAL_RANK=1",
+        "WORLD_SIZE=8",
+        "LOCAL_WORLD_SIZE=4",
+        "MASTER_ADDR=node7",
+        "MASTER_PORT=20123",
+    }
+    assert variables <= set(lines)
 
 
 def test_a_stopped_run_is_requeued_whatever_status_the_launcher_returns(job, tmp_path):

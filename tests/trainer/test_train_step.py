@@ -1,4 +1,4 @@
-"""One step: against the paper's formulas written out, and without a look at the device's numbers."""
+"""One step: compared with the paper's formulas, and without reading values from the device."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from fastuft.trainer.step import RECORD, train_step
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def a_batch(images=16, device="cpu", dtype=torch.float32, epoch=2, place=3):
+def a_batch(images=16, device="cpu", dtype=torch.float32, epoch=2, step=3):
     generator = torch.Generator().manual_seed(5)
     views = [torch.randn(images, 3, 32, 32, generator=generator) for _ in range(2)]
     query, key = (v.to(device, dtype).contiguous(memory_format=torch.channels_last) for v in views)
-    return Batch(query, key, torch.arange(images), torch.zeros(images, dtype=torch.bool), epoch, place)
+    return Batch(query, key, torch.arange(images), torch.zeros(images, dtype=torch.bool), epoch, step)
 
 
 def run_step(config, batch, ranks=ALONE):
@@ -184,7 +184,7 @@ def test_no_code_of_a_step_reads_a_tensor_value(part):
 
 
 def as_fakes(made, config):
-    """The learner on tensors that have a shape and no values; call it in a FakeTensorMode."""
+    """The learner on tensors with shapes but without values; call it in a FakeTensorMode."""
     for module in (*made.moco.modules(), made.queue):
         for tensors in (module._parameters, module._buffers):
             for name, value in tensors.items():
@@ -210,7 +210,7 @@ def as_fakes(made, config):
     ids=["default", "pairs-clipped", "plain", "adamw"],
 )
 def test_a_step_runs_on_fake_tensors(tiny, changes, precision):
-    """On tensors without values ``.item()`` and its kin raise, wherever they are called from, torch's own code included."""
+    """On tensors without values, ``.item()`` and similar calls raise, also inside torch's own code."""
     config = tiny(runtime={"precision": precision}, **changes)
     made, _ = build_learner(config, ALONE)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -249,7 +249,7 @@ def test_activations_weights_and_momentum_stay_channels_last(tiny, bn):
 
 @pytest.mark.parametrize("bn", ["plain", "split"])
 def test_recomputed_activations_give_the_same_step(tiny, bn):
-    """Loss, weights and BatchNorm's statistics, and less is kept: each block's input alone."""
+    """Loss, weights and BatchNorm statistics are equal, and only the input of each block is stored."""
     kept, made, records = {}, {}, {}
     for recompute in (False, True):
         learner, _ = build_learner(tiny(model={"bn": bn}, runtime={"checkpoint_activations": recompute}), ALONE)

@@ -48,9 +48,9 @@ def test_watching_constant_features_omits_undefined_figures(tiny, folders):
 )
 def test_images_that_cannot_be_watched_are_refused_first(tiny, folders, tmp_path, watch, reason):
     shutil.copytree(Path(folders[0]) / "class0", tmp_path / "class0" / "one")
-    places = {name: str(tmp_path / place) if place else folders[0] for name, place in watch.items()}
+    watched = {name: str(tmp_path / below) if below else folders[0] for name, below in watch.items()}
     with pytest.raises(ValueError, match=reason):
-        train(tiny(watch={**places, "every_epochs": 1}))
+        train(tiny(watch={**watched, "every_epochs": 1}))
     assert not (tmp_path / "run").exists()
 
 
