@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastuft.api.process import unchanged_process
 from fastuft.api.run import Run
-from fastuft.api.state import process_state_kept
 from fastuft.cli import configured
 from fastuft.config import EmbedConfig, EvalConfig, TrainConfig
 from fastuft.console import shown_parts, shown_progress
@@ -61,7 +61,7 @@ def finetune(
     config: TrainConfig = configured(
         "finetune", {"target": target, "init": init, "source": source, "out": out, **options}
     )
-    with process_state_kept():
+    with unchanged_process():
         result = train(config, Callbacks(on_step, on_epoch))
     return Run(
         result.run_dir, result.steps, result.finished, result.interrupted, result.metrics, bad_files=result.bad_files
@@ -90,7 +90,7 @@ def evaluate(
 
     given = {"checkpoint": checkpoint, "train": train, "test": test, "out": out, **options}
     config: EvalConfig = configured("eval", given)
-    with process_state_kept(), shown_parts() as show:
+    with unchanged_process(), shown_parts() as show:
         return evaluate_checkpoint(config, show).evaluation
 
 

@@ -123,7 +123,7 @@ COMMANDS = {
     "reproduce": Command(
         ReproduceConfig,
         actions.run_reproduce,
-        "rerun the paper's tables and set the figures beside the paper's",
+        "rerun the paper's tables and compare the figures with the paper's",
         "fastuft reproduce --data datasets/ --weights.unsupervised_resnet50 moco_v2_800ep.pth.tar --tables 1,2,5,6",
         {},
         first=(

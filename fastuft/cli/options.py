@@ -67,7 +67,7 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Show runs side by side on one page, or reproduced figures beside the paper's.
+    """Show runs side by side on one page, or reproduced figures with the paper's.
 
     Args:
         runs: run or evaluation folders, as FOLDER or NAME=FOLDER, of which equal names are seeds of one arm; or the

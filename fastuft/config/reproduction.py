@@ -32,12 +32,12 @@ class WeightsConfig:
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """Rerun the paper's tables (Li et al. 2021) and set the figures beside the paper's.
+    """Rerun the paper's tables (Li et al. 2021) and compare the figures with the paper's.
 
     Args:
         out: folder for runs, evaluations and tables; finished parts are kept.
         tables: the tables to make; text is the forgetting of the source.
-        figure: the paper's figures to plot.
+        figure: numbers of the paper's plots to draw (1: Figure 1).
         datasets: the target data sets.
         data: folder with the data sets as published; the tiny scale makes its own.
         source: source images, in class folders or .tar shards; by default DATA/imagenet/train.

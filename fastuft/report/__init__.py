@@ -1,7 +1,7 @@
 """Pages and tables made from run files; nothing here trains, evaluates or needs torch.
 
 :func:`write_report` turns run folders into one self-contained HTML page, :func:`table` into text, Markdown or CSV.
-:func:`write_comparison` sets reproduced figures beside the paper's. Run files have fractions; pages show per cent.
+:func:`write_comparison` compares reproduced figures with the paper's. Run files have fractions; pages show per cent.
 """
 
 from fastuft.report.files import RunFiles, load_run

@@ -91,7 +91,7 @@ def _shallow(key: str, value: Any, complaints: list[str]) -> bool:
 
 
 def _figures(name: str, value: Any, depth: int, complaints: list[str]) -> Any:
-    """A figure or a group of figures, nested at most ``depth`` deep; None in place of anything else."""
+    """A figure or a group of figures, nested at most ``depth`` deep; None for anything else."""
     if value is None or is_number(value):
         return value
     if isinstance(value, dict) and "mean" not in value and depth > 0:

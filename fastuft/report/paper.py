@@ -1,4 +1,4 @@
-"""Reproduced figures beside those of the paper (Li et al. 2021, Tables 1-6 and the text)."""
+"""Reproduced figures compared with those of the paper (Li et al. 2021, Tables 1-6 and the text)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _order(key: Key, positions: dict[Key, int]) -> tuple[Any, ...]:
 
 
 def compare_with_paper(rows: Iterable[dict[str, Any]], *, missing: bool = True) -> list[Comparison]:
-    """Mean and spread over trials of every cell, beside the paper's figure, in the paper's order.
+    """Mean and spread over trials of every cell, with the paper's figure, in the paper's order.
 
     Args:
         rows: rows of results.jsonl.

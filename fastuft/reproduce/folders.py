@@ -5,7 +5,7 @@ runs/<backbone>/eval-<data set>/   its evaluation
 datasets/, source/, features/      class folders of the data sets, the drawn source share, cached features
 data/                              the data sets as published, if a scale makes its own
 locks/                             which process works on which part
-results.jsonl, comparison.*        the figure of every trial, and the tables beside the paper's
+results.jsonl, comparison.*        the figures of all trials, and the tables with the paper's figures
 figure1.html                       the maps of Figure 1
 """
 
@@ -51,17 +51,17 @@ class GridFolders:
 
     @property
     def results(self) -> Path:
-        """Every trial's figure."""
+        """The figures of all trials."""
         return self.out / "results.jsonl"
 
     @property
     def comparison(self) -> Path:
-        """The tables beside the paper's, as text."""
+        """The tables with the paper's figures, as text."""
         return self.out / "comparison.txt"
 
     @property
-    def figure(self) -> Path:
-        """The maps of Figure 1."""
+    def figure_1(self) -> Path:
+        """The page with the maps of Figure 1."""
         return self.out / "figure1.html"
 
     def source(self, share: str) -> Path:
@@ -82,7 +82,7 @@ class GridFolders:
         repeat = f"-seed{measurement.seed}" if measurement.seed != measurement.backbone.seed else ""
         return self.run(measurement.backbone) / f"eval-{measurement.dataset}{repeat}"
 
-    def figures(self, measurement: Measurement) -> Path:
+    def evaluation_file(self, measurement: Measurement) -> Path:
         """The figures of one evaluation."""
         return RunFolder(self.evaluation(measurement)).evaluation_file
 
@@ -106,7 +106,7 @@ class GridFolders:
 
     def evaluated(self, measurement: Measurement) -> bool:
         """Whether an evaluation exists."""
-        return self.figures(measurement).exists()
+        return self.evaluation_file(measurement).exists()
 
 
 def read_json(path: Path) -> dict[str, Any]:

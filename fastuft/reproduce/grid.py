@@ -112,17 +112,15 @@ def _metric(key: Key) -> tuple[str, int]:
     return found[1], int(found[2] or 0)
 
 
-def measurements(
-    cells: Iterable[Key], figures: Iterable[int], datasets: Iterable[str], seeds: int
-) -> list[Measurement]:
-    """Every evaluation that cells and figures need, once each, with everything it must measure."""
+def measurements(cells: Iterable[Key], plots: Iterable[int], datasets: Iterable[str], seeds: int) -> list[Measurement]:
+    """Every evaluation that cells and plots need, once each, with everything that it must measure."""
     wanted: dict[tuple[Backbone, str, int], list[Key]] = {}
     mapped: set[Backbone] = set()
     for seed in range(seeds):
         for key in cells:
             measured = (_backbone(key, seed), _training_of(key)[1], seed)
             wanted.setdefault(measured, []).append(key)
-    if 1 in figures and FIGURE_1_TARGET in datasets:
+    if 1 in plots and FIGURE_1_TARGET in datasets:
         for method in FIGURE_1.values():
             backbone = figure_backbone(method)
             mapped.add(backbone)

@@ -60,7 +60,7 @@ def measure(
     )
     backbone = measurement.backbone
     loaded = load_backbone(wanted.checkpoint, scale.archs[backbone.pretraining, backbone.network], scale.stem)
-    before = read_json(folders.figures(measurement))
+    before = read_json(folders.evaluation_file(measurement))
     if before.get("backbone", {}).get("hash") == weights_hash(loaded):
         wanted = _grown(wanted, before["config"])
         if plain(wanted) == before["config"]:

@@ -37,7 +37,7 @@ class Plan:
 
 
 def make_plan(config: ReproduceConfig) -> Plan:
-    """The parts needed by the chosen tables, figures and data sets.
+    """The parts needed by the chosen tables, plots and data sets.
 
     Raises:
         ValueError: the choices have no cell in common.

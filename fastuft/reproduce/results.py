@@ -1,4 +1,4 @@
-"""The figures of all trials, the tables beside the paper's, and Figure 1, from the existing evaluations."""
+"""The figures of all trials, the tables that compare them with the paper's, and Figure 1, from existing evaluations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_results(plan: Plan, config: ReproduceConfig, scale: Scale, folders: Gr
 
     Args:
         plan: the cells.
-        config: tables, seeds and figures.
+        config: tables, seeds and plots.
         scale: whether figures are comparable with the paper's.
         folders: the output folder.
     """
@@ -48,7 +48,7 @@ def _rows(plan: Plan, config: ReproduceConfig, folders: GridFolders) -> list[dic
         dataset = ""
         for seed in range(config.seeds):
             backbone, dataset = grid.cell_backbone(key, seed)
-            file = folders.figures(Measurement(backbone, dataset, seed))
+            file = folders.evaluation_file(Measurement(backbone, dataset, seed))
             if file.exists():
                 measured[seed] = (read_json(file), str(folders.run(backbone)))
         rows += grid.result_rows(key, measured, LAYOUTS[dataset].metric)
@@ -63,4 +63,4 @@ def _write_figure(folders: GridFolders, notes: list[str]) -> None:
         if (evaluation / "eval_arrays.npz").exists():
             runs.append(load_run(title, [evaluation, folders.run(backbone)]))
     if runs:
-        write_report(folders.figure, runs, title="Figure 1: t-SNE of the target's features", notes=notes)
+        write_report(folders.figure_1, runs, title="Figure 1: t-SNE of the target's features", notes=notes)

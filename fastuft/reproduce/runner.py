@@ -44,7 +44,7 @@ def reproduce(config: ReproduceConfig, scale: Scale | None = None) -> int:
     if config.stage in ("all", "tables") and config.tasks == 1 and folders.comparison.exists():
         say(folders.comparison.read_text(encoding="utf-8"))
         say(f"page:   {folders.comparison.with_suffix('.html')}")
-        say(f"figure: {folders.figure}")
+        say(f"figure: {folders.figure_1}")
     say(f"time:   {time.perf_counter() - began:.0f} s")
     return failed
 

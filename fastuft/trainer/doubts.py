@@ -14,7 +14,7 @@ def doubts_about(manifest: Manifest) -> list[str]:
     target, lines = manifest.paths[: manifest.num_target], []
     if len(target) < _FEW:
         lines.append(
-            f"{len(target)} target images are few: expect less of them, and other figures from another seed. Images of the "
+            f"{len(target)} target images are few: expect small gains and large differences between seeds. Images of the "
             "same kind without labels would help most."
         )
     found = find_duplicates(target, seconds=_SECONDS)

@@ -1,4 +1,4 @@
-"""Restores what a training changes in its process."""
+"""Keeps the settings of the calling process unchanged by a training."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 
 @contextmanager
-def process_state_kept() -> Iterator[None]:
-    """Restore torch's random numbers and its switches for determinism afterwards."""
+def unchanged_process() -> Iterator[None]:
+    """Restore torch's random state and its switches for determinism at the end."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
