@@ -371,7 +371,7 @@ def measure(
         "device": device_name(target_device),
         "baseline": baseline,
         "limit": limit,
-        "clock": "cuda events" if place.type == "cuda" else cpu_clock(wall).__name__,
+        "clock": "cuda events" if target_device.type == "cuda" else cpu_clock(wall).__name__,
         "quantiles_seconds": {str(q): quantile(times, q) for q in (0.2, 0.5, 0.8)},
         "bytes": bytes_moved,
         "flops": flops,
