@@ -12,7 +12,7 @@ from fastuft.names import printable
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print lines immediately. If nobody reads any more (a closed pipe, a terminal that is gone), output is dropped;
+    """Print lines immediately. If nobody reads them (a closed pipe, a terminal that is gone), output is dropped;
     characters that the output's encoding lacks, or that would move a terminal's cursor, are escaped.
 
     Args:
@@ -74,7 +74,7 @@ def shown_progress(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def shown_parts() -> Iterator[Callable[[str, int, int], None]]:
-    """A function of (part, done, in all), whose calls move a bar; each part of a job has a bar of its own."""
+    """A function of (part, done, total) whose calls move a bar; each part of a job has its own bar."""
     bars: dict[str, Any] = {}
 
     def show(part: str, done: int, total: int) -> None:

@@ -4,7 +4,7 @@ Steps (3) to (7) are those of ``queue_sweep``. Backward, for the upstream gradie
 
     dL/dq = (f u) dL/dh, computed in fp32 and cast last
 
-The mean of the losses is a launch of its own (torch's). In combine it would take the last program to end, which would have
+The mean of the losses is a separate launch (torch's). In combine it would take the last program to end, which would have
 to see what all others wrote: that order is not Triton's to promise, and no interpreter shows where it is broken.
 """
 
@@ -107,14 +107,14 @@ def combine_kernel(
     for start in range(first, last + 1, BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
         m_slots = slots <= last
-        place = slots * slot_rows + row % BLOCK_B
+        position = slots * slot_rows + row % BLOCK_B
         weight = m_slots.to(tl.float32)
         if not UNIT:
-            weight = tl.exp2(tl.load(m_ptr + place, m_slots, -float("inf")) - reference)  # (4)
-        total += tl.sum(weight * tl.load(l_ptr + place, m_slots, 0.0), 0)
+            weight = tl.exp2(tl.load(m_ptr + position, m_slots, -float("inf")) - reference)  # (4)
+        total += tl.sum(weight * tl.load(l_ptr + position, m_slots, 0.0), 0)
         if NEED_MU:
             m_acc = m_slots[:, None] & inside[None, :]
-            part = tl.load(acc_ptr + place[:, None] * width + columns[None, :], m_acc, 0.0)
+            part = tl.load(acc_ptr + position[:, None] * width + columns[None, :], m_acc, 0.0)
             mu += tl.sum(weight[:, None] * part, 0)
     empty = total == 0.0  # K = 0; a NaN query has a NaN total, though its maxima are -inf too
     lse = tl.where(empty, -float("inf"), (reference + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)  # (3)

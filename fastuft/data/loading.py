@@ -36,8 +36,8 @@ class Loading:
         prefetch: batches prepared ahead.
         hw_decoder_load: share of JPEGs for a GPU's hardware decoder.
         max_megapixels: largest image that is decoded.
-        on_bad_file: error names the file and stops; skip goes on without it: training streams put a good one in its
-            place, evaluation leaves it out.
+        on_bad_file: error names the file and stops; with skip, training streams replace it with a good file, and
+            evaluation omits it.
         read_timeout: seconds that reading one file may take; one that takes longer is bad.
         readers: threads that read files ahead of the decoder; 0 starts with 16, or 64 if images come over a
             network, and adds more while latency and rate require it.

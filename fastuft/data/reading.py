@@ -18,10 +18,10 @@ from fastuft.data.images import Located, is_remote
 
 READERS = 16  # threads that read files; on network storage they mostly wait
 REMOTE_READERS = 64  # concurrent requests at the start; at 50 ms each, 1,280 images per second
-MOST_READERS = 256  # that many are started when the latency and the rate ask for them
+MOST_READERS = 256  # upper limit of the threads that latency and rate require
 READ_TIMEOUT = 60.0  # seconds that reading one file may take
 LARGEST = 1 << 30  # bytes of an encoded image
-_SMOOTHING = 0.02  # share of the newest reading in the mean latency
+_SMOOTHING = 0.02  # weight of the newest read in the mean latency
 _PATIENCE = 0.05  # seconds between attempts to open a file while the process has too many open
 
 Item = TypeVar("Item")
@@ -36,7 +36,7 @@ def readers_for(paths: Sequence[str]) -> int:
 def read_bytes(path: str) -> bytes:
     """The content of a regular file, or of an image in a shard.
 
-    Only regular files are opened, because a pipe or a device may block for ever.
+    Only regular files are opened, because a pipe or a device may block forever.
 
     Raises:
         BadImageError: missing, unreadable, empty, larger than a gigabyte, or not a regular file.

@@ -55,7 +55,7 @@ def evaluate_backbone(
         backbone: the network; it is not changed.
         config: folders and settings; ``checkpoint``, ``before`` and ``out`` are recorded, not used.
         before: the backbone to compare with, usually the initialization.
-        progress: is told the part in words, how much of it is done, and of how much.
+        progress: called with (name of the part, units done, total units).
 
     Raises:
         ValueError: test images of a class without training images, unreadable images, or features that are not finite.

@@ -144,7 +144,7 @@ def fewshot(
         trials: draws per K.
         seed: seed of draws, initialization, order and crops.
         classes: class names by label, for messages.
-        progress: is told how many runs are done, and of how many.
+        progress: called with (runs done, total runs).
 
     Raises:
         ValueError: no shots, a class with fewer than K images, only one class, or a test class that is not in training.

@@ -65,10 +65,10 @@ class Folders:
 
 
 def read_images(folder: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Images:
-    """The images of ``folder``: labeled when all of them lie in sub-folders, or shards say their classes.
+    """The images of ``folder``: labeled if all of them are in sub-folders, or their shards have classes.
 
     Raises:
-        ValueError: no images, or a sub-folder without images.
+        ValueError: there are no images, or a sub-folder has none.
     """
     root = os.path.abspath(os.path.expanduser(folder))
     paths = list_images(folder, suffixes)

@@ -160,7 +160,7 @@ def fixmatch(
         seed: seed of draws, initialization, order and views.
         classes: class names by label, for messages.
         loader: dali, torch or auto.
-        progress: is told how many epochs are done, and of how many.
+        progress: called with (epochs done, total epochs).
 
     Raises:
         ValueError: no shots, a class with fewer than K images, only one class, or a test class that is not in training.

@@ -12,7 +12,7 @@ from fastuft.atomic import write_whole
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a regular file; a pipe or device in its place is not waited for.
+    """The content of a regular file; a pipe or device is refused instead of blocking.
 
     Raises:
         OSError: missing, unreadable, or of another kind.

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-_KEY = "fastuft_digest"  # of the metadata
-_BLANK = "0" * 64  # stands in the digest's place while it is computed
+_KEY = "fastuft_digest"  # in the metadata
+_BLANK = "0" * 64  # placeholder while the digest is computed
 _PART = 1 << 24  # bytes read at once
 
 UNSEALED = {_KEY: _BLANK}
@@ -17,15 +17,15 @@ UNSEALED = {_KEY: _BLANK}
 
 
 def seal(content: bytes) -> bytes:
-    """The bytes of a safetensors file, serialized with ``UNSEALED`` in its metadata, with their digest in its place.
+    """Replace the placeholder ``UNSEALED`` in the metadata of a serialized safetensors file with the digest of its bytes.
 
     Raises:
-        ValueError: no place for it.
+        ValueError: there is no placeholder.
     """
     end = 8 + int.from_bytes(content[:8], "little")
     head, found, rest = content[:end].partition(_BLANK.encode())
     if not found:
-        raise ValueError("the file has no place for its digest; serialize it with UNSEALED in its metadata")
+        raise ValueError("the file has no placeholder for its digest; serialize it with UNSEALED in its metadata")
     return b"".join((head, hashlib.sha256(content).hexdigest().encode(), rest, content[end:]))
 
 

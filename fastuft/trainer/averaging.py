@@ -1,4 +1,4 @@
-"""The average of trained weights with those of the start, which a run exports in their place."""
+"""The average of the trained weights with those of the start, which a run exports."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastuft.trainer.distributed import Ranks
 
 @dataclass(frozen=True)
 class StartAverage:
-    """Averages weights with the start's, as WiSE-FT does (Wortsman et al., CVPR 2022).
+    """Averages the trained weights with those of the start, as in WiSE-FT (Wortsman et al., CVPR 2022).
 
-    Training goes on from the weights as they are: only what is looked at, watched and exported is averaged.
+    Looks, evaluations and exports use the average; training continues from the weights themselves.
 
     Args:
-        share: the start's share of the average, in [0, 1]; 0 leaves the weights as they are.
-        start: the start's tensors by their names in the backbone; not used if the share is 0.
+        share: share of the start in the average, in [0, 1]; 0 turns averaging off.
+        start: tensors of the start by their names in the backbone; unused if the share is 0.
     """
 
     share: float
@@ -31,9 +31,9 @@ class StartAverage:
 
     @torch.no_grad()
     def of(self, backbone: Backbone) -> Backbone:
-        """The averaged backbone, a copy; the backbone itself if the share is 0.
+        """An averaged copy of the backbone, or the backbone itself if the share is 0.
 
-        Weights and running statistics are averaged; counters are the trained network's.
+        Weights and running statistics are averaged; counters come from the trained network.
         """
         if not self.share:
             return backbone
@@ -47,14 +47,14 @@ class StartAverage:
 def average_with_start(
     config: TrainConfig, folder: RunFolder, backbone: Backbone, ranks: Ranks, *, resumed: bool
 ) -> StartAverage:
-    """The average that ``config`` asks for; a new run saves its start if that, or the verdict, will need it.
+    """The average that ``config`` asks for. A new run saves its start if the average or the verdict will need it.
 
     Args:
         config: the run.
-        folder: its folder, which has the start if the run was resumed.
+        folder: its folder, which has the start of a resumed run.
         backbone: the backbone of a new run, before its first step.
         ranks: the processes.
-        resumed: whether the run is a resumed one.
+        resumed: whether the run was resumed.
 
     Raises:
         ValueError: the start of a resumed run is missing or damaged.

@@ -50,14 +50,17 @@ class Choice:
 
 
 def with_saved(config: TrainConfig, state: Mapping[str, Any] | None, ranks: Ranks) -> tuple[TrainConfig, list[Choice]]:
-    """What is left open as the checkpoint of a resumed run has it, and those choices: another machine chooses nothing anew.
+    """Fill open options with the values saved in a checkpoint, so that a resumed run keeps its choices on any machine.
 
-    BatchNorm's mode follows from the number of processes: another number leaves it open.
+    The BatchNorm mode depends on the number of processes and stays open if that number has changed.
 
     Args:
-        config: as it was given.
-        state: the checkpoint's, or None for a run that begins.
+        config: the configuration as given.
+        state: state of the checkpoint, or None for a new run.
         ranks: the processes.
+
+    Returns:
+        (the configuration, the choices that were restored).
     """
     if state is None:
         return config, []
@@ -225,8 +228,8 @@ class _Chooser:
 
     def _start_share(self) -> tuple[float, str]:
         if self.config.init is None:
-            return 0.0, "there is no start"
-        return _START_SHARE, "a fifth of the exported weights is the start's, which keeps more of what it knew"
+            return 0.0, "there is no initialization to average with"
+        return _START_SHARE, "the exported weights include a fifth of the start, which keeps more of what it knew"
 
     def _select(self) -> tuple[str, str]:
         if not self.config.verdict.looks:

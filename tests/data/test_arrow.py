@@ -168,7 +168,7 @@ def damaged_offsets(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda b: b[:-8], r"ends at byte \d+ without the mark of its end, so that rows may be missing"),
+        (lambda b: b[:-8], r"ends at byte \d+ without the end mark, so rows may be missing"),
         (lambda b: b[: len(b) // 2], r"is cut off within a record batch: it ends at byte \d+ of \d+"),
         (lambda b: b[:100], r"is cut off within a header: it ends at byte 100 of \d+"),
         (lambda b: b"", "ends at byte 0 without the mark"),
@@ -204,7 +204,7 @@ def test_any_flipped_byte_of_a_header_is_refused_or_harmless(tmp_path):
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])
 def test_compressed_batches_are_refused(tmp_path, compression):
     out = write(tmp_path / "x.arrow", table_of([b"1" * 900] * 9, [0] * 9, ["a"]), compression=compression)
-    with pytest.raises(ValueError, match=r"x.arrow is compressed, so that its images cannot be read alone"):
+    with pytest.raises(ValueError, match=r"x.arrow is compressed, so its images cannot be read individually"):
         list_images(str(out))
 
 
@@ -218,7 +218,7 @@ def test_paths_without_bytes_are_refused(tmp_path):
         }
     )
     with pytest.raises(
-        ValueError, match=r"x.arrow has paths of images and no bytes; save the data set by save_to_disk"
+        ValueError, match=r"x.arrow has paths of images and no bytes; save the data set with save_to_disk"
     ):
         list_images(str(write(tmp_path / "x.arrow", table)))
     table = pa.table({"a": pa.array([b"x"]), "b": pa.array([b"y"])})

@@ -41,7 +41,7 @@ def test_the_cache_of_a_data_set_with_bytes_is_read_and_one_with_paths_is_refuse
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     data_set, cache = loaded
-    with pytest.raises(ValueError, match=r"has paths of images and no bytes; save the data set by save_to_disk"):
+    with pytest.raises(ValueError, match=r"has paths of images and no bytes; save the data set with save_to_disk"):
         list_images(str(cache))  # a data set of local files is kept as their paths
     (tmp_path / "hub").mkdir()
     data_set.save_to_disk(str(tmp_path / "saved"))

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from run_rows import rows
+from run_results import rows
 
 from fastuft.model import load_backbone
 from fastuft.runfolder import RunFolder

@@ -1,8 +1,8 @@
-"""Images in Arrow files, as ``save_to_disk`` of the ``datasets`` library writes them: found without reading them.
+"""Images in Arrow files, as written by ``save_to_disk`` of the ``datasets`` library, located without reading them.
 
 An Arrow stream is a sequence of messages, each a header and a body (Arrow columnar format, "Encapsulated message format").
-Record batches keep the bytes of their images one after the other in the body, uncompressed, so that an image is a range of
-the file. To find the ranges, only headers, the columns' offsets and the labels are read.
+The body of a record batch contains the bytes of its images one after the other, uncompressed, so an image is a range of the
+file. To find the ranges, only headers, column offsets and labels are read.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from fastuft.data.sources.columns import class_texts, features_of, image_column,
 from fastuft.data.sources.shards import Shards
 from fastuft.data.sources.tar_index import DamagedShardError, ShardIndex, Texts, Window
 
-_FILE_MARK = b"ARROW1\0\0"  # what precedes the stream in a file of the random access format
+_FILE_MARK = b"ARROW1\0\0"  # precedes the stream in a file of the random access format
 _CONTINUES = 0xFFFFFFFF
 _PREFIX = struct.Struct("<II")  # mark, bytes of the header
-_NEAR, _FAR = 1 << 12, 1 << 18  # bytes that one read of a local and of a remote file takes
-_COMPRESSED = "is compressed, so that its images cannot be read alone; save it without compression"
-_BODY_LENGTH = 3  # field of the header's table Message
+_NEAR, _FAR = 1 << 12, 1 << 18  # bytes per read of a local and of a remote file
+_COMPRESSED = "is compressed, so its images cannot be read individually; save it without compression"
+_BODY_LENGTH = 3  # index of the field in the header's table Message
 
 
 class ArrowTables(Shards):
-    """The rows of Arrow files, in their order.
+    """The rows of Arrow files, in order.
 
     Args:
         shards: the files, in order.
-        indexes: of each, by :meth:`walk`.
+        indexes: the index of each file, from :meth:`walk`.
     """
 
     @staticmethod
     def walk(shard: Blob, suffixes: tuple[str, ...]) -> ShardIndex:
-        """Where the image of each row lies; rows without bytes have length 0.
+        """Locate the image of each row; rows without bytes have length 0.
 
         Raises:
-            BlobError: the file is damaged, cut off or compressed, or holds no one column of image bytes.
+            BlobError: the file is damaged, truncated or compressed, or does not have exactly one column of image bytes.
             ValueError: pyarrow is missing.
         """
         try:
@@ -49,7 +49,7 @@ class ArrowTables(Shards):
         try:
             return _walk(shard)
         except (pa.ArrowException, struct.error, OSError) as error:
-            if "ecompress" in str(error):  # the zeros that stand for a body are not what a decompressor expects
+            if "ecompress" in str(error):  # the body is replaced with zeros, which do not decompress
                 raise BlobError(_COMPRESSED) from error
             raise DamagedShardError(f"is not a whole Arrow file ({str(error).splitlines()[0]})") from error
 
@@ -104,16 +104,18 @@ def _walk(shard: Blob) -> ShardIndex:
         (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else (np.zeros(0, int),) * 2
     )
     if len(lengths) and not lengths.any():
-        raise BlobError("has paths of images and no bytes; save the data set by save_to_disk, which takes them in")
+        raise BlobError(
+            "has paths of images and no bytes; save the data set with save_to_disk, which includes the bytes"
+        )
     names = Texts(np.zeros(0, np.uint8), np.zeros(len(offsets), np.int64))
     said = Texts.of([text.encode() for text in classes]) if schema is not None and label is not None else None
     return ShardIndex(offsets, lengths, names, said)
 
 
 def _message(shard: Blob, window: Window, at: int) -> tuple[np.ndarray, int] | None:
-    """(uint8 [n], bytes of it before the body): a message whose body is zeros, which take no memory; None at the end's mark."""
+    """(uint8 [n], bytes before the body) of a message whose body is zeros, which take no memory; None at the end mark."""
     if at + _PREFIX.size > shard.size:
-        raise DamagedShardError(f"ends at byte {shard.size} without the mark of its end, so that rows may be missing")
+        raise DamagedShardError(f"ends at byte {shard.size} without the end mark, so rows may be missing")
     mark, length = _PREFIX.unpack(window.read(at, _PREFIX.size))
     if mark != _CONTINUES:
         raise DamagedShardError(f"has no Arrow message at byte {at}")
@@ -137,8 +139,8 @@ def _body_length(header: bytes) -> int:
     (back,) = struct.unpack_from("<i", header, table)
     fields = table - back
     (fields_size,) = struct.unpack_from("<H", header, fields)
-    place = 4 + 2 * _BODY_LENGTH
-    (offset,) = struct.unpack_from("<H", header, fields + place) if place < fields_size else (0,)
+    slot = 4 + 2 * _BODY_LENGTH
+    (offset,) = struct.unpack_from("<H", header, fields + slot) if slot < fields_size else (0,)
     (length,) = struct.unpack_from("<q", header, table + offset) if offset else (0,)
     if length < 0:
         raise DamagedShardError(f"has a record batch of {length} bytes")
@@ -146,21 +148,21 @@ def _body_length(header: bytes) -> int:
 
 
 class _Batch:
-    """A record batch whose buffers are read when they are needed.
+    """A record batch whose buffers are read on demand.
 
     Args:
-        batch: over ``whole``.
+        batch: the batch, in the memory of ``whole``.
         window: reads the file.
-        at: where the message begins in the file.
+        at: first byte of the message in the file.
         whole: the message.
-        header: bytes of it before the body.
+        header: number of bytes before the body.
     """
 
     def __init__(self, batch: Any, window: Window, at: int, whole: np.ndarray, header: int) -> None:
         self._batch, self._window, self._at, self._whole, self._header = batch, window, at, whole, header
 
     def _start(self, buffer: Any) -> int:
-        """Where a buffer lies in the message."""
+        """First byte of a buffer in the message."""
         start = int(buffer.address) - self._whole.ctypes.data
         if not self._header <= start <= start + buffer.size <= len(self._whole):
             raise BlobError(_COMPRESSED)
@@ -180,7 +182,7 @@ class _Batch:
         return list(found.to_pylist())
 
     def ranges(self, column: str) -> tuple[Rows, Rows]:
-        """(offsets, lengths) int64 [n] in the file of a column of bytes, or of a struct's leaf."""
+        """(offsets, lengths), int64 [n] in the file, of a column of bytes or a field of a struct."""
         from pyarrow import types
 
         name, _, leaf = column.partition(".")
@@ -192,10 +194,10 @@ class _Batch:
         if count and (ends is None or ends.size < (count + 1) * kind.itemsize):
             raise BlobError(_COMPRESSED)
         self._fill([outer.buffers()[0], validity, ends])
-        places = np.frombuffer(ends, kind)[inner.offset :][: count + 1].astype(np.int64) if count else np.zeros(1, int)
-        lengths = np.diff(places)
+        bounds = np.frombuffer(ends, kind)[inner.offset :][: count + 1].astype(np.int64) if count else np.zeros(1, int)
+        lengths = np.diff(bounds)
         there = np.asarray(outer.is_valid()) & np.asarray(inner.is_valid())
-        if (lengths < 0).any() or (lengths.any() and (content is None or places[-1] > content.size)):
+        if (lengths < 0).any() or (lengths.any() and (content is None or bounds[-1] > content.size)):
             raise DamagedShardError("has a damaged column of images")
         begin = self._at + self._start(content) if content is not None and content.size else 0
-        return begin + places[:-1], np.where(there, lengths, 0)
+        return begin + bounds[:-1], np.where(there, lengths, 0)

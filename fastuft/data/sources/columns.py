@@ -1,4 +1,4 @@
-"""Which column of a table holds the images, and what its classes are called."""
+"""The columns of a table: its images and its classes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def features_of(schema: Any) -> dict[str, dict[str, Any]]:
 
 
 def image_column(schema: Any) -> str:
-    """The dotted name of the one column of images: of bytes, or of structs with ``bytes``.
+    """The dotted name of the image column, of bytes or of structs with the field ``bytes``.
 
     Raises:
-        BlobError: there is none, or there are several and none is declared to be the images.
+        BlobError: there is none, or there are several and not exactly one is declared as images.
     """
     from pyarrow import types
 
@@ -48,7 +48,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def label_column(schema: Any) -> str | None:
-    """The column of classes: ``label``, or the only one declared a class label; None without one."""
+    """The column of classes: ``label``, or the only column declared as a class label; None if there is none."""
     if "label" in schema.names:
         return "label"
     declared = [name for name, about in features_of(schema).items() if about.get("_type") == "ClassLabel"]
@@ -56,7 +56,7 @@ def label_column(schema: Any) -> str | None:
 
 
 def class_texts(values: list[Any], column: str, features: dict[str, dict[str, Any]]) -> list[str]:
-    """The classes of a column of labels: by the names that ``datasets`` stores, or as they stand."""
+    """The classes of a label column as text: the names that ``datasets`` stores, or else the values."""
     said = features.get(column, {}).get("names")
     names = said if isinstance(said, list) else []
     return [str(names[value]) if isinstance(value, int) and 0 <= value < len(names) else str(value) for value in values]

@@ -21,7 +21,7 @@ from fastuft.model import Backbone
 from fastuft.randomness import keyed_generator
 
 AFTER, BEFORE = "after", "before"
-Progress = Callable[[str, int, int], None]  # of a part in words, how much is done, and of how much
+Progress = Callable[[str, int, int], None]  # (name of the part, units done, total units)
 
 
 class Context:
@@ -32,7 +32,7 @@ class Context:
         folders: its images.
         backbones: ``after`` and, where there is something to compare with, ``before``; on ``device`` in eval mode.
         size: input side, pixels.
-        progress: is told how far the longer parts are.
+        progress: called with the progress of the longer parts.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ Rules = Sequence[tuple[str, str]]
 
 
 def joined(name: str, parts: Sequence[Tensor]) -> Tensor:
-    """A single tensor as it is; several (query, key and value) concatenated."""
+    """A single tensor unchanged; several (query, key and value) concatenated."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
