@@ -171,7 +171,7 @@ def damaged_offsets(content: bytes) -> bytes:
         (lambda b: b[:-8], r"ends at byte \d+ without the end mark, so rows may be missing"),
         (lambda b: b[: len(b) // 2], r"is cut off within a record batch: it ends at byte \d+ of \d+"),
         (lambda b: b[:100], r"is cut off within a header: it ends at byte 100 of \d+"),
-        (lambda b: b"", "ends at byte 0 without the mark"),
+        (lambda b: b"", "ends at byte 0 without the end mark"),
         (lambda b: b"not arrow" * 40, "has no Arrow message at byte 0"),
         (lambda b: b[:8] + bytes(200) + b[208:], "is not a whole Arrow file|needs one column"),
         (damaged_offsets, "has a damaged column of images"),
