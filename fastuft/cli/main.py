@@ -13,9 +13,10 @@ from typing import Any, get_type_hints
 
 from fastuft.cli.actions import EXIT_FAILED
 from fastuft.cli.commands import COMMANDS
+from fastuft.cli.complaints import UsageError, complaint
 from fastuft.cli.described import allowed_values
 from fastuft.cli.help import command_help, front_page
-from fastuft.cli.parsing import UsageError, build_parser, normalized, one_line, words
+from fastuft.cli.parsing import build_parser, normalized, words
 from fastuft.cli.presets import parse
 from fastuft.console import ensure_standard_streams, say
 from fastuft.names import printable
@@ -108,10 +109,11 @@ def configured(name: str, options: Mapping[str, Any]) -> Any:
     """
     command = COMMANDS[name]
     parser = build_parser([name])
+    arguments = [name, *words(options, command)]
     try:
-        parsed = parse(parser, [name, *words(options, command)], name)
+        parsed = parse(parser, arguments, name)
     except UsageError as error:
-        raise ValueError(one_line(error, command)) from error
+        raise ValueError(complaint(error, arguments, command)) from error
     return _instance(parser, parsed, name)
 
 
@@ -138,11 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _without_parser(arguments)
     label = "fastuft" if command is None else f"fastuft {named}"
+    given = normalized(arguments, command)
     try:
-        given = normalized(arguments, command)
         parsed = parser.parse_args(given) if command is None else parse(parser, given, named or "")
     except UsageError as error:
-        say(f"{label}: error: {one_line(error, command)}", error=True)
+        say(f"{label}: error: {complaint(error, given, command)}", error=True)
         return EXIT_BAD_INPUT
     assert named is not None and command is not None  # without a command, only help and version parse, and they exit
     try:

@@ -1,22 +1,17 @@
-"""From the words of the command line to configurations, and from the parser's errors to one clear line."""
+"""The parser of the command line, and the words that it is given."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from typing import Any, NoReturn, get_args, get_origin
 
 import fastuft
 from fastuft.cli.commands import COMMANDS, Command
-from fastuft.cli.described import allowed_values, option_texts, option_types
-
-
-class UsageError(Exception):
-    """The command line does not parse."""
+from fastuft.cli.complaints import UsageError
+from fastuft.cli.described import option_texts, option_types
 
 
 def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, Any] | None = None) -> Any:
@@ -63,52 +58,6 @@ def _add_positional(parser: Any, command: Command) -> None:
         parser.add_argument(option.name, nargs="+", help=text)
     else:
         parser.add_argument(option.name, nargs="?", default=option.default, help=text)
-
-
-def one_line(error: Exception, command: Command | None) -> str:
-    """The parser's error as one line that names the option and what is allowed."""
-    text = " ".join(str(error).split())
-    if command is None:
-        wrong = re.search(r"invalid choice: '([^']*)'", text)
-        return f"unknown command {wrong[1]!r}; choose one of {', '.join(COMMANDS)}" if wrong else text
-    types = option_types(command.config)
-    required = re.search(r"arguments are required: (.+)$", text) or re.search(r'Key "([\w.]+)" is required', text)
-    if required:
-        names = [name.strip().split(".", 1)[-1].lstrip("-") for name in required[1].split(",")]
-        missing = "; ".join(f"{name} takes {allowed_values(types.get(name, str))}" for name in names)
-        return f"missing {', '.join(names)}: {missing}. Example: {command.example}"
-    stray = re.search(r"[Uu]nrecognized arguments: (?!--)(\S+)", text)
-    if stray:
-        return (
-            f"unexpected argument {stray[1]!r}; options are given as --NAME VALUE, several values as --NAME '[A, B]'. "
-            f"Example: {command.example}"
-        )
-    bare = re.search(r"argument --([\w.]+)\S*: expected one argument", text)
-    if bare:
-        return f"{bare[1]} needs a value; it takes {allowed_values(types.get(bare[1], str))}"
-    unknown = re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text) or re.search(
-        r"(?:does not accept option|[Kk]ey) ['\"]?([\w.]+)['\"]?(?: is not|$)", text
-    )
-    if unknown:
-        known = [name for name, kind in types.items() if not is_dataclass(kind)]
-        close = difflib.get_close_matches(unknown[1], known, 3, 0.4)
-        allowed = f"closest: {', '.join(close)}" if close else f"allowed: {', '.join(known)}"
-        return f"unknown option {unknown[1]!r}; {allowed}"
-    group = re.search(r"""[Kk]ey "([\w.]+)": Unable to load config (?:'(.*?)'|"(.*?)")""", text)
-    keys = re.findall(r'[Kk]ey "([\w.]+)"', text)  # a group's, then its member's
-    if group and is_dataclass(types.get(group[1])) and keys[-1] not in types.keys() - {group[1]}:
-        member = fields(types[group[1]])[0].name
-        return (
-            f"{group[1]}={group[2] or group[3]} is not allowed; it takes {allowed_values(types[group[1]])}: give them one by "
-            f"one, as in --{group[1]}.{member} VALUE, or name a YAML file that holds them"
-        )
-    value = re.search(r"(?:Got value|value|given): (.*)$", text)
-    if keys and value and keys[-1] in types:
-        return f"{keys[-1]}={value[1]} is not allowed; it takes {allowed_values(types[keys[-1]])}"
-    if text.startswith(("Problems parsing config", "Unexpected config")):
-        reason = text.replace('in "<unicode string>", ', "at ")
-        return f"config is not a YAML mapping of options: {reason}"
-    return text
 
 
 def words(options: Mapping[str, Any], command: Command) -> list[str]:

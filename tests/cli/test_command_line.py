@@ -176,6 +176,11 @@ def test_the_resolved_configuration_round_trips(received, tmp_path, capsys):
         (["--optim", "{lr: x}"], ["optim.lr=x", "a number"]),
         (["--data.suffixes", "[1"], ["data.suffixes=[1", "a list, each item text"]),
         (["--config", "absent.yaml"], ["config", "absent.yaml"]),
+        (["--config"], ["config needs a value"]),
+        (["--optim.lr="], ["optim.lr= is not allowed", "a number or auto"]),
+        (["--optim.betas", "[0.1, x]"], ["optim.betas=[0.1, x]", "[a number, a number]"]),
+        (["--target+", "more", "--seed", "-3x"], ["seed=-3x", "a whole number"]),
+        (["--", "x"], ["unexpected argument '--'"]),
     ],
 )
 def test_wrong_options_give_a_one_line_error(capsys, arguments, words):
@@ -193,6 +198,7 @@ def test_wrong_options_give_a_one_line_error(capsys, arguments, words):
         ("optim: 3\n", ["optim=3", "weight_decay"]),
         ("just words\n", ["config", "mapping"]),
         ("a: [1\n", ["config", "at line 2"]),
+        ("target: null\n", ["missing target", "text or a list"]),
     ],
 )
 def test_wrong_files_give_a_one_line_error(capsys, tmp_path, content, words):
