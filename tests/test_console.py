@@ -17,7 +17,7 @@ error = sys.argv[1] == "error"
 for number in range(3):
     say(f"line {number}", error=error)
     if number == 0:
-        sys.stdin.read()  # until the reader has gone
+        sys.stdin.read()  # until the reader has exited
 print("a plain line", file=sys.stderr if error else sys.stdout)
 """
 

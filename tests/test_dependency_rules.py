@@ -14,7 +14,7 @@ PARTS = {path.stem for path in (ROOT / "fastuft").iterdir() if path.is_dir() or 
     "__init__",
     "__pycache__",
 }
-# What each room may import from fastuft, beside itself and the leaves.
+# What each room may import from fastuft, besides itself and the leaves.
 ALLOWED = {
     "loss": {"kernels"},
     "mix": set(),

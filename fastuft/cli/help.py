@@ -20,7 +20,7 @@ _PATH = (
     ("fastuft verify-data photos/", "find files that would stop a run"),
     ("fastuft finetune --init start.pth --target photos/ --out runs/photos", "adapt the backbone"),
     ("fastuft eval --checkpoint runs/photos --before start.pth --train photos/ --out runs/photos/eval", "did it help?"),
-    ("open runs/photos/eval/report.html", "the report: before beside after, curves, nearest images"),
+    ("open runs/photos/eval/report.html", "the report: before and after, curves, nearest images"),
     ("fastuft export --checkpoint runs/photos --out backbone.pth --layout torchvision", "use the backbone elsewhere"),
 )
 

@@ -191,7 +191,7 @@ def write_comparison(
     results: Path | str | Sequence[Path | str],
     *,
     stem: str = "comparison",
-    title: str = "Reproduction beside the paper",
+    title: str = "Reproduction compared with the paper",
     notes: Sequence[str] = (),
     missing: bool = True,
 ) -> list[Comparison]:

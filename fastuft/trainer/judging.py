@@ -69,7 +69,7 @@ class Judge:
     """The looks of one run; exists only on the main rank.
 
     With ``select: last``, the exported backbone is that of the last step, as without a verdict. With ``select: judged``, it
-    follows the verdict, and the last step's is saved beside it.
+    follows the verdict, and the last step's is saved too.
 
     Args:
         config: the run.

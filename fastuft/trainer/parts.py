@@ -32,11 +32,11 @@ from fastuft.trainer.summary import headline, start_text
 
 @dataclass(frozen=True)
 class Parts:
-    """A run at its start, or where the checkpoint left it.
+    """The parts of a run, at its start or at its checkpoint.
 
     Args:
         config: the configuration, with the choices of the recipe.
-        choices: what the recipe chose, now or when the run began, with reasons.
+        choices: what the recipe chose at the first start, with reasons.
         ranks: the processes.
         folder: the run folder.
         manifest: the images.
@@ -45,12 +45,12 @@ class Parts:
         stream: batches of ``manifest`` on this rank.
         saver: writes the checkpoints.
         recorder: writes the metrics, on the main rank.
-        average: of the weights, with which they are looked at, watched and exported.
+        average: average of the weights, for looks, evaluations and exports.
         judge: takes the looks; None except on the main rank.
-        progress: where the run begins.
+        progress: the progress to start from.
         total_steps: steps of all epochs.
         limit: the step at which this part of the run ends.
-        began: ``time.perf_counter`` when the parts began to be put together.
+        began: ``time.perf_counter`` at the start of the assembly.
     """
 
     config: TrainConfig

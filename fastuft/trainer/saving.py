@@ -26,10 +26,10 @@ class Saver:
         lock: the lock on the folder; None except on the main rank.
         learner: the run's learner.
         runtime: how many checkpoints to keep.
-        average: of the weights, that is exported.
+        average: average of the weights, which is exported.
         config: the configuration as nested mappings; part of each checkpoint.
         given: the configuration as it was given; part of each checkpoint.
-        choices: what the recipe chose, now or when the run began; part of each checkpoint.
+        choices: what the recipe chose at the first start; part of each checkpoint.
         content_hash: digest of the training images; part of each checkpoint.
         init_report: the report on the tensors of ``init``; part of each checkpoint.
         backbone_file: the file to export the backbone to at each save.

@@ -68,7 +68,7 @@ def summary_of(
         metrics: the last row of training metrics.
         judgment: the verdict without labels, or None.
         judged_enough: whether the verdict ended the run early.
-        choices: what the recipe chose, now or when the run began.
+        choices: what the recipe chose at the first start.
     """
     device = learner.ranks.device
     return {

@@ -60,7 +60,7 @@ def saved(folders, tmp_path_factory):
     return out
 
 
-def test_rows_are_the_folders_images_with_their_classes(folders, saved, tmp_path):
+def test_rows_equal_the_images_and_classes_of_the_folder(folders, saved, tmp_path):
     expected, labels, names = labeled_folder(folders[0])
     for text in (saved, f"{saved}/*.arrow", f"file://{saved}/data-{{00000..00002}}-of-00003.arrow"):
         ours, our_labels, our_names = labeled_folder(str(text))
@@ -74,7 +74,7 @@ def test_rows_are_the_folders_images_with_their_classes(folders, saved, tmp_path
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_pixels_are_the_folders_for_any_ranks_and_restarts(folders, saved, tmp_path, loader):
+def test_pixels_equal_the_folder_for_any_ranks_and_restarts(folders, saved, tmp_path, loader):
     def batches(target, rank=0, world_size=1, start=0):
         data = DataConfig(batch_size=16, loader=loader, threads=1)
         stream = stream_of(Manifest.build(target), data, seed=3, rank=rank, world_size=world_size)
@@ -101,7 +101,7 @@ def test_finding_the_rows_reads_no_image(saved, monkeypatch):
 
 @pytest.mark.parametrize("writer", [pa.ipc.new_stream, pa.ipc.new_file])
 @pytest.mark.parametrize("large", [False, True])
-def test_kinds_of_files_and_columns(tmp_path, writer, large):
+def test_every_kind_of_file_and_column_is_read(tmp_path, writer, large):
     contents = [b"first", None, b"third" * 1000, b""]
     out = write(
         tmp_path / "x.arrow", table_of(contents, [1, 0, 1, 0], ["cat", "dog"], large=large), batch=3, writer=writer
@@ -127,7 +127,7 @@ def test_the_class_column_may_have_another_name(tmp_path):
     assert labeled_folder(str(write(tmp_path / "x.arrow", noted)))[1:] == ([0, 1], ["hound", "pug"])
 
 
-def test_rows_over_a_network(folders, saved, monkeypatch):
+def test_rows_are_read_over_a_network(folders, saved, monkeypatch):
     with ObjectServer().serving() as server:
         server.put_folder(saved, "bucket/photos")
         for name, value in {"ENDPOINT": server.url, "ACCESS_KEY_ID": "an-id", "SECRET_ACCESS_KEY": "a-secret"}.items():
@@ -147,7 +147,7 @@ def test_rows_over_a_network(folders, saved, monkeypatch):
         remote._bucket.cache_clear()
 
 
-def test_files_of_a_set_that_are_missing_are_told(saved, tmp_path, capsys):
+def test_missing_files_of_a_set_are_named(saved, tmp_path, capsys):
     for path in saved.iterdir():
         os.link(path, tmp_path / path.name)
     (tmp_path / "data-00001-of-00003.arrow").unlink()
@@ -226,7 +226,7 @@ def test_paths_without_bytes_are_refused(tmp_path):
         list_images(str(write(tmp_path / "y.arrow", table)))
 
 
-def test_a_file_that_changes_is_noticed(tmp_path):
+def test_a_changed_file_is_detected(tmp_path):
     out = write(tmp_path / "x.arrow", table_of([b"1" * 900], [0], ["a"]))
     (path,) = list_images(str(out))
     write(out, table_of([b"2" * 900], [0], ["a"]))
@@ -236,7 +236,7 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     assert read_bytes(list_images(str(out))[0]) == b"2" * 900
 
 
-def test_pyarrow_is_asked_for_when_it_is_missing(saved, monkeypatch):
+def test_missing_pyarrow_is_named(saved, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -20,7 +20,7 @@ def loaded(folders, tmp_path_factory):
     return loaded, cache
 
 
-def test_a_saved_data_set_is_the_folder(folders, loaded, tmp_path, monkeypatch):
+def test_a_saved_data_set_equals_the_folder(folders, loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     data_set = loaded[0]
     data_set.save_to_disk(str(tmp_path / "saved"), num_shards=3)
@@ -36,9 +36,7 @@ def test_a_saved_data_set_is_the_folder(folders, loaded, tmp_path, monkeypatch):
         list_images(str(tmp_path / "saved"))
 
 
-def test_the_cache_of_a_data_set_with_bytes_is_read_and_one_with_paths_is_refused(
-    folders, loaded, tmp_path, monkeypatch
-):
+def test_caches_with_bytes_are_read_and_caches_with_paths_refused(folders, loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     data_set, cache = loaded
     with pytest.raises(ValueError, match=r"has paths of images and no bytes; save the data set with save_to_disk"):

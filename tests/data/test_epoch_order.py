@@ -46,7 +46,7 @@ def test_the_balanced_order_covers_the_target_once_and_the_source_evenly(
         for step in range(plan.steps):
             rows = order[step * batch : (step + 1) * batch]
             assert len(rows) < batch or (rows >= num_target).sum() == plan.source_rows
-    assert uses.max() - uses.min() <= 1  # the passes over the source go on from epoch to epoch
+    assert uses.max() - uses.min() <= 1  # passes over the source continue across epochs
 
 
 def test_balanced_replay_needs_source_images():

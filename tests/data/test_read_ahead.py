@@ -20,7 +20,7 @@ from fastuft.data.images import Images, Located
 
 
 class Distant(Files):
-    """Files that answer after 50 ms, as objects of another building do."""
+    """Files with a latency of 50 ms, as in an object store."""
 
     plain, remote = False, True
 
@@ -37,7 +37,7 @@ def distant_of(paths):
 
 
 def alternating(measure, paths, rounds):
-    """The best (lowest) of several rounds for local files and for distant ones; other work on the machine only adds."""
+    """The lowest of several rounds for local and for distant files, because other work on the machine only adds time."""
     best = {"local": math.inf, "distant": math.inf}
     for _ in range(rounds):
         for name, images in (("local", paths), ("distant", distant_of(paths))):
@@ -46,7 +46,7 @@ def alternating(measure, paths, rounds):
 
 
 def seconds_at_a_pace(loader, images, pace=1600, batch=32, warm=16):
-    """Seconds per image of a consumer that takes 1,600 images per second, as a GPU would; the first batches are left out."""
+    """Seconds per image of a consumer that takes 1,600 images per second, as a GPU would; the first batches are not counted."""
     stream = EvalStream(images, loading=plain(loader, threads=1), size=16, batch_size=batch)
     times = []
     for _ in stream:
@@ -59,7 +59,7 @@ def seconds_at_a_pace(loader, images, pace=1600, batch=32, warm=16):
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["dali", "torch"])
 def test_a_latency_of_50_ms_does_not_slow_a_fast_consumer(tmp_path, loader):
-    """64 threads would give 1,280 images per second. Printed: the ratio of the rates."""
+    """64 threads would give 1,280 images per second. Prints the ratio of the rates."""
     for row in range(32):
         smooth_picture(np.random.default_rng(row), 16, 16).save(tmp_path / f"{row}.png")
     paths = list_images(str(tmp_path)) * 80
@@ -80,14 +80,14 @@ def processor_seconds(loader, images):
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["dali", "torch"])
 def test_a_latency_of_50_ms_costs_little_processor_time(jpegs, loader):
-    """When decoding is the limit, processor time is. Printed: the ratio of the rates per second of it, threads included."""
+    """Decoding is limited by processor time. Prints the ratio of the rates per second of processor time of all threads."""
     ratio = alternating(partial(processor_seconds, loader), list(jpegs.paths) * 40, 6)
     print(f"{loader}: {ratio:.3f} of the local rate")
     assert ratio >= 0.95
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
-def test_order_is_kept_whatever_comes_first(jpegs, loader):
+def test_order_does_not_depend_on_the_order_of_reads(jpegs, loader):
     paths = list(jpegs.paths) * 4
     found = [
         torch.cat([made for made, _ in EvalStream(images, loading=plain(loader, threads=1), size=32, batch_size=16)])
@@ -98,7 +98,7 @@ def test_order_is_kept_whatever_comes_first(jpegs, loader):
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
 def test_a_fast_consumer_gets_more_reader_threads(jpegs, monkeypatch, loader):
-    """1,280 images per second are the limit of 64 threads at 50 ms; a fixed number stays, as local files' does."""
+    """64 threads at 50 ms are limited to 1,280 images per second; the number for local files and a given number stay fixed."""
     monkeypatch.setattr("fastuft.data.feed.time", SimpleNamespace(monotonic=count(0, 32 / 1500).__next__))
     paths = list(jpegs.paths) * 12
     for images, readers, expected in ((distant_of(paths), 0, 113), (distant_of(paths), 70, 70), (paths, 0, 16)):
@@ -112,7 +112,7 @@ def test_depth_follows_littles_law():
     depth = ReadDepth(64, 256)
     for _ in range(7):
         depth.add(32, 32 * 100_000, 32 / 1500, 0.05)
-    assert depth.workers == 64 and depth.batches(32) == 4  # too few batches to know the rate
+    assert depth.workers == 64 and depth.batches(32) == 4  # too few batches for an estimate of the rate
     depth.add(32, 32 * 100_000, 32 / 1500, 0.05)
     assert depth.workers == 113 and depth.batches(32) == 8  # 1.5 x 0.05 s x 1,500 images per second
     for _ in range(8):

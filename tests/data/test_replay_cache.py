@@ -39,7 +39,7 @@ def test_the_replay_cache_follows_changed_originals_and_survives_a_truncated_ind
     changed.write_bytes(b"x" * 2000)
     index = replayed.cache / "index.jsonl"
     index.write_text(index.read_text() + '["cut off')
-    for _ in range(2):  # what is noted behind the cut line is found again
+    for _ in range(2):  # entries after the truncated line are found again
         assert replayed.build() == copies
         again = [os.stat(path).st_mtime_ns for path in copies]
         assert [a != b for a, b in zip(stamps, again, strict=True)] == [False, False, True, False, False, False]

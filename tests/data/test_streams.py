@@ -70,7 +70,7 @@ def test_pixels_do_not_depend_on_ranks_or_threads(folders, loader, augment):
 def test_a_restart_continues_with_the_same_pixels(folders, loader):
     whole = list(make(folders, loader).epoch(2))
     stream = make(folders, loader)
-    next(stream.epoch(0))  # an epoch that is left early leaves nothing behind
+    next(stream.epoch(0))  # an abandoned epoch leaves nothing behind
     rest = list(stream.epoch(2, start_step=2))
     assert [batch.step for batch in rest] == [2, 3]
     for ours, theirs in zip(rest, whole[2:], strict=True):

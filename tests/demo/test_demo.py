@@ -66,7 +66,7 @@ def test_figures_of_other_settings_are_not_reused(tmp_path, monkeypatch):
         raise reached
 
     monkeypatch.setattr(run, "write_demo_images", begin)
-    for _ in range(2):  # the same settings go on
+    for _ in range(2):  # the same settings continue
         with pytest.raises(RuntimeError, match="the work began"):
             run.run_demo(str(tmp_path), trials=2)
     with pytest.raises(ValueError, match=r"has a demo with shots \[1, 2, 4, 8\], trials 2; .* choose another out"):

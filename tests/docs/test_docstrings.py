@@ -15,7 +15,7 @@ import fastuft
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("loss", "mix", "data", "model", "evaluate", "report", "trainer")
-# Quantities whose number means nothing without a unit: (name of the argument, words of which one must stand beside it).
+# Quantities that need a unit: (name of the argument, words of which the description must have one).
 UNITS = {
     "timeout": ("second",),
     "seconds": ("second",),
@@ -56,7 +56,7 @@ def public_methods():
 
 CALLABLES = [*FUNCTIONS, *public_methods()]
 ARRAY = re.compile(r"\b(Tensor|ndarray|ArrayLike)\b")
-SHAPE = re.compile(r"\[|shape|as for :func:")  # a shape, or a word of where it is said
+SHAPE = re.compile(r"\[|shape|as for :func:")  # a shape, or a reference to it
 
 
 def arguments_of(value):

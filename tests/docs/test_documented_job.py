@@ -16,7 +16,7 @@ from fastuft.model import build_backbone, export_backbone
 pytestmark = pytest.mark.e2e
 
 RESNET = TINY | {"model": {"arch": "resnet18", "bn_group": 8}}
-# The pages train with the defaults; here a file of small ones stands before what the page says.
+# The pages train with the defaults; here a file of small settings precedes the options of the page.
 SMALL = {"finetune": "photos.yaml", "eval": "eval.yaml"}
 
 

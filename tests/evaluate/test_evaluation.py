@@ -92,7 +92,7 @@ def test_labeled_folders_give_every_metric(full):
     assert {"features", "retrieval", "clustering", "fewshot"} <= set(metrics["timings"])
 
 
-def test_few_shot_accuracy_of_the_start_comes_from_the_same_draws_where_asked(folders):
+def test_few_shot_accuracy_of_the_start_uses_the_same_draws(folders):
     told = []
     options = config(folders, before_fewshot=True, clustering=ClusteringConfig(restarts=1), map=MapConfig(points=0))
     result = evaluate_backbone(ColorNet(), options, ColorNet(1), lambda *said: told.append(said))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastuft.kernels.launch_table import Launch
 
-# What a multiprocessor has, by arch: registers, threads, shared memory; a program reserves 1 KB of that beside its own.
+# Resources of a multiprocessor by arch: registers, threads, shared memory, of which each program reserves another 1 KB.
 REGISTERS, THREADS = 65_536, {80: 1_536, 90: 2_048, 100: 2_048}
 SHARED = {80: 102_400, 90: 233_472, 100: 233_472}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100, B200

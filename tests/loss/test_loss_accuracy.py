@@ -138,7 +138,7 @@ def test_errors_on_trained_features_are_bounded():
     show("a network's features", of_tau)
     for tau, found in of_tau.items():
         assert found["bf16"][0] < 6e-4 / tau and found["bf16"][1] < 0.01
-        # The loss stays near bf16's; the gradient, a small difference of rows that lie together, does not.
+        # The loss stays near bf16's; the gradient, a small difference between similar rows, does not.
         assert found["fp8 queue"][0] < 2 * found["bf16"][0]
         assert 5 * found["bf16"][1] < found["fp8 queue"][1] < 0.4
         # Why rows have scales, and why queries stay in bf16: those errors move all scores of a query alike.

@@ -90,7 +90,7 @@ def numpy_archive() -> bytes:
 def test_flipped_and_truncated_files(tmp_path_factory, make, flips, cut):
     content = bytearray(make())
     for position, change in flips:
-        # half of the changes lie in the first 2 KB, where headers are
+        # half of the changes are in the first 2 KB, where headers are
         content[int(position * (len(content) - 1)) if change % 2 else int(position * 2047)] ^= change
     if cut is not None:
         content = content[: int(cut * len(content))]

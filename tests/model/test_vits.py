@@ -109,7 +109,7 @@ def test_every_vit_trains_with_the_preset_of_its_family(small, kind):
     assert still == frozen
     if kind in VITS:
         groups = {(group["lr_scale"], group["weight_decay"]) for group in learner.optimizer.param_groups}
-        assert {scale for scale, _ in groups} == {1.0, 0.9, 0.9**2, 0.9**3}  # head, two blocks, what is before them
+        assert {scale for scale, _ in groups} == {1.0, 0.9, 0.9**2, 0.9**3}  # head, two blocks, the layers before them
         decay = {id(p): g["weight_decay"] for g in learner.optimizer.param_groups for p in g["params"]}
         network = learner.moco.query_encoder.backbone.network
         assert decay[id(network.cls_token)] == decay[id(network.norm.weight)] == 0.0

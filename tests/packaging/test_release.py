@@ -66,7 +66,7 @@ def test_a_version_missing_from_the_changelog_is_refused(repository):
 
 def test_a_clean_tree_is_built(repository):
     status, error = release(repository)
-    assert status == 1 and "release:" not in error  # /bin/false stands where the build begins
+    assert status == 1 and "release:" not in error  # /bin/false replaces the build
 
 
 @pytest.mark.slow

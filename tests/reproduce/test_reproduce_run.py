@@ -160,10 +160,10 @@ def test_array_tasks_share_the_work(micro, tmp_path, capsys):
         ]
 
     others = "unsupervised-resnet50-naive-caltech101-seed0", "unsupervised-resnet50-unsup_T-pet-seed0"
-    with claim(tmp_path, others[0]), claim(tmp_path, others[1]):  # as two other tasks hold them
+    with claim(tmp_path, others[0]), claim(tmp_path, others[1]):  # as if two other tasks worked on them
         trained, skipped = trained_by(0)
     assert sorted(skipped) == sorted(others) and len(trained) == 2 and not {*trained} & {*others}
-    assert sorted(trained_by(1)[0]) == sorted(others)  # whose tasks are gone: one takes over what they left
+    assert sorted(trained_by(1)[0]) == sorted(others)  # those tasks have ended, so one takes over their work
     assert trained_by(0) == ([], [])
     assert not (tmp_path / "results.jsonl").exists()
     assert reproduce(dataclasses.replace(base, stage="tables", tasks=1)) == 0

@@ -104,7 +104,7 @@ def test_damaged_checkpoints_do_not_displace_whole_ones(tmp_path, keep_last):
     for step in (1, 2, 3):
         save(tmp_path, step, keep_last=3)
     for step in (3, 5):
-        Checkpoints(tmp_path).path(step).write_bytes(b"cut")  # 5 is of a time that the run has gone back from
+        Checkpoints(tmp_path).path(step).write_bytes(b"cut")  # the run has resumed from before step 5
     save(tmp_path, 4, keep_last=keep_last)
     assert newest(tmp_path).path == Checkpoints(tmp_path).path(4)
     assert kept(tmp_path) == ([5, 4] if keep_last == 1 else [5, 4, 3, 2])

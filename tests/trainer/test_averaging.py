@@ -38,7 +38,7 @@ def test_the_exported_weights_are_the_average(tiny, start, bn):
     assert_averaged(folder.backbone_file, folder.checkpoints.path(8), start, 0.25)
 
 
-def test_a_selected_look_and_the_last_step_are_averages_too(tiny, start):
+def test_the_selected_look_and_the_last_step_are_averaged(tiny, start):
     result = train(tiny(init=start, start_share=0.5, select="judged", verdict={"looks": 4}, runtime={"keep_last": 9}))
     folder = RunFolder(result.run_dir)
     assert_averaged(folder.last_file, folder.checkpoints.path(8), start, 0.5)
@@ -50,7 +50,7 @@ def test_a_selected_look_and_the_last_step_are_averages_too(tiny, start):
     assert ("averaged with 50 % of the start's" in said["line"]) == (said["exported"] != "start")
 
 
-def test_looks_and_watched_figures_are_those_of_the_average(tiny, start, folders):
+def test_looks_and_watched_figures_use_the_average(tiny, start, folders):
     watch = {"train": folders[0], "test": folders[0], "source": folders[1], "every_epochs": 1}
     run = train(tiny(init=start, start_share=1.0, watch=watch, verdict={"looks": 2})).run_dir
     looks = rows(run, "look")
@@ -62,7 +62,7 @@ def test_looks_and_watched_figures_are_those_of_the_average(tiny, start, folders
     assert_averaged(folder.backbone_file, folder.checkpoints.path(8), start, 1.0)
 
 
-def test_training_is_the_same_with_any_share(tiny, start, tmp_path):
+def test_training_does_not_depend_on_the_share(tiny, start, tmp_path):
     averaged = train(tiny(init=start, start_share=0.5, verdict={"looks": 4})).run_dir
     plain = train(tiny(init=start, verdict={"looks": 4}, out=str(tmp_path / "plain"))).run_dir
     assert rows(averaged) == rows(plain)
@@ -84,7 +84,7 @@ def test_a_resumed_run_exports_the_same_average(tiny, start, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"damaged"])
-def test_a_run_that_lost_its_start_says_how_to_go_on(tiny, start, content):
+def test_a_run_without_its_start_names_the_remedy(tiny, start, content):
     config = {"init": start, "verdict": {"looks": 0}}
     folder = RunFolder(train(tiny(**config, start_share=0.3, max_steps=4)).run_dir)
     folder.start_file.unlink()
@@ -101,12 +101,12 @@ def test_a_share_without_a_start_is_refused(tiny):
         tiny(start_share=0.2)
 
 
-def test_a_share_of_nothing_is_the_backbone_itself(start):
+def test_a_share_of_zero_returns_the_backbone(start):
     backbone = load_backbone(start)
     assert StartAverage(0.0, {}).of(backbone) is backbone
 
 
-def test_averaging_leaves_the_trained_backbone_as_it_was(start):
+def test_averaging_does_not_change_the_trained_backbone(start):
     backbone = load_backbone(start)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     zeros = {name: torch.zeros_like(value) for name, value in before.items()}

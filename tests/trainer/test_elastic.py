@@ -14,7 +14,7 @@ from processes import ROOT, environment, free_port, write_config
 
 from fastuft.runfolder import RunFolder, load_checkpoint
 
-# A rank dies in the second epoch, before torchrun has started anything anew.
+# A rank dies in the second epoch of the first start.
 DIES_ONCE = """
 import os, signal, sys
 from fastuft.trainer import run
@@ -105,7 +105,7 @@ def test_a_run_continues_with_the_remaining_ranks_after_a_node_loss(run):
     rendezvous += ["--rdzv-conf=join_timeout=60,last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"]
     script.write_text(DIES_ONCE.replace("WHAT", "os.killpg(os.getppid(), signal.SIGKILL)\n        " + KILLED))
     stays = torchrun(script, arguments, *rendezvous)
-    time.sleep(3)  # the first agent holds the rendezvous, and must be the one that stays
+    time.sleep(3)  # the first agent holds the rendezvous and must survive
     lost = torchrun(script, arguments, *rendezvous)
     try:
         output, _ = stays.communicate(timeout=400)

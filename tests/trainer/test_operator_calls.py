@@ -80,7 +80,9 @@ def test_adamw_with_a_rate_per_layer_is_one_operator_per_group():
 @pytest.mark.parametrize("changes", [{}, {"method": {"mix": "mixup", "mix_per": "pair"}}], ids=["default", "pairs"])
 def test_nothing_is_copied_to_the_host(tiny, monkeypatch, changes):
     """On the ``meta`` device, which has no memory, every copy to the host raises."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # meta has none, and may not be asked
+    monkeypatch.setattr(
+        torch, "is_autocast_enabled", lambda device: False
+    )  # the meta device has no autocast, and the query raises
     device = torch.device("meta")
     config = tiny(**changes)
     made, _ = build_learner(config, ALONE)

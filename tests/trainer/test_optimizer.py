@@ -93,7 +93,7 @@ def test_steps_equal_plain_adamw():
     ours, theirs = network(), network()
     for model in (ours, theirs):
         # A parameter without a gradient stays. This one's would be rounding alone, of which AdamW makes whole steps: the
-        # BatchNorm behind it takes a bias away.
+        # The following BatchNorm cancels a bias.
         model[0].bias.requires_grad_(False)
     config = OptimConfig(optimizer="adamw", lr=0.01, weight_decay=0.1, betas=(0.8, 0.95))
     optimizer = build_optimizer(config, list(ours.parameters()), CPU)

@@ -145,7 +145,7 @@ def test_rows_have_the_time_of_each_part(tiny):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        # A fast first row holds what happens once; the second is believed.
+        # The first row includes one-time work; the estimate uses the second.
         ([(10, 0.5), (20, 0.25)], "0.25 s per step: 17 min left for 4000 steps, until"),
         ([(10, 4.0), (20, 9.0)], "4 s per step: 4 h 27 min left for 4010 steps, until"),
         ([(4020, 9.0)], None),

@@ -78,7 +78,7 @@ def _text_kind(head: bytes) -> str | None:
 
 
 def _foreign_kind(head: bytes, name: str, size: int) -> str:
-    """What kind of file something is that is not a checkpoint, in words."""
+    """A description of a file that is not a checkpoint."""
     if size < _SHORTEST:
         return f"{'empty' if not size else f'only {size} bytes long'}; copy or download it again"
     for start, (kind, tool) in _COMPRESSED.items():
