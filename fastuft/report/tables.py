@@ -241,8 +241,8 @@ def best_cells(runs: Sequence[RunFiles], shown: Table) -> set[tuple[int, int]]:
 def table(runs: Runs, format: Format = "text") -> str:
     """The arms side by side: one row per name, with mean and spread over the runs with that name or over a run's trials.
 
-    Text and Markdown show accuracies first, then changes measured without labels, then before and after side by side if both are
-    known; CSV has everything in one table.
+    Text and Markdown show accuracies first, then changes measured without labels, then before and after side by side if both
+    are known; CSV has everything in one table.
 
     Args:
         runs: (name, folder) pairs or loaded runs.
