@@ -101,8 +101,13 @@ def test_mismatched_shapes_are_listed(moco, tmp_path):
 
 def test_weights_of_another_network_are_refused(moco, tmp_path):
     torch.save(build_backbone("resnet_tiny", "small").state_dict(), tmp_path / "tiny.pth")
-    with pytest.raises(ValueError, match=r"Choose the model\.arch"):
+    with pytest.raises(ValueError, match=r"Choose the model\.arch and model\.stem.*PATTERN\.$"):
         load_init(moco, tmp_path / "tiny.pth")
+    export_backbone(build_backbone("resnet_tiny", "small"), tmp_path / "named.safetensors")
+    with pytest.raises(
+        ValueError, match=r"PATTERN\. It names 'resnet_tiny' as its network, and this one is 'resnet18'$"
+    ):
+        load_init(moco, tmp_path / "named.safetensors")
 
 
 def bit_archive(backbone) -> dict:

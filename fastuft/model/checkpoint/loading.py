@@ -35,7 +35,7 @@ def _load(
     if channels not in get_args(Channels):
         raise ValueError(f"init_channels={channels!r} is not allowed; choose one of 'auto', 'rgb', 'bgr', 'gray'")
     encoder = target.query_encoder if isinstance(target, MoCo) else target
-    backbone = encoder.backbone if isinstance(encoder, Encoder) else encoder
+    backbone = _backbone_of(target)
     core = backbone.network if isinstance(backbone, TimmBackbone) else backbone
     file, tensors, wanted = str(content.path), content.tensors, core.state_dict()
     matches = find_matches(tensors, wanted)
@@ -71,6 +71,11 @@ def _load(
     )
 
 
+def _backbone_of(target: MoCo | Encoder | Backbone) -> Backbone:
+    encoder = target.query_encoder if isinstance(target, MoCo) else target
+    return encoder.backbone if isinstance(encoder, Encoder) else encoder
+
+
 def _weights_file(path: Path, *, backbone_first: bool = False) -> Path:
     """The file to read; for a run folder, the newest whole checkpoint or the exported backbone."""
     if not path.is_dir() or is_transformers_folder(path):
@@ -103,7 +108,15 @@ def load_init(
             file has a larger network; values are non-finite, quantized or missing; or the file is unreadable.
     """
     content = read_checkpoint(_weights_file(Path(path)))
-    return _load(target, content, described(content).traits, allow_missing, key, channels)
+    known = described(content)
+    try:
+        return _load(target, content, known.traits, allow_missing, key, channels)
+    except ValueError as error:
+        arch = _backbone_of(target).arch
+        if known.arch in (None, arch):
+            raise
+        said = str(error).rstrip(".")
+        raise ValueError(f"{said}. It names {known.arch!r} as its network, and this one is {arch!r}") from error
 
 
 def open_backbone(
