@@ -1,4 +1,4 @@
-"""Lines for the user at the terminal, who may have left: a closed output never ends the work."""
+"""Output for the user. A closed pipe or terminal never ends the work."""
 
 from __future__ import annotations
 

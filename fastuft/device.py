@@ -51,14 +51,14 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["bf
 
 
 def queue_dtype(kind: QueueDtype, precision: Precision, device: torch.device) -> torch.dtype:
-    """What a queue of keys is kept in; auto is fp32 on a CPU, and on a GPU what its matrix products run in."""
+    """The dtype of a queue of keys; auto is fp32 on a CPU, and on a GPU the dtype of its matrix products."""
     if kind != "auto":
         return _QUEUE_DTYPES[kind]
     return DTYPES[resolve_precision(precision, device)] if device.type == "cuda" else torch.float32
 
 
 def queue_dtype_name(dtype: torch.dtype) -> QueueDtype:
-    """The option's name for what a queue is kept in."""
+    """The name of a queue's dtype in the options."""
     return next(name for name, known in _QUEUE_DTYPES.items() if known == dtype)
 
 

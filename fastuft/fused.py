@@ -1,4 +1,4 @@
-"""Which fused kernels may be used on this machine's chip; if one may not, its portable path runs.
+"""Which fused kernels may be used on this machine's GPU; if one may not, its portable path is used.
 
 Rooms ask here before they use a kernel; the check that compares a kernel with its portable path records here.
 """

@@ -1,4 +1,4 @@
-"""Lines for the user beside a program's own output."""
+"""Notes for the user, apart from a program's own output."""
 
 from __future__ import annotations
 

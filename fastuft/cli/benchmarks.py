@@ -1,4 +1,4 @@
-"""``fastuft bench``: the benchmarks of a source checkout, run by pytest in a process of their own."""
+"""``fastuft bench``: the benchmarks of a source checkout, run by pytest in a separate process."""
 
 from __future__ import annotations
 

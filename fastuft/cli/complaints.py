@@ -1,7 +1,7 @@
-"""What is wrong with a command line that does not parse, in one line.
+"""Explains in one line why a command line does not parse.
 
-The parser only says that something is wrong. What it is, is found here from the options' own types: each word and each entry
-of a configuration file is looked at in turn, and a value is tried in a parser that has this option alone.
+The parser only reports that it failed. The cause is found here from the types of the options: each argument and each entry of a
+configuration file is checked in turn, and a value is tried in a parser that has only this option.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastuft.cli.commands import COMMANDS, Command
 from fastuft.cli.described import allowed_values, option_types
 
 _NUMBER = re.compile(r"-\.?\d")
-_OWN = ("help", "version", "print_config")  # options that every parser has, without a value of ours
+_OWN = ("help", "version", "print_config")  # options of every parser, which set no value
 
 
 class UsageError(Exception):
@@ -27,7 +27,7 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class _Given:
-    """An option with its value: the text of a word, or what a file holds; MISSING if a word has none."""
+    """An option and its value, from an argument or a file; MISSING if the argument has none."""
 
     name: str
     value: object
@@ -35,11 +35,11 @@ class _Given:
 
 
 def complaint(error: Exception, arguments: Sequence[str], command: Command | None) -> str:
-    """One line that names the option, its value and what is allowed; the parser's own words if nothing of ours is wrong.
+    """One line that names the option, its value and what is allowed; the parser's own message if no cause is found.
 
     Args:
         error: the parser's error.
-        arguments: what it was given, the command's name among it.
+        arguments: arguments of the program, including the name of the command.
         command: the command; None if none was named.
     """
     text = " ".join(str(error).split())
@@ -53,7 +53,7 @@ def complaint(error: Exception, arguments: Sequence[str], command: Command | Non
     try:
         for given in _walk(words, command, types):
             _check(given, types)
-            (said.discard if given.value is None else said.add)(given.name)  # a later null takes a value back
+            (said.discard if given.value is None else said.add)(given.name)  # a later null removes a value
     except UsageError as found:
         return str(found)
     required = [o.name for o in fields(command.config) if o.default is MISSING and o.default_factory is MISSING]
@@ -117,7 +117,7 @@ def _of_group(name: str, text: str, types: Mapping[str, Any]) -> Iterator[_Given
 
 
 def _yaml(text: str) -> object:
-    """What a YAML text holds, as the parser loads it; the reason as text if it is not YAML."""
+    """The value of a YAML text, as the parser loads it; the reason as text if it is not YAML."""
     import yaml
     from jsonargparse import get_loader
 
@@ -159,7 +159,7 @@ def _check(given: _Given, types: Mapping[str, Any]) -> None:
 
 
 def _takes(kind: Any, given: _Given) -> bool:
-    """Whether a parser with an option of this type alone takes the value."""
+    """Whether a parser with only an option of this type accepts the value."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)

@@ -34,7 +34,7 @@ def option_texts(config: type) -> dict[str, str]:
 
 
 def allowed_values(kind: Any) -> str:
-    """The values that an option of this type takes, in words."""
+    """A description of the values that an option of this type takes."""
     plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     if kind in plain:
         return plain[kind]

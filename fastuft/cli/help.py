@@ -1,4 +1,4 @@
-"""Help: the path from photos to a report, and each command's options, the important ones first.
+"""Help: the workflow from photos to a report, and each command's options, the important ones first.
 
 The pages are made from the configurations alone, so they appear immediately and need no extra packages.
 """

@@ -1,4 +1,4 @@
-"""The parser of the command line, and the words that it is given."""
+"""The parser of the command line, and the normal form of its arguments."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, 
     """The parser with the named sub-commands; building all of them costs start-up time.
 
     Args:
-        names: of the sub-commands.
-        defaults: that differ from the commands' own.
+        names: names of the sub-commands.
+        defaults: defaults that replace the commands' own.
     """
     from jsonargparse import ArgumentParser
 

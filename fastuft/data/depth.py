@@ -1,26 +1,26 @@
-"""How many images are read at once: Little's law, with the latency of a read and the rate at which images are used."""
+"""The number of concurrent reads: Little's law, with the latency of a read and the rate at which images are used."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 
-_WINDOW = 8  # batches over which the rate is taken
-_MARGIN = 1.5  # latencies scatter, and a late image holds up its batch
-_HELD = 1 << 30  # bytes of encoded images that reading ahead may hold
+_WINDOW = 8  # batches over which the rate is averaged
+_MARGIN = 1.5  # latencies vary, and a late image delays its batch
+_HELD = 1 << 30  # limit of encoded images read ahead, bytes
 _AHEAD = 2  # images read ahead per thread, so that no thread waits for the next batch
 
 
 class ReadDepth:
     """The number of reader threads of a stream, which grows with what the stream needs and never shrinks.
 
-    By Little's law, a source that answers after L seconds keeps up with R images per second if L x R reads are under way.
-    R is the rate at which the consumer takes images when it does not wait for them. The time that it waits is left out, since
-    too few reads would slow it down and thereby hide that more are needed.
+    By Little's law, a source with a latency of L seconds delivers R images per second if L x R reads are in flight. R is the
+    rate at which the consumer takes images without waiting. Its waiting time is excluded, because it would hide that more
+    reads are needed.
 
     Args:
-        fewest: threads at the start.
-        most: threads at most; the same number fixes it.
+        fewest: number of threads at the start.
+        most: largest number of threads; if it equals ``fewest``, the number is fixed.
     """
 
     def __init__(self, fewest: int, most: int) -> None:
@@ -29,7 +29,7 @@ class ReadDepth:
         self._batches: deque[tuple[int, int, float]] = deque(maxlen=_WINDOW)
 
     def add(self, images: int, size: int, seconds: float, latency: float) -> None:
-        """Count a batch that was used.
+        """Record a batch that was consumed.
 
         Args:
             images: number of images in the batch.
@@ -47,5 +47,5 @@ class ReadDepth:
             self.workers = max(self.workers, min(wanted, self._most, max(self._fewest, fitting)))
 
     def batches(self, batch_size: int) -> int:
-        """Batches of that many images that keep every thread reading."""
+        """Number of batches of this size to read ahead, so that every thread keeps reading."""
         return -(-_AHEAD * self.workers // batch_size)

@@ -1,11 +1,11 @@
-"""Images that look the same: copies, other sizes, other compression, the frames of a burst.
+"""Images that look the same: copies, other sizes, other compression, frames of a burst.
 
-Each image becomes 128 bits, whether it brightens by more than ``_STEP`` from one pixel to the next, to the right and down, in a
-thumbnail of 9 x 9 (a difference hash); two images count as the same where at most ``DISTANCE`` bits differ. On photographs,
-JPEG of quality 60 changes 1 bit at the median and one of ten images more than 2; 0.7 of the size 2 and 5; of 900 photographs of
-30 kinds no more than 6 come so close to another. Images below ``_SMALL`` px hold too little for that (a 1 is like any other 1)
-and count as the same where all pixels are. Memory is 20 bytes per image, and pairs are found by sorting: by eight bands
-of 16 bits, one of which at least is equal where so few bits differ.
+Each image is hashed to 128 bits: whether brightness rises by more than ``_STEP`` from one pixel to the next, to the right and
+down, in a thumbnail of 9 x 9 (a difference hash). Two images count as the same if at most ``DISTANCE`` bits differ. On
+photographs, JPEG at quality 60 changes 1 bit at the median and more than 2 bits in one of ten images; scaling to 0.7 of the size
+changes 2 and 5. Of 900 photographs of 30 kinds, at most 6 come this close to another one. Images below ``_SMALL`` px have too
+little detail for this (a 1 looks like any other 1) and count as the same only if all pixels are equal. Memory is 20 bytes per
+image. Pairs are found by sorting eight bands of 16 bits, of which at least one is equal if so few bits differ.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SIDE = 8
 _SMALL = 64
 _STEP = 2  # of 255: less is noise
 _BANDS = 8
-_AT_ONCE = 256  # images between two looks at the clock
+_AT_ONCE = 256  # images between checks of the time
 _Bits = NDArray[np.uint8]
 
 
@@ -39,10 +39,10 @@ class Duplicates:
     """Which of some images look like others.
 
     Args:
-        checked: images that were looked at; bad files do not count.
-        total: images there are.
-        repeated: checked images that look like one before them.
-        pair: two of them, as an example; empty without.
+        checked: number of images that were compared; bad files do not count.
+        total: number of all images.
+        repeated: number of compared images that look like an earlier one.
+        pair: an example of two such images; empty if there are none.
     """
 
     checked: int
@@ -56,7 +56,7 @@ class Duplicates:
         return self.repeated / self.checked if self.checked else 0.0
 
     def line(self) -> str:
-        """One line for the person; empty where nothing repeats."""
+        """One line for the user; empty if nothing repeats."""
         if not self.pair:
             return ""
         first, second = map(printable, self.pair)
@@ -76,14 +76,14 @@ def find_duplicates(
     Args:
         paths: the images.
         known: other images, such as those of training where ``paths`` are those of a test.
-        seconds: time in seconds after which no more images are looked at; half of it for those of ``known``.
-        progress: called with the number of images that were looked at since the last call.
+        seconds: time in seconds after which no more images are compared; half of it is for ``known``.
+        progress: called with the number of images compared since the last call.
     """
     known_bits, known_files = _hashes(known, time.monotonic() + seconds / 2, progress)
     own_bits, own_files = _hashes(paths, time.monotonic() + seconds / 2, progress)
     bits, others = np.concatenate([known_bits, own_bits]), len(known_files)  # known images come first
     files = [*known_files, *(len(known) + file for file in own_files)]
-    first = _firsts(len(files), _similar(bits))  # of the images that look like each row, the first
+    first = _firsts(len(files), _similar(bits))  # the first image that looks like each row
     repeated = [row for row in range(others, len(files)) if first[row] < (others if known else row)]
     every = [*known, *paths]
     pair = (every[files[first[repeated[0]]]], every[files[repeated[0]]]) if repeated else ()
@@ -148,9 +148,9 @@ def _firsts(count: int, pairs: set[tuple[int, int]]) -> list[int]:
 
 
 def _similar(bits: NDArray[np.uint8]) -> set[tuple[int, int]]:
-    """Pairs (earlier, later) of rows that differ in few bits, enough of them to tell nearly every group.
+    """Pairs (earlier, later) of rows that differ in few bits, enough to find nearly every group.
 
-    Within rows of an equal band each is compared with the first and with the one before, in the order of all bits.
+    Among rows with an equal band, each is compared with the first and with the previous one, in the order of all bits.
     """
     pairs: set[tuple[int, int]] = set()
     if len(bits) < 2:

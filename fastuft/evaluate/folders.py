@@ -173,7 +173,7 @@ def in_classes_of(train: Images, test: Images) -> tuple[Images, list[str]]:
 
 
 def _in_train(train: Images, test: Images) -> list[str]:
-    """One line where test images are among the training images, which flatters every accuracy."""
+    """One line if test images are among the training images, which inflates every accuracy."""
     found = find_duplicates(test.paths, known=train.paths, seconds=_LOOKED_FOR)
     if not found.pair:
         return []

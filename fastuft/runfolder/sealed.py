@@ -1,4 +1,4 @@
-"""Safetensors files that hold a digest of themselves: a flipped bit in them is noticed, which the format alone does not."""
+"""Safetensors files that contain their own digest, so that a flipped bit is detected, which the format alone does not do."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def seal(content: bytes) -> bytes:
 
 
 def damage(path: Path) -> str | None:
-    """Why a safetensors file is not what was written: not as long as its header says, or of another digest; else None.
+    """Why a safetensors file differs from what was written (its length or its digest is wrong), or None.
 
-    A file without a digest is whole when its length is right.
+    A file without a digest is whole if its length is right.
     """
     try:
         if not path.is_file():
@@ -60,7 +60,7 @@ def damage(path: Path) -> str | None:
 
 
 def _expected(head: bytes, data: int) -> str | None:
-    """The digest in a header, "" where it has none; None where the header is damaged or describes other than ``data`` bytes."""
+    """The digest in a header, "" if it has none; None if the header is damaged or does not describe ``data`` bytes."""
     try:
         header: Any = json.loads(head)
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]

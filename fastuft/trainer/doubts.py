@@ -1,4 +1,4 @@
-"""What the images of a run let one expect, said before it begins."""
+"""Warnings about the images of a run, printed before it starts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from fastuft.data import Manifest, find_duplicates
 
 _FEW = 200  # images
 _MANY_ALIKE = 0.02  # share of images that look like another one
-_SECONDS = 10.0  # that looking for them may take
+_SECONDS = 10.0  # time limit of the search
 
 
 def doubts_about(manifest: Manifest) -> list[str]:
-    """A line for each property of the target that finetuning suffers from: few images, and images that repeat."""
+    """One line for each property of the target that harms finetuning: few images, and duplicates."""
     target, lines = manifest.paths[: manifest.num_target], []
     if len(target) < _FEW:
         lines.append(
@@ -20,7 +20,7 @@ def doubts_about(manifest: Manifest) -> list[str]:
     found = find_duplicates(target, seconds=_SECONDS)
     if found.share >= _MANY_ALIKE:
         lines.append(
-            f"{found.line()}. Each is taken for the opposite of its copies: keep one of them "
-            "(`fastuft verify-data` tells the same of any folder)."
+            f"{found.line()}. Training treats copies as different images: keep one of each "
+            "(`fastuft verify-data` counts them in any folder)."
         )
     return lines

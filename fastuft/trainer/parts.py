@@ -1,4 +1,4 @@
-"""What a run consists of, and how its parts are put together before the first step."""
+"""The parts of a run, and their assembly before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is installed on this machine, and what its programs answer."""
+"""The packages and programs that are installed on this machine."""
 
 from __future__ import annotations
 

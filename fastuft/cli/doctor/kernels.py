@@ -1,4 +1,4 @@
-"""The doctor's check of the fused kernels on the chip, in a process of its own, so that a crash stops nothing else."""
+"""The doctor's check of the fused kernels on the GPU, in a separate process, so that a crash stops nothing else."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def retrieval(context: Context) -> Part:
 
 
 def few_shot(context: Context) -> Part:
-    """Accuracy after finetuning on K labeled images per class; where asked, of the start too, on the same images."""
+    """Accuracy after finetuning on K labeled images per class; if asked for, also of the start, on the same images."""
     part, config = Part(), context.config
     names = ("top1", "mean_class", "train_loss")
 
@@ -178,7 +178,7 @@ def _by_shots(
     """Measure an accuracy for each K that has enough images, and record it.
 
     Args:
-        part: takes the figures, the draws, and a statement for each K without a figure.
+        part: receives the figures, the draws, and a statement for each K without a figure.
         context: the evaluation.
         run: takes the common arguments and the values of K.
         shots: the values of K that are asked for.

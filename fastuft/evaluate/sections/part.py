@@ -23,7 +23,7 @@ class Part:
     Args:
         metrics: JSON-able values, accuracies as fractions, for ``eval.json``.
         statements: sentences about what is not known or needs care in reading.
-        not_known: why a metric has no value, by its name in words.
+        not_known: why a metric has no value, by its descriptive name.
         arrays: what the report shows.
         draws: files of each few-shot draw, by trial and class.
     """
@@ -38,7 +38,7 @@ class Part:
         """The value of a metric, or None and a statement that says why there is none.
 
         Args:
-            what: the metric in words, as the beginning of a sentence.
+            what: the metric, as the beginning of a sentence.
             measure: returns the value, or raises one of ``FAILURES``.
         """
         try:
