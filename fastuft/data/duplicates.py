@@ -3,9 +3,9 @@
 Each image is hashed to 128 bits: whether brightness rises by more than ``_STEP`` from one pixel to the next, to the right and
 down, in a thumbnail of 9 x 9 (a difference hash). Two images count as the same if at most ``DISTANCE`` bits differ. On
 photographs, JPEG at quality 60 changes 1 bit at the median and more than 2 bits in one of ten images; scaling to 0.7 of the
-size changes 2 and 5. Of 900 photographs of 30 kinds, at most 6 come this close to another one. Images below ``_SMALL`` px have too
-little detail for this (a 1 looks like any other 1) and count as the same only if all pixels are equal. Memory is 20 bytes per
-image. Pairs are found by sorting eight bands of 16 bits, of which at least one is equal if so few bits differ.
+size changes 2 and 5. Of 900 photographs of 30 kinds, at most 6 come this close to another one. Images below ``_SMALL`` px have
+too little detail for this (a 1 looks like any other 1) and count as the same only if all pixels are equal. Memory is 20 bytes
+per image. Pairs are found by sorting eight bands of 16 bits, of which at least one is equal if so few bits differ.
 """
 
 from __future__ import annotations
