@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from fastuft.cli import configured, main
 from fastuft.cli.commands import COMMANDS
-from fastuft.config import OptimConfig, family_of, preset_options
+from fastuft.config import ModelConfig, OptimConfig, family_of, preset_options
 from fastuft.trainer.resolved import plain
 
 NEEDED = {"target": "images", "out": "run", "init": "start.pth"}
@@ -105,3 +108,56 @@ def test_a_null_group_is_refused_with_a_message(capsys, tmp_path):
     given = ["--config", str(tmp_path / "c.yaml"), "--target", "a", "--out", "b", "--init", "c"]
     assert main(["finetune", *given]) == 2
     assert "optim=None is not allowed" in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    from fastuft.model import build_backbone, export_backbone
+
+    export_backbone(build_backbone("resnet_tiny", "small"), tmp_path / "start.safetensors")
+    return str(tmp_path / "start.safetensors")
+
+
+@pytest.mark.parametrize("recipe", ["auto", "paper"])
+def test_the_network_is_the_one_that_the_checkpoint_names(checkpoint, recipe):
+    config = configured("finetune", {"target": "t", "out": "o", "init": checkpoint, "recipe": recipe})
+    assert (config.model.arch, config.model.stem) == ("resnet_tiny", "small")
+
+
+def test_a_network_that_is_given_wins_over_the_one_that_the_checkpoint_names(checkpoint):
+    config = configured("finetune", {"target": "t", "out": "o", "init": checkpoint, "model.arch": "resnet18"})
+    assert (config.model.arch, config.model.stem) == ("resnet18", "small")
+    config = configured("finetune", {"target": "t", "out": "o", "init": checkpoint, "model.stem": "imagenet"})
+    assert (config.model.arch, config.model.stem) == ("resnet_tiny", "imagenet")
+
+
+@pytest.mark.parametrize("content", [None, b"not a checkpoint"])
+def test_a_checkpoint_that_names_no_network_leaves_the_papers(tmp_path, content):
+    file = tmp_path / "start.pth"
+    if content is not None:
+        file.write_bytes(content)
+    config = configured("finetune", {"target": "t", "out": "o", "init": str(file)})
+    assert (config.model.arch, config.model.stem) == ("resnet50", "imagenet")
+
+
+def test_the_preset_follows_the_network_that_the_checkpoint_names(tmp_path):
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    fields = {
+        "model_type": "vit",
+        "hidden_size": 192,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 3,
+        "patch_size": 16,
+    }
+    (folder / "config.json").write_text(json.dumps({**fields, "image_size": 224, "intermediate_size": 768}))
+    save_file({"embeddings.cls_token": torch.zeros(1, 1, 192)}, folder / "model.safetensors")
+    config = configured("finetune", {"target": "t", "out": "o", "init": str(folder)})
+    assert config.model.arch == "timm:vit_tiny_patch16_224" and config.optim.preset == "vit"
+
+
+def test_the_network_is_never_left_open_in_a_run():
+    with pytest.raises(ValueError, match=r"model\.arch='auto'"):
+        ModelConfig(arch="auto")
+    with pytest.raises(ValueError, match=r"model\.stem='auto'"):
+        ModelConfig(stem="auto")

@@ -8,7 +8,16 @@ from typing import Any
 
 from fastuft.cli import actions, options
 from fastuft.cli.benchmarks import run_benchmarks
-from fastuft.config import AUTO, AUTO_OPTIONS, EmbedConfig, EvalConfig, ReproduceConfig, SearchConfig, TrainConfig
+from fastuft.config import (
+    AUTO,
+    AUTO_OPTIONS,
+    NETWORK_OPTIONS,
+    EmbedConfig,
+    EvalConfig,
+    ReproduceConfig,
+    SearchConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ _FIRST_OF_TRAINING = (
 # Options that are not given depend on the network.
 _BY_FAMILY = {"optim.preset": "auto"}
 # When users finetune, the run chooses what depends on the data and the machine.
-_FINETUNE = {**_BY_FAMILY, "recipe": "auto", **dict.fromkeys(AUTO_OPTIONS, AUTO)}
+_FINETUNE = {**_BY_FAMILY, "recipe": "auto", **dict.fromkeys((*NETWORK_OPTIONS, *AUTO_OPTIONS), AUTO)}
 
 # MoCoV2's pretraining recipe: 800 epochs, batch size 2048, learning rate 0.24; the queue starts with random rows.
 _PRETRAIN = {

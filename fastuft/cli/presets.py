@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastuft.cli.commands import COMMANDS
 from fastuft.cli.parsing import build_parser
-from fastuft.config import TrainConfig, family_of, preset_options
+from fastuft.config import ModelConfig, TrainConfig, family_of, is_auto, preset_options
 
 
 def parse(parser: Any, arguments: Sequence[str], name: str) -> Any:
@@ -28,7 +29,8 @@ def parse(parser: Any, arguments: Sequence[str], name: str) -> Any:
     parsed = parser.parse_args(silent)
     values: dict[str, Any] = {}
     if COMMANDS[name].config is TrainConfig and all(_is_group(parsed[name][group]) for group in ("model", "optim")):
-        preset, arch, epochs = parsed[name].optim.preset, parsed[name].model.arch, parsed[name].optim.epochs
+        network = _network(parsed[name])
+        preset, arch, epochs = parsed[name].optim.preset, network["arch"], parsed[name].optim.epochs
         family = family_of(arch) if preset == "auto" else preset
         for familys_own in (True, False):  # the user may have chosen another optimizer, which has its own values
             chosen = None if familys_own else parsed[name].optim.optimizer
@@ -37,9 +39,26 @@ def parse(parser: Any, arguments: Sequence[str], name: str) -> Any:
                 values, parser = wanted, build_parser([name], wanted)
                 parsed = parser.parse_args(silent)
         parsed[name].optim.preset = family if values else "none"
+        for option, value in network.items():
+            parsed[name].model[option] = value
     if len(silent) < len(arguments):
         parser.parse_args(arguments)  # prints the configuration and exits
     return parsed
+
+
+def _network(options: Any) -> dict[str, str]:
+    """Arch and stem: as given, else as the checkpoint names them, else the paper's."""
+    given = {option: options.model[option] for option in ("arch", "stem")}
+    if not any(map(is_auto, given.values())):
+        return given
+    named: dict[str, str | None] = {}
+    if options.init is not None:
+        from fastuft.model import named_network
+
+        with suppress(OSError, ValueError):  # the run reads it again and says what is wrong with it
+            named = dict(zip(given, named_network(options.init), strict=True))
+    papers = ModelConfig()
+    return {o: (named.get(o) or getattr(papers, o)) if is_auto(value) else value for o, value in given.items()}
 
 
 def _is_group(value: Any) -> bool:

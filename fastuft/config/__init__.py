@@ -33,7 +33,7 @@ from fastuft.config.optim import OptimConfig
 from fastuft.config.presets import Family, family_of, preset_options
 from fastuft.config.reproduction import DATASETS, FIGURES, TABLES, ReproduceConfig, WeightsConfig
 from fastuft.config.runtime import RuntimeConfig
-from fastuft.config.training import AUTO_OPTIONS, TrainConfig
+from fastuft.config.training import AUTO_OPTIONS, NETWORK_OPTIONS, TrainConfig
 from fastuft.config.watch import VerdictConfig, WatchConfig
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "AUTO_OPTIONS",
     "DATASETS",
     "FIGURES",
+    "NETWORK_OPTIONS",
     "TABLES",
     "AtLeast0",
     "AtLeast1",

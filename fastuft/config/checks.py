@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     AutoPositive = float
     AutoNonNegative = float
     AutoFraction = float
+    AutoStem = Literal["imagenet", "small"]
 else:
     AutoAtLeast1 = AtLeast1 | Literal["auto"]
     AutoAtLeast2 = Annotated[int, Range(2)] | Literal["auto"]
@@ -94,6 +95,7 @@ else:
     AutoPositive = Positive | Literal["auto"]
     AutoNonNegative = NonNegative | Literal["auto"]
     AutoFraction = Fraction | Literal["auto"]
+    AutoStem = Literal["auto", "imagenet", "small"]
 
 
 def is_auto(value: object) -> bool:

@@ -35,6 +35,10 @@ AUTO_OPTIONS = (
 )
 
 
+# What the command line and ``fastuft.finetune`` take from the checkpoint where it is left at auto, before all of the above.
+NETWORK_OPTIONS = ("model.arch", "model.stem")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run: finetuning (with ``init``) or pretraining (without).

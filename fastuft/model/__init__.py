@@ -10,6 +10,7 @@ from fastuft.model.checkpoint import (
     export_state_dict,
     load_backbone,
     load_init,
+    named_network,
     open_backbone,
     traits_from,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "has_batchnorm",
     "load_backbone",
     "load_init",
+    "named_network",
     "open_backbone",
     "set_batchnorm_mode",
     "traits_from",

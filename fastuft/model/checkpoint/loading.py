@@ -119,6 +119,19 @@ def load_init(
         raise ValueError(f"{said}. It names {known.arch!r} as its network, and this one is {arch!r}") from error
 
 
+def named_network(path: str | Path) -> tuple[str | None, Stem | None]:
+    """(arch, stem) that a checkpoint names; None for what it does not name.
+
+    Args:
+        path: any checkpoint that :func:`load_init` reads.
+
+    Raises:
+        ValueError: unreadable, or its description is damaged.
+    """
+    known = described(read_checkpoint(_weights_file(Path(path))))
+    return known.arch, known.stem
+
+
 def open_backbone(
     path: str | Path,
     arch: str | None = None,
