@@ -1,11 +1,11 @@
 """Settings of finetuning against labels, on any pair of folders: retrieval, clustering and few-shot accuracy over the steps.
 
     python bench/sweep.py bench/sweeps/photos.yaml --init start.safetensors --train photos/train --test photos/test \
-        --source imagenet/ --out runs/sweep --only "auto, naive" --seeds 0 1 2
+        --source imagenet/ --out runs/sweep --only auto naive --seeds 0 1 2
 
 A sweep is a YAML file of ``common`` options and named ``settings`` over them, both as of ``fastuft.finetune``; a setting may
 leave out the source (``source: false``), take a share of every class's images (``images: 0.5``) or finetune on few labels
-after other steps than the last (``shots_at: every``). Each run has a folder of its own. A finished one is not done again and
+after other steps than the last (``shots_at: every``). ``fewshot`` and ``resize`` are options of the labels' figures. Each run has a folder of its own. A finished one is not done again and
 a broken-off one goes on, so the same command always brings a sweep to its end. It writes ``sweep.json``, the label-free
 measures beside the labels of every look, and ``sweep.md``. ``bench/verdict.py`` reads the first.
 """
@@ -88,7 +88,8 @@ def run(asked: argparse.Namespace, given: Mapping[str, Any], folder: Path, seed:
     options = dict(given)
     source, share = options.pop("source", True), options.pop("images", 1.0)
     every = options.pop("shots_at", "last") == "every"
-    options.pop("fewshot", None)  # an option of the labels' figures
+    for name in ("fewshot", "resize"):  # options of the labels' figures
+        options.pop(name, None)
     looks = options.get("verdict", {}).get("looks", 5)
     # Where the verdict selects, every look has a checkpoint; all of them are kept until the labels were asked.
     kept = {"select": "judged", "runtime": {"save_every": 10**9, "keep_last": looks + 1, "tensorboard": False}}
@@ -137,7 +138,7 @@ def labels_of(
 ) -> dict[str, Any]:
     """Retrieval, clustering and, with shots, few-shot accuracy of a backbone, in percent."""
     size = options.get("augment", {}).get("size", backbone.input_size)
-    resize, batch = round(size * 256 / 224), 64
+    resize, batch = options.get("resize", round(size * 256 / 224)), 64
     folders = {name: labeled_folder(getattr(asked, name)) for name in ("train", "test")}
 
     def stream(name: str) -> EvalStream:
