@@ -5,8 +5,9 @@
 
 A sweep is a YAML file of ``common`` options and named ``settings`` over them, both as of ``fastuft.finetune``; a setting may
 leave out the source (``source: false``), take a share of every class's images (``images: 0.5``) or finetune on few labels
-after other steps than the last (``shots_at: every``). ``fewshot`` and ``resize`` are options of the labels' figures. Each run has a folder of its own. A finished one is not done again and
-a broken-off one goes on, so the same command always brings a sweep to its end. It writes ``sweep.json``, the label-free
+after other steps than the last (``shots_at: every``). ``fewshot`` and ``resize`` are options of the labels' figures. Each run
+has a folder of its own. A finished one is not done again and a broken-off one goes on, so the same command always brings a
+sweep to its end. It writes ``sweep.json``, the label-free
 measures beside the labels of every look, and ``sweep.md``. ``bench/verdict.py`` reads the first.
 """
 
