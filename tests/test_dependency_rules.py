@@ -76,7 +76,7 @@ def test_every_room_and_leaf_has_its_rule():
 
 
 @pytest.mark.parametrize("room", sorted(ALLOWED))
-def test_rooms_import_only_what_they_may(room):
+def test_rooms_import_only_allowed_rooms(room):
     for path in sources(f"fastuft/{room}"):
         for name in of_other_rooms(path, room):
             assert name.split(".")[1] in ALLOWED[room] | LEAVES, f"{path.relative_to(ROOT)} imports {name}"

@@ -58,7 +58,7 @@ def test_loaders_agree_on_each_operator(paths, name):
     assert changed == 0 if name == "identity" else changed > 0.1  # smooth pictures change least when sharpened
 
 
-def test_cutout_erases_one_square_of_the_size_asked_for(paths):
+def test_cutout_erases_one_square_of_the_given_size(paths):
     config = StrongConfig(ops=("identity",), num_ops=1, cutout=0.5)
     for loader in LOADERS:
         weak, strong = views(paths, loader, config)

@@ -105,7 +105,7 @@ def test_separable_colors_score_high(full):
     assert full.metrics["retrieval"] > 0.9 and full.metrics["clustering"]["mean"] > 0.9
 
 
-def test_arrays_hold_map_gallery_and_marks(full):
+def test_arrays_contain_map_gallery_and_marks(full):
     arrays = full.arrays
     assert arrays["tsne"].shape == (15, 2) and set(arrays["tsne_labels"]) == {0, 1, 2}
     assert arrays["queries"].shape == (4,)

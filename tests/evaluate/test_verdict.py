@@ -113,7 +113,7 @@ def test_agreement_is_compared_by_its_odds():
     assert agreement_gain(later(1, view_agreement=1.0), later(0, view_agreement=0.999)) == pytest.approx(0.0)
 
 
-def test_thresholds_are_an_argument():
+def test_thresholds_can_be_given():
     looks = [START, good(10, 0.56)]
     assert judge(looks).outcome == "not known"
     assert judge(looks, Rule(agreement_gain=0.24)).outcome == "better"

@@ -46,7 +46,7 @@ def test_loss_and_gradient_against_float64(size, dtype):
 
 @pytest.mark.parametrize("width", [16, 128, 256, 512])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_fp8_queue_counts_as_its_decoded_rows(dtype, width):
+def test_an_fp8_queue_equals_its_decoded_rows(dtype, width):
     tensors = make(64, 1000, width, dtype)
     queue = fastuft.KeyQueue(1000, width, dtype=torch.float8_e4m3fn, device="cuda")
     q = tensors[0].clone().requires_grad_()

@@ -195,7 +195,7 @@ def test_dry_run_needs_no_data_and_shows_hours_only_from_a_rate(capsys, tmp_path
         ({"tables": []}, "no cell in common"),
     ],
 )
-def test_what_is_missing_is_named_before_anything_runs(tmp_path, changes, words):
+def test_missing_inputs_are_named_before_anything_runs(tmp_path, changes, words):
     base = ReproduceConfig(out=str(tmp_path / "grid"), tables=["2"], datasets=["pet"], figure=[])
     with pytest.raises(ValueError, match=words):
         reproduce(dataclasses.replace(base, **changes))

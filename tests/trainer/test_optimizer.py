@@ -157,7 +157,7 @@ def test_recipe_paper_has_one_parameter_group():
     assert [id(p) for p in groups] == [id(p) for p in encoder.parameters()][1:]
 
 
-def test_lars_without_timm_says_what_to_install(monkeypatch):
+def test_lars_without_timm_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.optim", None)
     with pytest.raises(ValueError, match=r"optim.optimizer='lars' needs timm.*pip install 'fastuft\[timm\]'"):
         build_optimizer(OptimConfig(optimizer="lars"), list(network().parameters()), CPU)

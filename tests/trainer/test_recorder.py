@@ -50,7 +50,7 @@ def test_tensorboard_gets_every_figure(tmp_path):
     assert events.Scalars("train/seconds/mix")[0].value == pytest.approx(0.2)
 
 
-def test_missing_tensorboard_is_said(tmp_path, monkeypatch, capsys):
+def test_missing_tensorboard_is_named(tmp_path, monkeypatch, capsys):
     without(monkeypatch, "tensorboard")
     recorder(tmp_path, tensorboard=True).close()
     assert "TensorBoard is not installed: metrics go only to metrics.jsonl" in capsys.readouterr().out
