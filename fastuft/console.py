@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Protocol, Self, TextIO
 
 from fastuft.names import printable
 
@@ -48,17 +48,32 @@ def watched() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
-def progress_bar(total: int, *, unit: str, initial: int = 0) -> Any:
+class Bar(Protocol):
+    """What this program uses of a tqdm progress bar."""
+
+    n: int
+
+    def update(self, n: int = 1) -> None: ...
+    def set_description_str(self, desc: str) -> None: ...
+    def set_postfix_str(self, s: str) -> None: ...
+    def write(self, s: str) -> None: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+def progress_bar(total: int, *, unit: str, initial: int = 0) -> Bar:
     """A tqdm progress bar, in a notebook of the notebook's own kind; silent if nobody watches."""
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True, disable=not watched())
+    bar: Bar = tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True, disable=not watched())
+    return bar
 
 
 @contextmanager
 def shown_progress(unit: str) -> Iterator[Callable[[int, int], None]]:
     """A function of (done, total), each call of which updates a progress bar."""
-    bars: list[Any] = []
+    bars: list[Bar] = []
 
     def show(done: int, total: int) -> None:
         if not bars:
@@ -75,7 +90,7 @@ def shown_progress(unit: str) -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def shown_parts() -> Iterator[Callable[[str, int, int], None]]:
     """A function of (part, done, total) whose calls move a bar; each part of a job has its own bar."""
-    bars: dict[str, Any] = {}
+    bars: dict[str, Bar] = {}
 
     def show(part: str, done: int, total: int) -> None:
         if part not in bars:

@@ -31,11 +31,6 @@ def refusal(*kernels: str) -> str | None:
     return next((_refusals[kernel] for kernel in kernels if kernel in _refusals), None)
 
 
-def refusals() -> dict[str, str]:
-    """Every kernel that may not be used here, and why."""
-    return dict(_refusals)
-
-
 @contextmanager
 def without(kernel: str) -> Iterator[None]:
     """Use the portable path of ``kernel`` within the ``with`` block."""
@@ -47,8 +42,3 @@ def without(kernel: str) -> Iterator[None]:
         del _refusals[kernel]
         if before is not None:
             refuse(kernel, before)
-
-
-def trust_again() -> None:
-    """Forget all refusals."""
-    _refusals.clear()

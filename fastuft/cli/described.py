@@ -33,7 +33,7 @@ def option_texts(config: type) -> dict[str, str]:
     return texts
 
 
-def allowed_values(kind: Any) -> str:
+def allowed_values(kind: object) -> str:
     """A description of the values that an option of this type takes."""
     plain = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     if kind in plain:
@@ -52,7 +52,7 @@ def allowed_values(kind: Any) -> str:
     return " or ".join(map(allowed_values, parts))
 
 
-def default_of(option: Field[Any]) -> str:
+def default_of(option: Field[object]) -> str:
     """The default as it would be given on the command line; "required" if there is none."""
     if option.default_factory is not MISSING:
         value = option.default_factory()
@@ -63,7 +63,7 @@ def default_of(option: Field[Any]) -> str:
     return value_text(value)
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """A value as it is given on the command line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]

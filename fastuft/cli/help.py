@@ -42,14 +42,14 @@ def _wrapped(text: str, indent: int) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=space, subsequent_indent=space, break_on_hyphens=False)
 
 
-def _entry(name: str, kind: Any, default: str, text: str) -> list[str]:
+def _entry(name: str, kind: object, default: str, text: str) -> list[str]:
     text = text.replace("``", "")
     about = f"(type: {allowed_values(kind)}, {'required' if default == 'required' else f'default: {default}'})"
     return [f"  {name}", *_wrapped(f"{text} {about}", 6)]
 
 
 def _entries(
-    config: type, prefix: str, changed: Mapping[str, Any], positional: str | None
+    config: type, prefix: str, changed: Mapping[str, object], positional: str | None
 ) -> Iterator[tuple[str, Any]]:
     """(full name, lines) of the options of one dataclass, without groups."""
     texts, kinds = option_texts(config), get_type_hints(config)

@@ -97,7 +97,7 @@ def _instance(parser: Any, parsed: Any, name: str) -> Any:
     return command.config(**{field.name: config[field.name] for field in fields(command.config)})
 
 
-def configured(name: str, options: Mapping[str, Any]) -> Any:
+def configured(name: str, options: Mapping[str, object]) -> Any:
     """A command's configuration from Python values: the same defaults, checks and messages as on the command line.
 
     Args:

@@ -14,7 +14,7 @@ from fastuft.cli.complaints import UsageError
 from fastuft.cli.described import option_texts, option_types
 
 
-def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, Any] | None = None) -> Any:
+def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, object] | None = None) -> Any:
     """The parser with the named sub-commands; building all of them costs start-up time.
 
     Args:
@@ -60,7 +60,7 @@ def _add_positional(parser: Any, command: Command) -> None:
         parser.add_argument(option.name, nargs="?", default=option.default, help=text)
 
 
-def words(options: Mapping[str, Any], command: Command) -> list[str]:
+def words(options: Mapping[str, object], command: Command) -> list[str]:
     """Python values as the equivalent words of the command line; values in a file of options come first, so others win."""
     flags: list[str] = []
     positional: list[str] = []
@@ -72,7 +72,7 @@ def words(options: Mapping[str, Any], command: Command) -> list[str]:
     return [*map(str, positional), *flags]
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(options: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, plain value) of each option; paths become strings."""
     for name, value in options.items():
         if isinstance(value, Mapping):
@@ -81,7 +81,7 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, _plain(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list | tuple | set | range):

@@ -61,7 +61,7 @@ def _network(options: Any) -> dict[str, str]:
     return {o: (named.get(o) or getattr(papers, o)) if is_auto(value) else value for o, value in given.items()}
 
 
-def _is_group(value: Any) -> bool:
+def _is_group(value: object) -> bool:
     """Whether a group of options is a group; anything else is refused later with a message."""
     from jsonargparse import Namespace
 

@@ -7,7 +7,7 @@ Where MoCo v3 and the DINO papers differ, the presets follow MoCo v3, because it
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Literal
 
 Family = Literal["resnet", "vit", "convnext"]
 Preset = Literal["auto", "none", "resnet", "vit", "convnext"]
@@ -23,12 +23,12 @@ _CONVNEXT = re.compile(r"(convnext|inceptionnext|convformer|test_convnext)")
 WARMUP = 0.1  # of the epochs: DINO and DINOv2 warm up for 10 of 100, MoCo v3 for 40 of 300
 
 
-def _warmup(epochs: int | str) -> dict[str, Any]:
+def _warmup(epochs: int | str) -> dict[str, object]:
     """The warm-up; left open while the number of epochs is open."""
     return {"optim.warmup_epochs": WARMUP * epochs} if isinstance(epochs, int) else {}
 
 
-def _adamw(epochs: int | str) -> dict[str, Any]:
+def _adamw(epochs: int | str) -> dict[str, object]:
     """AdamW as MoCo v3 trains ViTs (Chen, Xie and He 2021, Section 4.1; CONFIG.md of its code): rate 1.5e-4 for a batch of 256,
     scaled linearly, weight decay 0.1. Norms, biases and tokens are not decayed, gradients are clipped at norm 3 (Caron et
     al. 2021, DINO, and Oquab et al. 2023, DINOv2). Not adopted: MoCo v3's key momentum, which rises from 0.99 to 1. MoCo v3
@@ -45,7 +45,7 @@ def _adamw(epochs: int | str) -> dict[str, Any]:
     }
 
 
-def _lars(epochs: int | str) -> dict[str, Any]:
+def _lars(epochs: int | str) -> dict[str, object]:
     """LARS as MoCo v3 trains ResNets (Chen, Xie and He 2021; CONFIG.md of its code, 300 epochs): rate 0.3 for a batch of 256,
     scaled linearly, momentum 0.9, weight decay 1e-6, 10 epochs of warm-up. It was
     made for batches of thousands (You et al. 2017).
@@ -61,7 +61,7 @@ def _lars(epochs: int | str) -> dict[str, Any]:
     }
 
 
-def _vit(arch: str, epochs: int | str) -> dict[str, Any]:
+def _vit(arch: str, epochs: int | str) -> dict[str, object]:
     """AdamW, a rate that falls by a factor of 0.9 per layer from the head down (DINOv2, ``layerwise_decay``), and a frozen
     patch projection (MoCo v3, Section 4.2: more stable and not worse).
     """
@@ -69,7 +69,7 @@ def _vit(arch: str, epochs: int | str) -> dict[str, Any]:
     return {**_adamw(epochs), **frozen, "optim.layer_decay": 0.9}
 
 
-def _convnext(epochs: int | str) -> dict[str, Any]:
+def _convnext(epochs: int | str) -> dict[str, object]:
     """AdamW with ConvNeXt's own weight decay, 0.05 (Liu et al. 2022, Table 5), and the layer-wise rates of the ViTs."""
     return {**_adamw(epochs), "optim.weight_decay": 0.05, "optim.layer_decay": 0.9}
 
@@ -82,7 +82,9 @@ def family_of(arch: str) -> Family:
     return "convnext" if arch.startswith("timm:") and _CONVNEXT.match(name) else "resnet"
 
 
-def preset_options(family: Family, arch: str, epochs: int | str, optimizer: Optimizer | None = None) -> dict[str, Any]:
+def preset_options(
+    family: Family, arch: str, epochs: int | str, optimizer: Optimizer | None = None
+) -> dict[str, object]:
     """The values that a preset sets, by dotted option.
 
     Args:

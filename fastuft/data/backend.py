@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastuft.data.decoding import EncodedImage
@@ -30,7 +31,7 @@ class Request:
 
     step: int
     images: list[EncodedImage]
-    index: np.ndarray[Any, np.dtype[np.int64]]
+    index: NDArray[np.int64]
     views: tuple[ViewParameters, ...]
     strong: StrongParameters | None = None
 

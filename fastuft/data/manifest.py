@@ -10,10 +10,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from numpy.typing import NDArray
 
 from fastuft.atomic import remove_leftovers, whole_file, write_whole
 from fastuft.data.bad import BadImageError
@@ -107,11 +107,11 @@ class Manifest:
         return len(self.paths) - self.num_target
 
     @property
-    def is_source(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def is_source(self) -> NDArray[np.bool_]:
         """Which images are replayed source images, bool [len]."""
         return np.arange(len(self.paths)) >= self.num_target
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Counts, seed and digest, for the run's record."""
         return {
             "num_target": self.num_target,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastuft.randomness import keyed_generator
 
-Positions = np.ndarray[Any, np.dtype[np.int64]]
+Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

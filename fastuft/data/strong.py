@@ -8,9 +8,9 @@ are the same for both, for any number of threads, and after a restart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastuft.config import check_choice, check_range
 
@@ -74,11 +74,11 @@ class StrongParameters:
         erase_shape: its sides in pixels, [n, 2].
     """
 
-    op: np.ndarray[Any, np.dtype[np.int32]]
-    magnitude_bin: np.ndarray[Any, np.dtype[np.int32]]
-    negate: np.ndarray[Any, np.dtype[np.int32]]
-    erase_start: np.ndarray[Any, np.dtype[np.float32]]
-    erase_shape: np.ndarray[Any, np.dtype[np.float32]]
+    op: NDArray[np.int32]
+    magnitude_bin: NDArray[np.int32]
+    negate: NDArray[np.int32]
+    erase_start: NDArray[np.float32]
+    erase_shape: NDArray[np.float32]
 
 
 def draws_of(config: StrongConfig) -> int:

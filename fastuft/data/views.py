@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastuft.config import AugmentConfig
 from fastuft.randomness import keyed_generator
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
+Floats = NDArray[np.float32]
 
 _BLOCK = 1024  # positions that share a generator; unrelated to the batch size
 _TRIES = 10  # proposals of a random resized crop, as in the usual definition
@@ -62,12 +62,12 @@ class ViewParameters:
     saturation: Floats
     hue: Floats
     sigma: Floats
-    flip: np.ndarray[Any, np.dtype[np.int32]]
+    flip: NDArray[np.int32]
 
     @property
-    def twisted(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def twisted(self) -> NDArray[np.bool_]:
         """Whether brightness, contrast, saturation or hue change anything, [n]."""
-        twisted: np.ndarray[Any, np.dtype[np.bool_]] = (
+        twisted: NDArray[np.bool_] = (
             (self.brightness != 1) | (self.contrast != 1) | (self.saturation != 1) | (self.hue != 0)
         )
         return twisted

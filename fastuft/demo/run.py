@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
@@ -98,7 +98,7 @@ def run_demo(
     return report
 
 
-def _same_settings(root: Path, **settings: Any) -> None:
+def _same_settings(root: Path, **settings: object) -> None:
     """Record the settings of a folder, and refuse to mix its figures with those of other settings."""
     kept = root / "demo.json"
     before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else settings

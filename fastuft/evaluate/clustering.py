@@ -188,19 +188,17 @@ def clustering_accuracy(
     x: ArrayLike,
     labels: ArrayLike,
     *,
-    clusters: int | None = None,
-    normalize: bool = True,
     restarts: int = 5,
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> float:
-    """BCubed precision of K-means on features, with as many clusters as classes (the paper's "clustering").
+    """BCubed precision of K-means with as many clusters as classes (the paper's "clustering").
+
+    Each row is scaled to unit length first, as in retrieval and in the training loss.
 
     Args:
         x: features [N, F].
         labels: [N], at least two classes.
-        clusters: K; None takes the number of classes.
-        normalize: scale each row to unit length first, as in retrieval and in the training loss.
         restarts: see :func:`kmeans`.
         seed: see :func:`kmeans`.
         device: see :func:`kmeans`.
@@ -220,7 +218,5 @@ def clustering_accuracy(
     check_varied("x", features)
     if classes == len(features):
         raise UndefinedError("each class has only one image, so every image would be its own cluster")
-    if normalize:
-        features = F.normalize(features, dim=1)
-    found = kmeans(features, clusters or classes, restarts=restarts, seed=seed, device=device)
+    found = kmeans(F.normalize(features, dim=1), classes, restarts=restarts, seed=seed, device=device)
     return bcubed_precision(found.labels, truth)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,9 @@ from fastuft.evaluate.inputs import ArrayLike, as_labels, check_seen, quoted
 from fastuft.randomness import keyed_generator
 
 
-def draw_shots(labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, classes: Sequence[Any] = ()) -> np.ndarray:
+def draw_shots(
+    labels: ArrayLike, shots: int, *, seed: int, trial: int = 0, classes: Sequence[object] = ()
+) -> np.ndarray:
     """Indices of ``shots`` random items of each class, [classes, shots] int64.
 
     Draws with the same (seed, trial) are nested: fewer shots are the first columns of more.

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +127,7 @@ def write_evaluation(folder: Path | str, result: Evaluation) -> None:
             draws.unlink(missing_ok=True)  # from an earlier evaluation
 
 
-def _json(value: dict[str, Any]) -> bytes:
+def _json(value: Mapping[str, object]) -> bytes:
     """JSON in ASCII, with names escaped: file names need not be UTF-8."""
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode("ascii")
 

@@ -6,15 +6,17 @@ import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastuft.data import CROP_DRAWS, crop_regions, open_rgb
+
+_THUMBNAIL = 64  # pixels
 
 
 def decode(paths: Sequence[str], shorter: int) -> list[Tensor]:
@@ -69,9 +71,9 @@ def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (pixels / 255 - shift) / factor
 
 
-def thumbnail_png(path: str, side: int = 64) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The image's center square at ``side`` pixels as the bytes of a PNG file, uint8 [n]."""
-    image = ImageOps.fit(open_rgb(path), (side, side), Image.Resampling.BILINEAR)
+def thumbnail_png(path: str) -> NDArray[np.uint8]:
+    """The image's center square at 64 pixels as the bytes of a PNG file, uint8 [n]."""
+    image = ImageOps.fit(open_rgb(path), (_THUMBNAIL, _THUMBNAIL), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return np.frombuffer(buffer.getvalue(), dtype=np.uint8)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 ArrayLike = np.ndarray | Tensor | Sequence[Any]
 
+_QUOTED = 5  # values in a message before "and N more"
+
 
 class UndefinedError(ValueError):
     """A metric has no value for these inputs, though others may; the message says why."""
@@ -71,10 +73,10 @@ def check_varied(name: str, features: Tensor) -> None:
         )
 
 
-def quoted(values: Sequence[Any], limit: int = 5) -> str:
-    """At most ``limit`` values for an error message."""
-    shown = ", ".join(repr(v.item() if isinstance(v, np.generic) else v) for v in values[:limit])
-    return shown + (f" and {len(values) - limit} more" if len(values) > limit else "")
+def quoted(values: Sequence[object]) -> str:
+    """At most five values for an error message."""
+    shown = ", ".join(repr(v.item() if isinstance(v, np.generic) else v) for v in values[:_QUOTED])
+    return shown + (f" and {len(values) - _QUOTED} more" if len(values) > _QUOTED else "")
 
 
 def check_seen(train_labels: np.ndarray, test_labels: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 Outcome = Literal["better", "no better", "collapsed", "not known"]
 
@@ -42,7 +42,7 @@ class Look:
     source_cka: float | None = None
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Look:
+    def of(cls, row: Mapping[str, object]) -> Look:
         """The look in a row of metrics."""
         return cls(**{field.name: row.get(field.name) for field in fields(cls)})  # type: ignore[arg-type]
 

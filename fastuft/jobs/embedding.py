@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ class _Work:
     def __post_init__(self) -> None:
         self.device = choose_device(self.config.device)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """The settings that features depend on, besides the images."""
         config, backbone = self.config, self.backbone
         chosen = {name: getattr(config, name) for name in _REMEMBERED} | {"arch": backbone.arch, "stem": backbone.stem}

@@ -155,7 +155,7 @@ _backward_op = torch.ops.fastuft.grouped_batch_norm_backward.default
 
 class _GroupedBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Outputs:
+    def forward(ctx: Any, *arguments: object) -> Outputs:
         with torch._C._AutoDispatchBelowAutograd():
             outputs: Outputs = _forward_op(*arguments)
         _save(ctx, arguments, outputs)

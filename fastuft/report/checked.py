@@ -29,7 +29,7 @@ _NEIGHBORS = ("neighbors", "similarity", "right")
 ARRAYS = {"tsne", "tsne_labels", *_GALLERY, *_NEIGHBORS, *(f"before_{name}" for name in _NEIGHBORS)}  # what is drawn
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value can be a figure: a finite number, small enough that sums stay finite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
@@ -90,7 +90,7 @@ def _shallow(key: str, value: Any, complaints: list[str]) -> bool:
     return not level
 
 
-def _figures(name: str, value: Any, depth: int, complaints: list[str]) -> Any:
+def _figures(name: str, value: object, depth: int, complaints: list[str]) -> Any:
     """A figure or a group of figures, nested at most ``depth`` deep; None for anything else."""
     if value is None or is_number(value):
         return value
@@ -102,7 +102,7 @@ def _figures(name: str, value: Any, depth: int, complaints: list[str]) -> Any:
     return None
 
 
-def _by_shots(name: str, value: Any, complaints: list[str]) -> dict[str, Any]:
+def _by_shots(name: str, value: object, complaints: list[str]) -> dict[str, Any]:
     """Figures by the number of labeled images; what is under another name is left out."""
     if not isinstance(value, dict):
         complaints += [f"{name} is not a group of figures and is left out"] if value is not None else []
@@ -112,7 +112,7 @@ def _by_shots(name: str, value: Any, complaints: list[str]) -> dict[str, Any]:
     return {shots: figures for shots, figures in value.items() if shots not in odd}
 
 
-def _is_spread(value: Mapping[str, Any]) -> bool:
+def _is_spread(value: Mapping[str, object]) -> bool:
     trials, std = value.get("trials"), value.get("std")
     whole = isinstance(trials, list) and len(trials) > 0 and all(map(is_number, trials))
     return whole and is_number(value["mean"]) and (std is None or is_number(std))

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -96,7 +95,7 @@ def _used_styles(galleries: dict[str, list[GalleryRow]], styles: dict[str, str])
     return {style: uri for style, uri in styles.items() if style in used}
 
 
-def _count(value: Any) -> str:
+def _count(value: object) -> str:
     """A figure for readers: the length of a list, a number with thousands separators."""
     if isinstance(value, list | dict):
         value = len(value)
@@ -139,7 +138,7 @@ def _facts(groups: dict[str, list[RunFiles]]) -> dict[str, Table]:
     return tables
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _flat(values: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:
     """Nested summary values as (dotted name, text) pairs, with long lists shortened."""
     result = []
     for key, value in values.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -13,7 +12,7 @@ from markupsafe import Markup
 from fastuft.atomic import write_whole
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """Fill in one template; autoescape is always on, and an undefined name is an error."""
     loader = PackageLoader("fastuft.report", "templates")
     environment = Environment(

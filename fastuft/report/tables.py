@@ -105,7 +105,7 @@ def arms(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
     return grouped
 
 
-def lookup(values: Any, *keys: str) -> Any:
+def lookup(values: object, *keys: str) -> Any:
     """A nested value, or None."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None

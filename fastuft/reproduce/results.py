@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from fastuft.atomic import write_whole
 from fastuft.config import DATASETS, ReproduceConfig
@@ -41,8 +40,8 @@ def write_results(plan: Plan, config: ReproduceConfig, scale: Scale, folders: Gr
         _write_figure(folders, notes)
 
 
-def _rows(plan: Plan, config: ReproduceConfig, folders: GridFolders) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _rows(plan: Plan, config: ReproduceConfig, folders: GridFolders) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
     for key in plan.cells:
         measured = {}
         dataset = ""

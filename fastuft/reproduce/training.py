@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -134,7 +133,7 @@ def _run_stoppable(command: list[str]) -> int:
     process: subprocess.Popen[bytes] | None = None
     asked = False
 
-    def pass_on(*_: Any) -> None:
+    def pass_on(*_: object) -> None:
         nonlocal asked
         asked = True
         if process is not None:

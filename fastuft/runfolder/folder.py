@@ -111,7 +111,7 @@ class RunFolder:
         exported = (self.backbone_file, self.last_file, *self.judged_files())
         return any(file.exists() for file in exported) or bool(self.checkpoints.all())
 
-    def write_config(self, config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    def write_config(self, config: Mapping[str, object], given: Mapping[str, object]) -> None:
         """Write the configuration as it is used and as it was given, both as nested mappings of plain values.
 
         Raises:
@@ -138,7 +138,7 @@ class RunFolder:
         """
         return _read_yaml(self.given_file)
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
+    def write_summary(self, summary: Mapping[str, object]) -> None:
         """Write the outcome of the run.
 
         Raises:
@@ -166,7 +166,7 @@ class RunFolder:
         """A lock that holds the folder for this process; no other run may work in it meanwhile."""
         return RunLock(self.path, self.path / "run.lock")
 
-    def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def write_metrics(self, rows: Iterable[Mapping[str, object]]) -> None:
         """Replace all rows with these.
 
         Raises:

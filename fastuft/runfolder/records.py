@@ -22,7 +22,7 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write one object, whole or not at all.
 
     Raises:

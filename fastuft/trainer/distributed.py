@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ class LostRankError(RuntimeError):
     """Another process died, fell silent or diverged; the message names the step and the last good checkpoint."""
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the others.
@@ -45,7 +48,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    control: Any = None
+    control: dist.ProcessGroup | None = None
     joined: bool = False
 
     @property
@@ -60,13 +63,13 @@ class Ranks:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return bool(value.item())
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
         if self.control is None:
             return [value]
-        values: list[Any] = [None] * self.world_size
+        values: list[T | None] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
-        return values
+        return cast(list[T], values)
 
     def wait_for_main(self) -> None:
         """Make the other ranks wait until the main one arrives, however long its work takes."""
@@ -79,7 +82,7 @@ class StopVote:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._pending: tuple[Any, Tensor] | None = None
+        self._pending: tuple[dist.Work, Tensor] | None = None
         self._outcome = False
 
     def __call__(self, flag: bool) -> bool:
@@ -180,7 +183,7 @@ def stop_ranks(ranks: Ranks, *, failed: bool = False) -> None:
 
 
 @contextmanager
-def naming_lost_ranks(ranks: Ranks, describe: Any) -> Iterator[None]:
+def naming_lost_ranks(ranks: Ranks, describe: Callable[[], str]) -> Iterator[None]:
     """Turn a failed collective into a LostRankError; ``describe()`` says how far the run was and how to continue.
 
     On a CPU, gloo raises as soon as a process is lost. On GPUs, the votes on the CPU group do, at the next step or before the

@@ -164,7 +164,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def check_kernels(
-    candidates: Sequence[Probe], dtype: torch.dtype, chip: str, gather: Callable[[object], list[dict[str, str]]]
+    candidates: Sequence[Probe], dtype: torch.dtype, chip: str, gather: Callable[[dict[str, str]], list[dict[str, str]]]
 ) -> list[Verdict]:
     """Check every candidate and refuse those that fail on any process.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +52,7 @@ class StepMetrics:
         """Whether a row is due."""
         return self._filled == len(self._rows)
 
-    def row(self, progress: Progress, lr: float, checkpoints: Checkpoints) -> dict[str, Any]:
+    def row(self, progress: Progress, lr: float, checkpoints: Checkpoints) -> dict[str, object]:
         """The mean over the steps since the last row and over ranks; the host waits for the device only here.
 
         Raises:

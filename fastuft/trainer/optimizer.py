@@ -123,7 +123,7 @@ def build_optimizer(config: OptimConfig, parameters: Parameters, device: torch.d
     return (_lars if config.optimizer == "lars" else _apex)(parameters, momentum=config.momentum, **common)
 
 
-def _lars(parameters: Parameters, **options: Any) -> torch.optim.Optimizer:
+def _lars(parameters: Parameters, **options: object) -> torch.optim.Optimizer:
     """timm's LARS. timm is maintained and an extra already; it updates all tensors in one call on a GPU and keeps SGD's state.
 
     The rate is adapted for every tensor that may decay, even at a weight decay of 0.
@@ -142,7 +142,7 @@ def _lars(parameters: Parameters, **options: Any) -> torch.optim.Optimizer:
     return built
 
 
-def _apex(parameters: Parameters, **options: Any) -> torch.optim.Optimizer:
+def _apex(parameters: Parameters, **options: object) -> torch.optim.Optimizer:
     try:
         from apex.optimizers import FusedSGD
     except ImportError as error:

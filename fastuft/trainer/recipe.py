@@ -237,7 +237,7 @@ class _Chooser:
         return "judged", "a run that is no better than its start exports the weights of the start"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -251,7 +251,7 @@ def _value(saved: Mapping[str, Any], option: str) -> Any:
     return (saved.get(group, {}) if group else saved).get(name)
 
 
-def _replaced(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+def _replaced(config: TrainConfig, values: Mapping[str, object]) -> TrainConfig:
     """The configuration with new values for dotted options."""
     groups: dict[str, dict[str, Any]] = {}
     for option, value in values.items():

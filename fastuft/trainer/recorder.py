@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from fastuft import console
 from fastuft.config import RuntimeConfig
 from fastuft.names import printable
 from fastuft.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _SLOW = 20.0  # seconds of the first row from which its rate is believed
 
@@ -48,9 +51,9 @@ class Recorder:
         self, folder: RunFolder, runtime: RuntimeConfig, *, enabled: bool, total_steps: int, resumed_step: int
     ) -> None:
         self.enabled = enabled
-        self._board: Any = None
+        self._board: SummaryWriter | None = None
         self._wandb: Any = None
-        self._bar: Any = None
+        self._bar: console.Bar | None = None
         self._last_line = 0.0
         self._estimated = False
         self._rows, self._before = 0, resumed_step  # rows so far, and the last one's step
@@ -78,7 +81,7 @@ class Recorder:
         if console.watched():
             self._bar = console.progress_bar(total_steps, unit="step", initial=resumed_step)
 
-    def _tensorboard(self, folder: Path, resumed_step: int) -> Any:
+    def _tensorboard(self, folder: Path, resumed_step: int) -> SummaryWriter | None:
         missing = None
         if importlib.util.find_spec("tensorboard") is None:
             missing = "TensorBoard is not installed"
@@ -206,9 +209,9 @@ class PartTimes:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
+        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
 
-    def _now(self) -> Any:
+    def _now(self) -> torch.cuda.Event | float:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -226,11 +229,18 @@ class PartTimes:
     def read(self) -> dict[str, float]:
         """Seconds by part since the last read; on a GPU the host waits for the last mark."""
         seconds: dict[str, float] = {}
-        if self._cuda and self._marks:
-            self._marks[-1][1].synchronize()
+        if self._marks and isinstance(last := self._marks[-1][1], torch.cuda.Event):
+            last.synchronize()
         for (_, before), (part, after) in zip(self._marks, self._marks[1:], strict=False):
             if part:
-                passed = before.elapsed_time(after) / 1000 if self._cuda else after - before
-                seconds[part] = seconds.get(part, 0.0) + passed
+                seconds[part] = seconds.get(part, 0.0) + _seconds_between(before, after)
         self._marks.clear()
         return seconds
+
+
+def _seconds_between(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:
+    if isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event):
+        milliseconds: float = before.elapsed_time(after)
+        return milliseconds / 1000
+    assert isinstance(before, float) and isinstance(after, float)
+    return after - before

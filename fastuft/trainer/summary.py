@@ -48,12 +48,12 @@ def summary_of(
     total_steps: int,
     interrupted: str | None,
     bad_files: dict[str, str],
-    init_report: dict[str, Any] | None,
-    metrics: dict[str, Any],
+    init_report: dict[str, object] | None,
+    metrics: dict[str, object],
     judgment: Judgment | None,
     judged_enough: bool,
     choices: list[Choice],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The outcome of a run, as plain values.
 
     Args:

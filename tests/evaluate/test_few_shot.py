@@ -160,7 +160,7 @@ def test_decoding_keeps_aspect_ratio_and_order(tmp_path):
 
 def test_thumbnails_are_png_files(tmp_path):
     Image.new("RGB", (30, 20), (200, 10, 10)).save(tmp_path / "a.jpg")
-    data = thumbnail_png(str(tmp_path / "a.jpg"), 24)
+    data = thumbnail_png(str(tmp_path / "a.jpg"))
     assert data.dtype == np.uint8 and data.tobytes().startswith(b"\x89PNG")
 
 

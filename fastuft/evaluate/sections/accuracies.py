@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, TypedDict, TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -38,13 +38,21 @@ NO_TEST = (
 )
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+class Spread(TypedDict):
     """Mean, sample standard deviation (None for a single trial) and the trials themselves."""
+
+    mean: float
+    std: float | None
+    trials: list[float]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The spread of an accuracy over its trials."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std, "trials": [float(v) for v in values]}
 
 
-def clustering_of(context: Context, arm: str, name: str) -> dict[str, Any]:
+def clustering_of(context: Context, arm: str, name: str) -> Spread:
     """Spread over trials of the clustering accuracy of a labeled folder (train or source)."""
     config = context.config
     features, labels = context.features(arm, name), context.folders.named()[name].labels

@@ -53,7 +53,7 @@ class Part:
         self.not_known[what] = line
         self.statements.append(f"{what} is not known: {line.rstrip('.')}.")
 
-    def put(self, value: Any, *keys: str) -> None:
+    def put(self, value: object, *keys: str) -> None:
         """Set a metric at nested ``keys``; None is left out."""
         if value is None:
             return
@@ -76,7 +76,7 @@ class Part:
                 self.draws[trial] = files
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(_finite, value.values()))
     if isinstance(value, list):

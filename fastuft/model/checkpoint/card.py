@@ -30,7 +30,7 @@ _TIMM = {arch: arch for arch in _TORCHVISION} | {
 _RECIPE = ("method", "optim", "data", "augment")
 
 
-def _or_nothing(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _or_nothing(read: Callable[[], dict[str, object]]) -> dict[str, object]:
     """The content of a run's file; a damaged file is left out with a warning."""
     try:
         return read()
@@ -39,7 +39,7 @@ def _or_nothing(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {}
 
 
-def _at(tree: Any, *keys: str) -> Any:
+def _at(tree: object, *keys: str) -> Any:
     for key in keys:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
@@ -53,7 +53,7 @@ def _table(rows: Mapping[str, object]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()), ""]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
@@ -61,7 +61,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, obje
             yield f"{prefix}{name}", value
 
 
-def _percent(value: Any) -> str | None:
+def _percent(value: object) -> str | None:
     """A fraction, or a mean with its spread over trials, in per cent."""
     if isinstance(value, Mapping):
         mean, spread = value.get("mean"), value.get("std")
@@ -72,7 +72,7 @@ def _percent(value: Any) -> str | None:
     return f"{100 * value:.1f} %" if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def _figures(evaluation: Mapping[str, Any]) -> dict[str, object]:
+def _figures(evaluation: Mapping[str, object]) -> dict[str, object]:
     found = {name: _percent(_at(evaluation, *keys)) for name, keys in _FIGURES.items()}
     by_shots = (("few-shot", "", "fewshot"), ("few-shot", " before", "before", "fewshot"), ("FixMatch", "", "fixmatch"))
     for label, when, *keys in by_shots:
@@ -121,7 +121,7 @@ def _evaluation_of(run: RunFolder) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
-def _verdict(summary: Mapping[str, Any]) -> list[str]:
+def _verdict(summary: Mapping[str, object]) -> list[str]:
     verdict = summary.get("verdict")
     if not isinstance(verdict, Mapping) or "outcome" not in verdict:
         return []

@@ -51,7 +51,7 @@ class Pixels:
         return scaled.flip(1) if self.channels == "bgr" else scaled
 
 
-def _at(tree: Any, *keys: str) -> Any:
+def _at(tree: object, *keys: str) -> Any:
     for key in keys:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
@@ -84,7 +84,7 @@ def detectron2_settings(file: Path) -> tuple[Traits, Pixels]:
     return Traits(stride_in_1x1=in_1x1 is not False), Pixels(channels, (first, second, third))
 
 
-def transformers_traits(settings: Mapping[str, Mapping[str, Any]]) -> Traits:
+def transformers_traits(settings: Mapping[str, Mapping[str, object]]) -> Traits:
     """The traits of a network, from ``config.json`` and ``preprocessor_config.json``."""
     config, preprocessor = settings.get("config", {}), settings.get("preprocessor", {})
     traits = Traits(stride_in_1x1=bool(config.get("downsample_in_bottleneck", False)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastuft.model.backbone import Backbone
 
 
@@ -12,7 +10,7 @@ def shorter_side(size: int) -> int:
     return round(size * 256 / 224)
 
 
-def preprocessing_of(backbone: Backbone) -> dict[str, Any]:
+def preprocessing_of(backbone: Backbone) -> dict[str, object]:
     """The preprocessing steps of an evaluation, in order, as plain values."""
     return {
         "arch": backbone.arch,
@@ -32,7 +30,7 @@ def preprocessing_of(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def transformers_preprocessor(backbone: Backbone) -> dict[str, Any]:
+def transformers_preprocessor(backbone: Backbone) -> dict[str, object]:
     """The same in the form of ``preprocessor_config.json`` of transformers."""
     side = backbone.input_size
     return {

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ def _eps(network: nn.Module, name: str) -> float:
     return float(norm.eps) if isinstance(norm, nn.LayerNorm) else 1e-6
 
 
-def _resnet(backbone: ResNet) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _resnet(backbone: ResNet) -> tuple[dict[str, object], dict[str, Tensor]]:
     if backbone.stem != "imagenet":
         raise ValueError(f"layout='transformers' has no ResNet with stem {backbone.stem!r}; export with layout fastuft")
     state = backbone.state_dict()
@@ -62,7 +61,7 @@ def _resnet(backbone: ResNet) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, TRANSFORMERS_RESNET.export(state)
 
 
-def _convnext(network: nn.Module, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _convnext(network: nn.Module, state: State) -> tuple[dict[str, object], dict[str, Tensor]]:
     stages = range(_count(state, r"stages\.(\d+)\."))
     config = {
         "architectures": ["ConvNextModel"],
@@ -78,7 +77,7 @@ def _convnext(network: nn.Module, state: State) -> tuple[dict[str, Any], dict[st
     return config, HF_CONVNEXT.export(state)
 
 
-def _vit_config(backbone: TimmBackbone, state: State) -> dict[str, Any]:
+def _vit_config(backbone: TimmBackbone, state: State) -> dict[str, object]:
     """The common part of all ViT configurations."""
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     heads = getattr(backbone.network.get_submodule("blocks.0.attn"), "num_heads", 0)
@@ -94,7 +93,7 @@ def _vit_config(backbone: TimmBackbone, state: State) -> dict[str, Any]:
     }
 
 
-def _vit(backbone: TimmBackbone, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _vit(backbone: TimmBackbone, state: State) -> tuple[dict[str, object], dict[str, Tensor]]:
     width = backbone.num_features
     config = {
         "architectures": ["ViTModel"],
@@ -113,7 +112,7 @@ def _vit(backbone: TimmBackbone, state: State) -> tuple[dict[str, Any], dict[str
     }
 
 
-def _dinov2(backbone: TimmBackbone, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _dinov2(backbone: TimmBackbone, state: State) -> tuple[dict[str, object], dict[str, Tensor]]:
     registers, width = "reg_token" in state, backbone.num_features
     inner, outer = state["blocks.0.mlp.fc1.weight"].shape[0], state["blocks.0.mlp.fc2.weight"].shape[1]
     gated = inner == 2 * outer
@@ -136,7 +135,7 @@ def _dinov2(backbone: TimmBackbone, state: State) -> tuple[dict[str, Any], dict[
     return config, {**layout.export(state), "embeddings.mask_token": torch.zeros(1, width)}
 
 
-def _dinov3(backbone: TimmBackbone, state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _dinov3(backbone: TimmBackbone, state: State) -> tuple[dict[str, object], dict[str, Tensor]]:
     biased = "blocks.0.attn.q_bias" in state
     gated = "blocks.0.mlp.fc1_g.weight" in state
     config = {
@@ -155,7 +154,7 @@ def _dinov3(backbone: TimmBackbone, state: State) -> tuple[dict[str, Any], dict[
     return config, {**HF_DINOV3.export(state), "embeddings.mask_token": torch.zeros(1, 1, backbone.num_features)}
 
 
-def _folder_of(backbone: Backbone) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _folder_of(backbone: Backbone) -> tuple[dict[str, object], dict[str, Tensor]]:
     """(configuration, tensors) of a backbone.
 
     Raises:
