@@ -1,14 +1,13 @@
-"""Settings of finetuning against labels, on any pair of folders: retrieval, clustering and few-shot accuracy over the steps.
+"""Compares settings of finetuning by labels, on any folders: retrieval, clustering and few-shot accuracy over the steps.
 
     python bench/sweep.py bench/sweeps/photos.yaml --init start.safetensors --train photos/train --test photos/test \
         --source imagenet/ --out runs/sweep --only auto naive --seeds 0 1 2
 
-A sweep is a YAML file of ``common`` options and named ``settings`` over them, both as of ``fastuft.finetune``; a setting may
-leave out the source (``source: false``), take a share of every class's images (``images: 0.5``) or finetune on few labels
-after other steps than the last (``shots_at: every``). ``fewshot`` and ``resize`` are options of the labels' figures. Each run
-has a folder of its own. A finished one is not done again and a broken-off one goes on, so the same command always brings a
-sweep to its end. It writes ``sweep.json``, the label-free
-measures beside the labels of every look, and ``sweep.md``. ``bench/verdict.py`` reads the first.
+A sweep is a YAML file of ``common`` options and named ``settings`` that override them, both options of ``fastuft.finetune``. A
+setting may omit the source (``source: false``), take a share of the images of every class (``images: 0.5``) or measure few-shot
+accuracy at every look, not only the last (``shots_at: every``). ``fewshot`` and ``resize`` are options of the accuracies. Each
+run has its own folder. Finished runs are kept and interrupted ones resume, so repeating the command completes a sweep. It
+writes ``sweep.json``, with label-free measures and accuracies of every look, and ``sweep.md``. ``bench/verdict.py`` reads the first.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ START = "start"
 
 
 def main() -> None:
-    """Run what is missing of a sweep, then write its figures."""
+    """Run the missing runs of a sweep, then write its figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path, help="YAML file of common options and settings")
     parser.add_argument("--init", required=True, help="checkpoint to start from")
@@ -69,7 +68,7 @@ def main() -> None:
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested options with those of ``above`` in the place of those of ``below``."""
+    """The nested options of ``below``, overridden by those of ``above``."""
     both = dict(below)
     for name, value in above.items():
         old = both.get(name)
@@ -78,21 +77,21 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def start(asked: argparse.Namespace, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The labels' figures of the checkpoint that all runs start from."""
+    """The accuracies of the checkpoint that all runs start from."""
     model = options.get("model", {})
     backbone = load_backbone(asked.init, model.get("arch"), model.get("stem"))
     return {"looks": [{"step": 0, "labels": labels_of(backbone, asked, options, asked.shots)}], "seconds": 0.0}
 
 
 def run(asked: argparse.Namespace, given: Mapping[str, Any], folder: Path, seed: int) -> dict[str, Any]:
-    """One finetuning and the labels' figures at each of its looks."""
+    """One finetuning, and the accuracies at each of its looks."""
     options = dict(given)
     source, share = options.pop("source", True), options.pop("images", 1.0)
     every = options.pop("shots_at", "last") == "every"
-    for name in ("fewshot", "resize"):  # options of the labels' figures
+    for name in ("fewshot", "resize"):  # options of the accuracies
         options.pop(name, None)
     looks = options.get("verdict", {}).get("looks", 5)
-    # Where the verdict selects, every look has a checkpoint; all of them are kept until the labels were asked.
+    # Where the verdict selects, every look has a checkpoint; all of them are kept until the accuracies are measured.
     kept = {"select": "judged", "runtime": {"save_every": 10**9, "keep_last": looks + 1, "tensorboard": False}}
     began = time.monotonic()
     done = fastuft.finetune(
@@ -175,13 +174,13 @@ def labels_of(
 
 
 def results(out: Path) -> Iterator[dict[str, Any]]:
-    """What is finished below ``out``, the start first."""
+    """The finished runs below ``out``, the start first."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*/result.json"))]
     yield from sorted(found, key=lambda result: (result["setting"] != START, result["setting"], result["seed"]))
 
 
 def write_tables(out: Path) -> None:
-    """``sweep.json`` and ``sweep.md``: the ends of all runs, and every look."""
+    """Write ``sweep.json`` and ``sweep.md``: the last look of every run, and all looks."""
     runs = list(results(out))
     start_labels = runs[0]["looks"][0]["labels"]
     for entry in runs[1:]:
@@ -202,7 +201,7 @@ def write_tables(out: Path) -> None:
 
 
 def cells(entry: Mapping[str, Any], look: Mapping[str, Any], shots: list[str]) -> list[str]:
-    """Setting, seed, step and the labels' figures of one look."""
+    """Setting, seed, step and accuracies of one look."""
     labels = look.get("labels") or {}
     accuracies = [labels.get("retrieval"), labels.get("clustering")]
     accuracies += [labels.get("fewshot", {}).get(k) for k in shots]
@@ -210,7 +209,7 @@ def cells(entry: Mapping[str, Any], look: Mapping[str, Any], shots: list[str]) -
 
 
 def fate(entry: Mapping[str, Any]) -> list[str]:
-    """Minutes of a run and what its verdict was."""
+    """Duration of a run in minutes, and its verdict."""
     verdict = entry.get("verdict")
     if not verdict:
         return ["", ""]
@@ -218,7 +217,7 @@ def fate(entry: Mapping[str, Any]) -> list[str]:
 
 
 def number(value: float | None, digits: int) -> str:
-    """A figure, or nothing where there is none."""
+    """A figure as text; empty if there is none."""
     return "" if value is None else f"{value:.{digits}f}"
 
 

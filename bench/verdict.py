@@ -2,9 +2,9 @@
 
     python bench/verdict.py photos=runs/sweep/sweep.json digits=runs/digits/sweep.json
 
-Reads what ``bench/sweep.py`` wrote, one file per data set, and prints Markdown: for every measure the rank correlation with
-labels over all looks; for the rule in use, and for one whose thresholds were chosen on the other data sets, what it says of
-each run, ended at each of its looks, and what that costs.
+Reads the files of ``bench/sweep.py``, one per data set, and prints Markdown: the rank correlation of every measure with
+accuracy over all looks; and the verdicts of the rule in use, and of a rule fitted to the other data sets, on each run as if it had
+ended at each of its looks, with their cost.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ GRID = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its looks, and the labels' figures at each of them in percent, retrieval and clustering.
+    """One run: its looks, with retrieval and clustering accuracy at each of them in percent.
 
     Args:
         name: setting and seed.
-        looks: with the start's first.
+        looks: its looks, of which the first is the start.
         labels: [looks, len(LABELS)].
     """
 
@@ -54,22 +54,22 @@ class Run:
 
     @property
     def gains(self) -> np.ndarray:
-        """Points above the start by look, the mean of retrieval and clustering."""
+        """Gain over the start of each look in points, as the mean of retrieval and clustering."""
         gains: np.ndarray = (self.labels - self.labels[0]).mean(1)
         return gains
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rule makes of one run.
+    """The outcome of a rule for one run.
 
     Args:
-        run: its name.
+        run: name of the run.
         said: the verdict.
         end: points above the start at the last look.
         exported: points above the start of the weights that ``select: judged`` exports.
-        retrieval: the same, of retrieval alone.
-        best: points above the start of the best look, 0 where none is above it.
+        retrieval: the same for retrieval only.
+        best: points above the start of the best look; 0 if none is above it.
     """
 
     run: str
@@ -98,7 +98,7 @@ def ranks(values: Sequence[float]) -> np.ndarray:
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's rank correlation; nan where one is constant or of fewer than two values."""
+    """Spearman's rank correlation; nan if one is constant or has fewer than two values."""
     a, b = ranks(one), ranks(other)
     if len(a) < 2 or a.std() == 0 or b.std() == 0:
         return float("nan")
@@ -118,7 +118,7 @@ def correlations(runs: Iterable[Run]) -> dict[str, list[float]]:
 
 
 def outcome(run: Run, rule: Rule) -> Outcome:
-    """What a rule makes of a run."""
+    """Apply a rule to a run."""
     verdict = judge(run.looks, rule)
     steps = [look.step for look in run.looks]
     taken = {"better": verdict.step, "no better": 0, "collapsed": 0}.get(verdict.outcome, steps[-1])
@@ -128,7 +128,7 @@ def outcome(run: Run, rule: Rule) -> Outcome:
 
 
 def cost(runs: Iterable[Run], rule: Rule) -> float:
-    """What a rule is chosen by, lower is better: harm counts first, then useful runs that are not told, then regret."""
+    """The cost by which a rule is chosen: first harm, then useful runs that it misses, then regret."""
     total = 0.0
     for run in runs:
         found = outcome(run, rule)
@@ -139,7 +139,7 @@ def cost(runs: Iterable[Run], rule: Rule) -> float:
 
 
 def fitted(runs: Sequence[Run]) -> Rule:
-    """The rule of the grid that costs least; of equals the one nearest to the rule in use."""
+    """The rule of the grid with the lowest cost; of equals, the one nearest to the rule in use."""
     rules = [replace(Rule(), **dict(zip(GRID, values, strict=True))) for values in itertools.product(*GRID.values())]
     usual = Rule()
     return min(rules, key=lambda rule: (cost(runs, rule), sum(abs(getattr(rule, n) - getattr(usual, n)) for n in GRID)))
@@ -156,7 +156,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[Any]:
-    """Runs that helped and how many were told, exports below the start, and regret."""
+    """Runs that helped and how many were recognized, exports below the start, and regret."""
     helped = [found for found in outcomes if found.best >= HELPED]
     told = sum(found.said == "better" for found in helped)
     harmed = sum(found.retrieval < -HARMED for found in outcomes)

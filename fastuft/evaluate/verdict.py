@@ -52,20 +52,20 @@ class Rule:
     """The thresholds of the verdict.
 
     Changes of effective rank and LiDAR are natural logarithms of the ratio to the start, those of view agreement of the ratio
-    of its odds, so that they mean the same for every network. What the values rest on, and how far they can be trusted, stands
-    in docs/verdict.md.
+    of its odds, so that they mean the same for every network. docs/verdict.md says where the values come from and how reliable
+    they are.
 
     Args:
-        collapsed_rank: effective rank, as a share of the start's, below which the features have collapsed.
-        collapsed_uniformity: uniformity above which all features lie close together (0: they are the same).
+        collapsed_rank: effective rank, relative to the start, below which the features have collapsed.
+        collapsed_uniformity: uniformity above which all features are close together (0: they are equal).
         agreement_gain: rise of view agreement from which the features are better, if they have spread too.
-        agreement_loss: rise of it below which they are no better: runs dip before they gain, and views agree again earlier
-            than labels do.
-        spread_gain: fall of uniformity from which they have.
+        agreement_loss: rise of view agreement below which they are no better: runs dip before they gain, and view agreement
+            recovers before accuracy does.
+        spread_gain: fall of uniformity from which they have spread.
         rank_drop: fall of effective rank that rules out "better".
-        lidar_drop: fall of LiDAR that does.
-        fewest_images: smaller samples tell nothing.
-        patience: looks without a better one after which a run that may stop does.
+        lidar_drop: fall of LiDAR that rules out "better".
+        fewest_images: smallest sample that allows a verdict.
+        patience: looks without improvement after which a run with ``stop: judged`` ends.
     """
 
     collapsed_rank: float = 0.25
@@ -86,7 +86,7 @@ class Verdict:
     Args:
         outcome: better or no better than the start, collapsed, or not known.
         step: step of the best look, 0 for the start; the last step if the outcome is not known.
-        why: the measures behind it, in words.
+        why: the measures behind it, as text.
     """
 
     outcome: Outcome
@@ -110,7 +110,7 @@ def _change(now: float | None, then: float | None) -> float | None:
 
 
 def agreement_gain(look: Look, start: Look) -> float | None:
-    """Rise of the log-odds of view agreement since the start; None where one has no value."""
+    """Rise of the log-odds of view agreement since the start; None if one has no value."""
     if look.view_agreement is None or start.view_agreement is None:
         return None
     now, then = (min(0.995, max(0.005, share)) for share in (look.view_agreement, start.view_agreement))
@@ -118,7 +118,7 @@ def agreement_gain(look: Look, start: Look) -> float | None:
 
 
 def collapsed(look: Look, start: Look, rule: Rule) -> bool:
-    """Whether the features have become alike, or their rank has fallen to a small share of the start's."""
+    """Whether the features have become alike, or their rank is a small share of what it was at the start."""
     if look.effective_rank is None or look.uniformity is None:
         return True  # without a rank there are no directions left
     if start.effective_rank is not None and look.effective_rank < rule.collapsed_rank * start.effective_rank:
@@ -128,7 +128,7 @@ def collapsed(look: Look, start: Look, rule: Rule) -> bool:
 
 
 def best_look(looks: Sequence[Look], rule: Rule | None = None) -> Look | None:
-    """The look of the largest view agreement among those after the start that have not collapsed; the later of equals."""
+    """The look with the highest view agreement after the start that has not collapsed; of equals, the later one."""
     limits, start = rule or Rule(), looks[0]
     whole = [look for look in looks[1:] if not collapsed(look, start, limits)]
     known = [(gain, look.step) for look in whole if (gain := agreement_gain(look, start)) is not None]
@@ -152,9 +152,9 @@ def should_stop(looks: Sequence[Look], rule: Rule | None = None) -> bool:
 def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
     """The verdict on the looks of a run, of which the first is the start.
 
-    The best look is the one of the largest view agreement that has not collapsed. It is better than the start where that
+    The best look is the one with the highest view agreement that has not collapsed. It is better than the start if agreement
     rose by ``agreement_gain``, the features have spread (training makes views agree, and agreement alone rises in a collapse
-    too), and neither effective rank nor LiDAR fell much. It is no better where it rose by less than ``agreement_loss`` at
+    too), and neither effective rank nor LiDAR fell much. It is no better if agreement rose by less than ``agreement_loss`` at
     every look.
 
     Args:
@@ -199,7 +199,7 @@ _WORDS = {
 
 
 def _compared(look: Look, start: Look) -> str:
-    """The measures at the start and at this look, in words."""
+    """The measures at the start and at this look, as text."""
     parts = []
     for name, (words, digits) in _WORDS.items():
         then, now = getattr(start, name), getattr(look, name)
