@@ -3,8 +3,8 @@
     python bench/verdict.py photos=runs/sweep/sweep.json digits=runs/digits/sweep.json
 
 Reads the files of ``bench/sweep.py``, one per data set, and prints Markdown: the rank correlation of every measure with
-accuracy over all looks; and the verdicts of the rule in use, and of a rule fitted to the other data sets, on each run as if it had
-ended at each of its looks, with their cost.
+accuracy over all looks; and the verdicts of the rule in use, and of a rule fitted to the other data sets, on each run as if
+it had ended at each of its looks, with their cost.
 """
 
 from __future__ import annotations
