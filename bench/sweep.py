@@ -7,7 +7,8 @@ A sweep is a YAML file of ``common`` options and named ``settings`` that overrid
 setting may omit the source (``source: false``), take a share of the images of every class (``images: 0.5``) or measure few-shot
 accuracy at every look, not only the last (``shots_at: every``). ``fewshot`` and ``resize`` are options of the accuracies. Each
 run has its own folder. Finished runs are kept and interrupted ones resume, so repeating the command completes a sweep. It
-writes ``sweep.json``, with label-free measures and accuracies of every look, and ``sweep.md``. ``bench/verdict.py`` reads the first.
+writes ``sweep.json``, with label-free measures and accuracies of every look, and ``sweep.md``. ``bench/verdict.py``
+reads the first.
 """
 
 from __future__ import annotations
