@@ -114,7 +114,7 @@ def run(asked: argparse.Namespace, given: Mapping[str, Any], folder: Path, seed:
     for row in rows[1:]:
         backbone = average.of(load_backbone(files.checkpoints.path(row["step"])))
         last = row is rows[-1]
-        row["labels"] = labels_of(backbone, asked, options, asked.shots if last or every else [])
+        row["labels"] = labels_of(backbone, asked, given, asked.shots if last or every else [])
     shutil.rmtree(files.checkpoints.folder)
     keys = ("verdict", "recipe")
     return {"looks": rows, "seconds": seconds, "options": dict(given), **{key: summary[key] for key in keys}}

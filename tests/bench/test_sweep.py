@@ -48,6 +48,7 @@ def folders(tmp_path_factory):
             "optim": {"epochs": 2},
             "verdict": {"looks": 2},
             "fewshot": {"epochs": 2},
+            "resize": 33,
         },
         "settings": {"naive": {"source": False, "method": {"mix": "none"}}, "half": {"images": 0.5}},
     }
@@ -61,6 +62,8 @@ def test_a_sweep_resumes_and_its_looks_have_labels(folders, tmp_path, monkeypatc
     for name in ("train", "test", "source"):
         arguments += [f"--{name}", str(folders / name)]
     arguments += ["--out", str(tmp_path), "--shots", "1", "--only"]
+    used, fewshot = [], sweep.fewshot
+    monkeypatch.setattr(sweep, "fewshot", lambda *a, **k: used.append((k["config"].epochs, k["resize"])) or fewshot(*a, **k))
     monkeypatch.setattr(sys, "argv", [*arguments, "naive"])
     sweep.main()
     monkeypatch.setattr(sys, "argv", [*arguments, "naive", "half"])
@@ -74,6 +77,7 @@ def test_a_sweep_resumes_and_its_looks_have_labels(folders, tmp_path, monkeypatc
     for look in half["looks"]:
         assert 0 <= look["labels"]["retrieval"] <= 100 and look["view_agreement"] is not None
     assert set(half["looks"][-1]["labels"]["fewshot"]) == {"1"} and "fewshot" not in half["looks"][1]["labels"]
+    assert used == [(2, 33)] * 3  # start, naive and half: the same options for all
     assert len((tmp_path / "target_0.5.txt").read_text().splitlines()) == 12
     assert "| naive | 0 | " in (tmp_path / "sweep.md").read_text()
     assert not (tmp_path / "naive-0" / "run" / "checkpoints").exists()
