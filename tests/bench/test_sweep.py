@@ -63,7 +63,9 @@ def test_a_sweep_resumes_and_its_looks_have_labels(folders, tmp_path, monkeypatc
         arguments += [f"--{name}", str(folders / name)]
     arguments += ["--out", str(tmp_path), "--shots", "1", "--only"]
     used, fewshot = [], sweep.fewshot
-    monkeypatch.setattr(sweep, "fewshot", lambda *a, **k: used.append((k["config"].epochs, k["resize"])) or fewshot(*a, **k))
+    monkeypatch.setattr(
+        sweep, "fewshot", lambda *a, **k: used.append((k["config"].epochs, k["resize"])) or fewshot(*a, **k)
+    )
     monkeypatch.setattr(sys, "argv", [*arguments, "naive"])
     sweep.main()
     monkeypatch.setattr(sys, "argv", [*arguments, "naive", "half"])
