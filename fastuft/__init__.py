@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fastuft.version import VERSION as __version__
 
 _EXPORTS = {
     "info_nce": "fastuft.loss",

@@ -42,6 +42,7 @@ LEAVES = {
     "randomness",
     "runfolder",
     "values",
+    "version",
 }
 
 

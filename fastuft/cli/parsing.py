@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, get_args, get_origin
 
-import fastuft
 from fastuft.cli.commands import COMMANDS, Command
 from fastuft.cli.complaints import UsageError
 from fastuft.cli.described import option_texts, option_types
+from fastuft.version import VERSION
 
 
 def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, object] | None = None) -> Any:
@@ -32,7 +32,7 @@ def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, 
     parser = Parser(
         prog="fastuft",
         description="Unsupervised finetuning of pretrained image backbones.",
-        version=fastuft.__version__,
+        version=VERSION,
     )
     subcommands = parser.add_subcommands()
     for name in names:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-import fastuft
 from fastuft.config import TrainConfig
 from fastuft.data import Manifest
 from fastuft.runfolder import Progress
 from fastuft.trainer.judging import Judgment
 from fastuft.trainer.learner import Learner
 from fastuft.trainer.recipe import Choice
+from fastuft.version import VERSION
 
 
 def headline(config: TrainConfig, manifest: Manifest, total_steps: int, start: str) -> str:
@@ -92,7 +92,7 @@ def summary_of(
         "metrics": metrics,
         "verdict": None if judgment is None else judgment.as_dict(),
         "versions": {
-            "fastuft": fastuft.__version__,
+            "fastuft": VERSION,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

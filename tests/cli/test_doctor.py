@@ -12,9 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import fastuft
 from fastuft.cli import main
-from fastuft.cli.doctor import environment, examine, packages
+from fastuft.cli.doctor import environment, examine, extension, packages
 from fastuft.cli.doctor import machine as machine_checks
 
 
@@ -179,7 +178,7 @@ def test_triton_on_a_gpu_needs_a_compiler(machine):
 
 def test_an_extension_that_is_missing_or_does_not_load_is_a_problem(machine, tmp_path, monkeypatch):
     (tmp_path / "mix").mkdir()
-    monkeypatch.setattr(fastuft, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(extension, "FOLDER", tmp_path / "mix")
     machine.tools.clear()
     found = machine.findings()
     assert "install a C++ compiler" in found["extension _C"].remedy

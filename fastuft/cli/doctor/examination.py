@@ -6,19 +6,19 @@ import json
 import platform
 from dataclasses import asdict
 
-import fastuft
 from fastuft.cli.doctor import environment
 from fastuft.cli.doctor.extension import check_extension
 from fastuft.cli.doctor.finding import Finding
 from fastuft.cli.doctor.machine import check_kernels, check_torch, check_triton
 from fastuft.cli.doctor.packages import check_apex, check_dali, check_packages
 from fastuft.console import say
+from fastuft.version import VERSION
 
 
 def examine() -> list[Finding]:
     """All findings, in order."""
     torch = environment.load_torch()
-    ours = Finding("fastuft", "ok", f"{fastuft.__version__}, Python {platform.python_version()}")
+    ours = Finding("fastuft", "ok", f"{VERSION}, Python {platform.python_version()}")
     return [
         ours,
         *check_torch(torch),

@@ -9,21 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fastuft
 from fastuft.cli.doctor import environment
 from fastuft.cli.doctor.finding import Finding
+
+FOLDER = Path(__file__).resolve().parents[2] / "mix"
 
 
 def check_extension(torch: Any | None) -> Iterator[Finding]:
     """The compiled extension, its CPU and CUDA parts, and the tools that build it."""
-    folder = Path(fastuft.__file__).parent / "mix"
     build = "pip install -e . --no-build-isolation"
     on_gpu = torch is not None and torch.cuda.is_available()
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     nvcc = environment.run("nvcc", "--version")
     for name, device, tool in (("_C", "CPU", compiler), ("_C_cuda", "CUDA", nvcc)):
         part = f"extension {name}"
-        library = next(iter(sorted(folder.glob(f"{name}.*so"))), None)
+        library = next(iter(sorted(FOLDER.glob(f"{name}.*so"))), None)
         wanted = name == "_C" or on_gpu
         if library is None:
             tools = "a C++ compiler" if name == "_C" else "nvcc"

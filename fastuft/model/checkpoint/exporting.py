@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import fastuft
 from fastuft.atomic import write_whole
 from fastuft.model.backbone import Backbone, Stem
 from fastuft.model.checkpoint.card import model_card
@@ -25,6 +24,7 @@ from fastuft.model.checkpoint.transformers_export import write_transformers
 from fastuft.model.resnet_v2 import ResNetV2
 from fastuft.model.timm_network import TimmBackbone
 from fastuft.runfolder import UNSEALED, RunFolder, seal
+from fastuft.version import VERSION
 
 
 def export_backbone(backbone: Backbone, path: str | Path) -> None:
@@ -48,7 +48,7 @@ def export_backbone(backbone: Backbone, path: str | Path) -> None:
         "std": list(backbone.std),
         "num_features": backbone.num_features,
         "traits": dataclasses.asdict(backbone.traits),
-        "fastuft_version": fastuft.__version__,
+        "fastuft_version": VERSION,
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
