@@ -24,7 +24,7 @@ myst_enable_extensions = ["dollarmath", "deflist", "colon_fence", "attrs_inline"
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 
-# Signatures stand with short type names; the text of each argument is that of its docstring.
+# Signatures show short type names; the text of each argument comes from its docstring.
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
@@ -40,7 +40,7 @@ html_js_files = ["site.js"]
 
 
 def inline_math(writer: HTML5Translator, node: nodes.math) -> None:
-    """Formulas are MathML, which browsers draw by themselves: no script from elsewhere, and they read offline."""
+    """Formulas are MathML, which browsers render natively: they need no external script and work offline."""
     writer.body.append(tex2mathml(node.astext()))
     raise nodes.SkipNode
 

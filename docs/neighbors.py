@@ -1,7 +1,7 @@
 """Draw the README's picture from a finished demo: ``python docs/neighbors.py runs/demo``.
 
 For the first test image of each class: its nearest training images by the pretrained network of seed 0 and by the
-one finetuned with replaying and mixing. Nothing is picked: images are those that come first by name.
+one finetuned with replaying and mixing. The images are not selected: they are the first by name.
 """
 
 from __future__ import annotations

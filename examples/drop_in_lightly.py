@@ -1,4 +1,4 @@
-"""lightly: ``NTXentLoss`` with a memory bank, by its import line.
+"""lightly: ``NTXentLoss`` with a memory bank, replaced by changing its import.
 
 ::
 

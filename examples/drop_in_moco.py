@@ -59,7 +59,7 @@ class MoCo(nn.Module):
 
 
 def logits_and_cross_entropy(q: Tensor, k: Tensor, queue: Tensor, T: float) -> Tensor:
-    """What the original computes, for comparison; its queue is [dim, K]."""
+    """The original computation, for comparison; its queue is [dim, K]."""
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
     l_pos = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
     l_neg = torch.einsum("nc,ck->nk", q, queue.clone().detach())

@@ -19,7 +19,7 @@ from fastuft import InfoNCELoss, KeyQueue, MixedInfoNCELoss, cutmix, sample_boxe
 
 
 class Contrastive(lightning.LightningModule):
-    """MoCo (He et al. 2020) with CutMix queries of two positives each.
+    """MoCo (He et al. 2020) with CutMix queries that have two positives each.
 
     Args:
         encoder: images [B, C, H, W] to embeddings [B, dim].
@@ -51,7 +51,7 @@ class Contrastive(lightning.LightningModule):
         mixed = cutmix(view_q, boxes.to(view_q.device), partner.to(view_q.device))
         loss = self.clean_loss(self.encoder(view_q), keys, self.queue.keys)
         loss = loss + self.mixed_loss(self.encoder(mixed), keys, keys[partner], lam.to(keys.device), self.queue.keys)
-        # After the losses, so that no query meets its own key as a negative; alike on every rank.
+        # After the losses, so that no query meets its own key as a negative; the same on every rank.
         self.queue.enqueue_(self.all_gather(keys).flatten(0, -2))
         self.log("loss", loss, prog_bar=True)
         return loss
@@ -61,7 +61,7 @@ class Contrastive(lightning.LightningModule):
 
 
 def small_encoder(dim: int = 32) -> nn.Module:
-    """A network that trains in seconds; GroupNorm instead of BatchNorm, whose statistics would tell the pairs."""
+    """A network that trains in seconds; GroupNorm instead of BatchNorm, whose statistics would reveal the pairs."""
     layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.GroupNorm(4, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(256, dim))
 
@@ -74,7 +74,7 @@ def views(count: int = 96) -> TensorDataset:
 
 
 def fit(folder: Path, epochs: int, resume: Path | None = None, precision: str = "bf16-mixed") -> Contrastive:
-    """Train for so many epochs in all; a checkpoint lies in ``folder/last.ckpt`` afterwards."""
+    """Train up to this number of epochs, and write a checkpoint to ``folder/last.ckpt``."""
     torch.manual_seed(0)
     module = Contrastive(small_encoder(), 32)
     keep = lightning.pytorch.callbacks.ModelCheckpoint(dirpath=folder, save_last=True)

@@ -1,6 +1,6 @@
-"""Hugging Face Trainer: MoCo around a network of transformers, with AMP, checkpoints and resume.
+"""Hugging Face Trainer: MoCo with a network of transformers, with AMP, checkpoints and resume.
 
-The Trainer asks a model for its loss; the queue is a module in it, so that checkpoints hold its keys.
+The Trainer takes the loss from the model; the queue is a module of the model, so checkpoints include its keys.
 ``pip install transformers accelerate``.
 """
 
@@ -43,7 +43,7 @@ class Contrastive(nn.Module):
 
     def forward(self, view_q: Tensor, view_k: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            if self.training:  # before the keys, as MoCo has it
+            if self.training:  # before the keys, as in MoCo
                 for p_q, p_k in zip(self.encoder.parameters(), self.key_encoder.parameters(), strict=True):
                     p_k.lerp_(p_q, 1 - self.momentum)
             keys = self.embed(self.key_encoder, view_k)
@@ -75,7 +75,7 @@ def small_backbone() -> Any:
 
 
 def fit(folder: Path, epochs: int, *, resume: bool = False, bf16: bool = True) -> transformers.Trainer:
-    """Train for so many epochs in all, with a checkpoint after each."""
+    """Train up to this number of epochs, with a checkpoint after each."""
     torch.manual_seed(0)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
