@@ -11,6 +11,7 @@ from fastuft.data.listing import labeled_folder, list_images
 from fastuft.data.loading import Loader, Loading, processors, resolve_loader
 from fastuft.data.manifest import Manifest
 from fastuft.data.reading import read_bytes
+from fastuft.data.sources import listings_agreed
 from fastuft.data.strong import StrongConfig
 from fastuft.data.training import Batch, TrainStream
 from fastuft.data.views import CROP_DRAWS, SMALL_IMAGES, crop_regions
@@ -38,6 +39,7 @@ __all__ = [
     "labeled_folder",
     "labels_of_images",
     "list_images",
+    "listings_agreed",
     "open_rgb",
     "processors",
     "read_bytes",

@@ -71,6 +71,26 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return cast(list[T], values)
 
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on the main rank, on every rank; the others wait, however long its work takes.
+
+        Raises:
+            ValueError: ``make`` raised it on the main rank.
+        """
+        if self.control is None:
+            return make()
+        said: list[T | str | None] = [None, None]  # the value, and the text of an error
+        if self.is_main:
+            try:
+                said[0] = make()
+            except ValueError as error:
+                said[1] = str(error)
+        self.wait_for_main()
+        dist.broadcast_object_list(said, src=0, group=self.control)
+        if said[1] is not None:
+            raise ValueError(said[1])
+        return cast(T, said[0])
+
     def wait_for_main(self) -> None:
         """Make the other ranks wait until the main one arrives, however long its work takes."""
         if self.control is not None:

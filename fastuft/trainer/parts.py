@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastuft.config import TrainConfig, is_auto
-from fastuft.data import Loading, Manifest, TrainStream
+from fastuft.data import Loading, Manifest, TrainStream, listings_agreed
 from fastuft.device import DTYPES
 from fastuft.model import traits_from
 from fastuft.runfolder import Progress, RunFolder, RunLock
@@ -91,14 +91,15 @@ def assemble(config: TrainConfig, ranks: Ranks, lock: RunLock | None, closing: E
     given = plain(config)
     state = find_checkpoint(config.resume, folder, ranks)
     config, kept = with_saved(config, state, ranks)
-    manifest = Manifest.build(
-        config.target,
-        config.source,
-        fraction=None if is_auto(config.data.replay_fraction) else config.data.replay_fraction,
-        seed=config.data.replay_seed,
-        replay_cache=config.data.replay_cache,
-        suffixes=config.data.suffixes,
-    )
+    with listings_agreed(ranks.from_main):
+        manifest = Manifest.build(
+            config.target,
+            config.source,
+            fraction=None if is_auto(config.data.replay_fraction) else config.data.replay_fraction,
+            seed=config.data.replay_seed,
+            replay_cache=config.data.replay_cache,
+            suffixes=config.data.suffixes,
+        )
     config, chosen = settle(config, manifest, ranks)
     choices = [*kept, *chosen]
     check_memory(config, ranks)

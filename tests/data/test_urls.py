@@ -15,7 +15,16 @@ from stream_cases import LOADERS, assert_ranks_make_the_batches, plain, stream_o
 
 from fastuft import messages
 from fastuft.config import DataConfig
-from fastuft.data import BadImageError, EvalStream, Manifest, labeled_folder, list_images, read_bytes, verify_files
+from fastuft.data import (
+    BadImageError,
+    EvalStream,
+    Manifest,
+    labeled_folder,
+    list_images,
+    listings_agreed,
+    read_bytes,
+    verify_files,
+)
 from fastuft.data.sources import remote
 
 
@@ -113,6 +122,28 @@ def test_objects_are_named_by_prefix_pattern_or_braces(server):
         ValueError, match=r"1 of 2 objects cannot be used: s3://bucket/shards/target/t-03.tar does not exist"
     ):
         list_images("s3://bucket/shards/target/t-{02,03}.tar")
+
+
+def test_processes_of_a_run_share_a_listing(server):
+    """The main one asks; the others take its answer, also when it is an error, and see what it saw."""
+    said = []
+
+    def main(make):
+        said.append(make())
+        return said[-1]
+
+    for text in ("s3://bucket/shards/target/", places(server, "s3")[0], f"{server.url}/bucket/shards/target/t-00.tar"):
+        with listings_agreed(main):
+            ours = list_images(text)
+        server.asked.clear()
+        with listings_agreed(lambda make: said[-1]):
+            theirs = list_images(text)
+        assert ours == theirs and not server.asked
+        assert read_bytes(theirs[3]) == read_bytes(ours[3])
+    assert list_images("s3://bucket/shards/target/") and server.asked  # outside, each asks for itself
+    server.storm = 404
+    with listings_agreed(main), pytest.raises(ValueError, match="does not exist"):
+        list_images(text)
 
 
 def test_credentials_are_used_and_never_shown(server, tmp_path, capsys):

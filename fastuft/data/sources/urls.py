@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 
 from fastuft.data.reading import in_threads
@@ -11,6 +14,28 @@ from fastuft.data.sources.braces import expand_braces, has_pattern, pattern
 from fastuft.data.sources.remote import Address, RemoteBlob, bucket_of
 
 _LOOKERS = 32  # concurrent requests for sizes and etags
+
+Listing = list[tuple[str, str, int, str]]  # key, name, size and tag of each object
+Agree = Callable[[Callable[[], Listing]], Listing]
+
+_agree: ContextVar[Agree] = ContextVar("agree", default=lambda make: make())
+
+
+@contextmanager
+def listings_agreed(agree: Agree) -> Iterator[None]:
+    """Within it, what a URL names is what ``agree`` returns.
+
+    The processes of one run can thus share what one of them has listed. This saves requests, and all of them see the same
+    objects even if some are added meanwhile.
+
+    Args:
+        agree: takes the function that makes a listing, and returns the listing that counts.
+    """
+    token = _agree.set(agree)
+    try:
+        yield
+    finally:
+        _agree.reset(token)
 
 
 def shown_url(text: str) -> str:
@@ -30,7 +55,18 @@ def blobs_of(text: str, endings: tuple[str, ...]) -> list[Blob]:
     """
     whole = Address.of(text)
     addresses = [replace(whole, key=key) for key in dict.fromkeys(expand_braces(whole.key))]
-    found: list[Blob] = []
+
+    def make() -> Listing:
+        return [(blob.key, blob.name, blob.size, blob.tag) for blob in _found(addresses, endings)]
+
+    listing = _agree.get()(make)
+    bucket = bucket_of(whole)
+    return [RemoteBlob(bucket, *each) for each in listing]
+
+
+def _found(addresses: list[Address], endings: tuple[str, ...]) -> list[RemoteBlob]:
+    """What is at the addresses now."""
+    found: list[RemoteBlob] = []
     single = []
     for address in addresses:
         listed = address.key.endswith("/") or not address.key.lower().endswith(endings)
@@ -57,7 +93,7 @@ def blobs_of(text: str, endings: tuple[str, ...]) -> list[Blob]:
     return found
 
 
-def _listed(address: Address) -> list[Blob]:
+def _listed(address: Address) -> list[RemoteBlob]:
     bucket = bucket_of(address)
     if not bucket.lists:
         raise ValueError(
