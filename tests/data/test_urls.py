@@ -107,6 +107,30 @@ def test_single_objects_equal_the_folder(server, folders, text):
     assert labeled_folder(text)[1:] == labeled_folder(folders[0])[1:]
 
 
+def test_google_storage_is_read_by_its_own_client(server, folders, tmp_path, monkeypatch):
+    """``gs://`` through obstore's client for it; the account's file says where the server is, as for local emulators."""
+    account = {"gcs_base_url": server.url, "disable_oauth": True, "client_email": "", "private_key": "secret-key"}
+    (tmp_path / "account.json").write_text(json.dumps(account | {"private_key_id": ""}))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    for text in ("gs://bucket/shards/target/t-{00..02}.tar", "gs://bucket/shards/target/", "gs://bucket/**/t-*.tar"):
+        found = list_images(text)
+        assert [read_bytes(path) for path in found] == [Path(path).read_bytes() for path in list_images(folders[0])]
+        assert Manifest.build(text).content_hash == Manifest.build(folders[0]).content_hash
+    assert found[0].startswith("gs://bucket/shards/target/t-0")
+    assert type(remote.bucket_of(remote.Address.of(text))._store).__name__ == "GCSStore"
+    server.troubles["/bucket/shards/target/t-00.tar"] = [503, "cut"]
+    assert read_bytes(next(path for path in found if "t-00.tar" in path))
+    server.objects["/bucket/other/x.tar"] = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 700)]).read_bytes()
+    (path,) = list_images("gs://bucket/other/x.tar")
+    server.objects["/bucket/other/x.tar"] = write_tar(tmp_path / "x.tar", [("a.jpg", b"2" * 700)]).read_bytes()
+    with pytest.raises(BadImageError, match=r"x.tar has changed since it was"):
+        read_bytes(path)
+    server.storm = 403
+    with pytest.raises(ValueError, match=r"is refused \(403 Forbidden\): check the credentials") as caught:
+        list_images("gs://bucket/shards/target/")
+    assert "secret-key" not in str(caught.value)
+
+
 def test_objects_are_named_by_prefix_pattern_or_braces(server):
     expected = list_images(locations(server, "s3")[0])
     for text in ("s3://bucket/shards/target/", "s3://bucket/shards/target/*.tar", "s3://bucket/**/t-0[0-2].tar"):

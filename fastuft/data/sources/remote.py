@@ -218,7 +218,9 @@ def _reason(error: Exception) -> tuple[str, bool]:
     said = f" ({status[0].removeprefix('status code: ').strip()})" if status else ""
     if isinstance(error, FileNotFoundError):
         return "does not exist", False
-    if kind in ("PermissionDeniedError", "UnauthenticatedError"):
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or (
+        status is not None and status[1] in ("401", "403")
+    ):
         return f"is refused{said}: check the credentials in the environment", False
     if kind in ("PreconditionError", "NotModifiedError"):
         return "has changed since it was listed; start again to use its current content", False
