@@ -156,7 +156,11 @@ def test_processes_of_a_run_share_a_listing(server):
         said.append(make())
         return said[-1]
 
-    for text in ("s3://bucket/shards/target/", locations(server, "s3")[0], f"{server.url}/bucket/shards/target/t-00.tar"):
+    for text in (
+        "s3://bucket/shards/target/",
+        locations(server, "s3")[0],
+        f"{server.url}/bucket/shards/target/t-00.tar",
+    ):
         with listings_agreed(main):
             ours = list_images(text)
         server.asked.clear()
