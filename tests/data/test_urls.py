@@ -118,7 +118,7 @@ def test_google_storage_is_read_by_its_own_client(server, folders, tmp_path, mon
         assert Manifest.build(text).content_hash == Manifest.build(folders[0]).content_hash
     assert found[0].startswith("gs://bucket/shards/target/t-0")
     assert type(remote.bucket_of(remote.Address.of(text))._store).__name__ == "GCSStore"
-    server.troubles["/bucket/shards/target/t-00.tar"] = [503, "cut"]
+    server.faults["/bucket/shards/target/t-00.tar"] = [503, "cut"]
     assert read_bytes(next(path for path in found if "t-00.tar" in path))
     server.objects["/bucket/other/x.tar"] = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 700)]).read_bytes()
     (path,) = list_images("gs://bucket/other/x.tar")

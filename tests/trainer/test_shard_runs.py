@@ -35,7 +35,7 @@ run.train_step = killed
 
 
 @pytest.fixture
-def places(folders, tmp_path, monkeypatch):
+def locations(folders, tmp_path, monkeypatch):
     """(target, source) as a folder, as tar shards, in a bucket and behind a web server; and the server."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     packed = pack(folders[0], tmp_path / "shards", "t", 3), pack(folders[1], tmp_path / "shards", "s", 4)
@@ -58,15 +58,15 @@ def places(folders, tmp_path, monkeypatch):
         remote._bucket.cache_clear()
 
 
-def configuration(tiny, tmp_path, place, name, **changes):
-    target, source = place
+def configuration(tiny, tmp_path, location, name, **changes):
+    target, source = location
     return tiny(target=target, source=source, out=str(tmp_path / name), resume="auto", **changes)
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
-def test_killed_over_shards_and_urls_it_ends_as_the_run_over_the_folder(tiny, places, tmp_path, loader):
-    """Killed in the middle of an epoch over tar shards, again over s3 with troubles, it ends over http; bit for bit."""
-    found, server = places
+def test_killed_over_shards_and_urls_it_ends_as_the_run_over_the_folder(tiny, locations, tmp_path, loader):
+    """Killed in the middle of an epoch over tar shards, again over s3 with failures, it ends over http; bit for bit."""
+    found, server = locations
     changes = {"data": {"loader": loader, "replay_fraction": 0.5}, "runtime": {"save_every": 3}}
 
     def config(kind, name):
@@ -75,7 +75,7 @@ def test_killed_over_shards_and_urls_it_ends_as_the_run_over_the_folder(tiny, pl
     whole = train(config("folder", "whole")).run_dir
     shard = "/bucket/shards/t-01.tar"
     for kind, calls in (("tar", 5), ("s3", 3)):
-        server.troubles[shard] = [503, "cut", 0, 500]
+        server.faults[shard] = [503, "cut", 0, 500]
         (status, output), *_ = run(
             write_config(config(kind, "killed"), tmp_path / "c.yaml"), 1, KILLED.format(calls=calls)
         )
@@ -88,7 +88,7 @@ def test_killed_over_shards_and_urls_it_ends_as_the_run_over_the_folder(tiny, pl
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["s3", pytest.param("tar", marks=pytest.mark.slow)])
-def test_ranks_over_shards_are_one_over_the_folder(tiny, places, tmp_path, world_size, kind):
+def test_ranks_over_shards_are_one_over_the_folder(tiny, locations, tmp_path, world_size, kind):
     """To rounding, as over a folder; the index of a shard is made by one rank of the machine."""
     # Statistics over four images amplify rounding from step to step; a low rate keeps it rounding.
     changes = {
@@ -96,7 +96,7 @@ def test_ranks_over_shards_are_one_over_the_folder(tiny, places, tmp_path, world
         "optim": {"epochs": 1, "lr": 0.005},
         "method": {"queue_size": 72},
     }
-    found, server = places
+    found, server = locations
     one = train(configuration(tiny, tmp_path, found["folder"], "one", **changes)).run_dir
     many = configuration(tiny, tmp_path, found[kind], "many", **changes)
     results = finish(start(write_config(many, tmp_path / "c.yaml"), world_size), timeout=400)
@@ -118,13 +118,13 @@ from fastuft.data import Manifest, manifest
 target, source, cache, deadly = sys.argv[1:]
 if int(deadly):
     real, copies = manifest._write_compared, []
-    def written(place, content):
-        copies.append(place)
+    def written(location, content):
+        copies.append(location)
         if len(copies) == int(deadly):
-            with whole_file(place) as partial:
+            with whole_file(location) as partial:
                 partial.write_bytes(content[: len(content) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-        real(place, content)
+        real(location, content)
     manifest._write_compared = written
 print("ready", flush=True)
 sys.stdin.readline()
@@ -133,9 +133,9 @@ print(json.dumps(list(Manifest.build(target, source, fraction=1.0, replay_cache=
 
 
 @pytest.mark.parametrize("kind", ["tar", "s3"])
-def test_copies_of_replayed_members_survive_a_kill_and_are_made_once_for_all_ranks(places, tmp_path, kind):
+def test_copies_of_replayed_members_survive_a_kill_and_are_made_once_for_all_ranks(locations, tmp_path, kind):
     """Killed while it copies; three ranks go on, of which one copies; a damaged copy is made again, and nothing else."""
-    found, server = places
+    found, server = locations
     cache = tmp_path / "copies"
 
     def copier(deadly=0):
