@@ -56,6 +56,39 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return normalized
 
 
+class _WithActivation(nn.Module):
+    """What follows the statistics in layers like timm's BatchNormAct2d: ``drop``, then ``act``."""
+
+    drop: nn.Module
+    act: nn.Module
+
+
+class SplitBatchNormAct2d(SplitBatchNorm2d, _WithActivation):
+    """The same for a layer that has its activation inside; ReLU is fused.
+
+    Args:
+        whole: class of the layer with statistics over the whole batch.
+    """
+
+    whole: type[nn.BatchNorm2d]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        if residual is not None or relu:
+            raise ValueError("a layer with its own activation takes neither a residual nor a second activation")
+        if type(self.drop) is nn.Identity and type(self.act) is nn.ReLU:
+            return super().forward(x, relu=True)
+        activated: Tensor = self.act(self.drop(super().forward(x)))
+        return activated
+
+
+class SyncBatchNormAct(nn.SyncBatchNorm, _WithActivation):
+    """Statistics over all ranks, for such a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated: Tensor = self.act(self.drop(super().forward(x)))
+        return activated
+
+
 class Statistics(NamedTuple):
     """A layer's running statistics [C], and the means and variances of its groups, toward which they move."""
 
@@ -161,6 +194,34 @@ def grouped_channels(module: nn.Module) -> tuple[int, ...]:
     return tuple(sorted({child.num_features for child in module.modules() if isinstance(child, SplitBatchNorm2d)}))
 
 
+def _has_activation(layer: nn.Module) -> bool:
+    """Whether a BatchNorm2d of another class is one with ``drop`` and ``act`` behind it, as timm's BatchNormAct2d is.
+
+    Raises:
+        ValueError: it is of a class that does something else.
+    """
+    kind = type(layer)
+    if not isinstance(layer, nn.BatchNorm2d) or kind in (nn.BatchNorm2d, SplitBatchNorm2d):
+        return False
+    if kind is SplitBatchNormAct2d or kind.__name__ == "BatchNormAct2d":
+        return True
+    raise ValueError(
+        f"the network has layers of type {kind.__module__}.{kind.__qualname__}, a BatchNorm2d with a rule of its own, "
+        "whose statistics cannot be changed; set model.bn to plain, or to shuffle with several ranks"
+    )
+
+
+def _synchronized(module: Module) -> Module:
+    """The module with statistics over all ranks; PyTorch's own conversion would lose activations."""
+    behind = {name: (layer.drop, layer.act) for name, layer in module.named_modules() if _has_activation(layer)}
+    converted: Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, (drop, act) in behind.items():
+        layer = converted.get_submodule(name)
+        layer.__class__ = SyncBatchNormAct
+        layer.drop, layer.act = drop, act
+    return converted
+
+
 def set_batchnorm_mode(module: Module, mode: str, group: int = 32) -> Module:
     """Put every BatchNorm2d of ``module`` into a mode, keeping parameters, buffers and state-dict keys.
 
@@ -171,17 +232,23 @@ def set_batchnorm_mode(module: Module, mode: str, group: int = 32) -> Module:
         group: samples per group in split mode.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: an unknown mode; split or sync with a layer that is a BatchNorm2d with a rule of its own.
     """
     if mode == "sync":
-        converted: Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        return converted
+        return _synchronized(module)
     if mode not in ("plain", "shuffle", "split"):
         raise ValueError(f"model.bn={mode!r} is not allowed here; choose one of 'plain', 'split', 'shuffle', 'sync'")
+    activated = set(filter(_has_activation, module.modules())) if mode == "split" else set()
     for child in module.modules():
+        # Parameters, buffers and attributes stay the same; only the rule for training statistics changes.
         if type(child) in (nn.BatchNorm2d, SplitBatchNorm2d):
-            # Parameters, buffers and attributes stay the same; only the rule for training statistics changes.
             child.__class__ = SplitBatchNorm2d if mode == "split" else nn.BatchNorm2d
-            if isinstance(child, SplitBatchNorm2d):
-                child.group = group
+        elif isinstance(child, SplitBatchNormAct2d):
+            if mode != "split":
+                setattr(child, "__class__", child.whole)  # noqa: B010 (of a class that types do not know)
+        elif child in activated:
+            setattr(child, "whole", type(child))  # noqa: B010
+            child.__class__ = SplitBatchNormAct2d
+        if isinstance(child, SplitBatchNorm2d):
+            child.group = group
     return module

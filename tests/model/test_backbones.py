@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 
@@ -200,6 +201,67 @@ def test_split_batchnorm_needs_divisible_batches():
     split = set_batchnorm_mode(nn.BatchNorm2d(4), "split", 3)
     with pytest.raises(ValueError, match="batch of 4 images does not divide into statistics groups of 3"):
         split(torch.randn(4, 4, 3, 3))
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """As timm's: dropping and activation inside."""
+
+    def __init__(self, channels, act):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Whitening(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) - x
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.SiLU(inplace=True), nn.Identity()], ids=repr)
+def test_split_batchnorm_keeps_the_activation_inside_a_layer(act):
+    torch.manual_seed(0)
+    layer = BatchNormAct2d(5, act)
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2)
+        layer.bias.normal_()
+    network = nn.Sequential(copy.deepcopy(layer))
+    keys = list(network.state_dict())
+    (split,) = set_batchnorm_mode(network, "split", 4)
+    assert isinstance(split, SplitBatchNorm2d) and split.group == 4 and list(network.state_dict()) == keys
+    x, upstream = (torch.randn(12, 5, 6, 7) for _ in range(2))
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = network(ours), torch.cat([layer(part) for part in theirs.split(4)])
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    y.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(split.weight.grad, layer.weight.grad, rtol=1e-4, atol=1e-4)
+    y = network.eval()(x)
+    set_batchnorm_mode(network, "plain")
+    assert type(network[0]) is BatchNormAct2d
+    torch.testing.assert_close(network(x), y)
+
+
+def test_synchronized_batchnorm_keeps_the_activation_inside_a_layer():
+    network = nn.Sequential(nn.Conv2d(3, 5, 1), BatchNormAct2d(5, nn.SiLU()), nn.BatchNorm2d(5))
+    x, before = torch.randn(4, 3, 6, 6), list(network.state_dict())
+    expected = network.eval()(x)
+    synchronized = set_batchnorm_mode(network, "sync")
+    assert [isinstance(layer, nn.SyncBatchNorm) for layer in synchronized] == [False, True, True]
+    assert list(synchronized.state_dict()) == before
+    torch.testing.assert_close(synchronized.eval()(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["split", "sync"])
+def test_batchnorms_with_a_rule_of_their_own_are_refused_by_name(mode):
+    network = nn.Sequential(nn.Conv2d(3, 5, 1), Whitening(5))
+    with pytest.raises(
+        ValueError, match=r"layers of type \S*\.Whitening, a BatchNorm2d with a rule .*set model\.bn to plain"
+    ):
+        set_batchnorm_mode(network, mode, 4)
+    assert set_batchnorm_mode(network, "plain") is network
 
 
 def test_unknown_batchnorm_mode_is_refused():

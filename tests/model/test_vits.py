@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -20,7 +21,7 @@ from fastuft.config import (
     preset_options,
 )
 from fastuft.data import Batch
-from fastuft.model import MoCo, Traits, build_backbone, export, export_backbone, load_backbone
+from fastuft.model import MoCo, Traits, build_backbone, export, export_backbone, load_backbone, set_batchnorm_mode
 from fastuft.model.checkpoint.card import _use
 from fastuft.trainer.distributed import Ranks
 from fastuft.trainer.learner_setup import build_learner
@@ -237,3 +238,23 @@ def test_compiled_encoders_give_the_same_step(small, kind, recompute):
     learner.key = torch.compile(learner.key, backend="aot_eager", fullgraph=True)
     compiled = train_step(learner, a_batch(side), lambda part: None)
     torch.testing.assert_close(compiled, eager[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_lite0", "mobilenetv3_small_050"])
+def test_split_batchnorm_of_timm_networks_is_the_network_on_each_group(arch):
+    """Layers with their activation inside (BatchNormAct2d) too; in fp64, so that rounding does not grow with depth."""
+    torch.manual_seed(0)
+    whole = timm.create_model(arch, num_classes=0).double().train()
+    split = set_batchnorm_mode(copy.deepcopy(whole), "split", 4)
+    images, keys = torch.randn(8, 3, 32, 32, dtype=torch.float64), list(whole.state_dict())
+    assert list(split.state_dict()) == keys
+    assert not any(type(layer).__name__ in ("BatchNorm2d", "BatchNormAct2d") for layer in split.modules())
+    ours, theirs = split(images), torch.cat([whole(part) for part in images.split(4)])
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for (name, mine), other in zip(split.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+    expected = split.eval()(images)
+    plain = set_batchnorm_mode(split, "plain")
+    torch.testing.assert_close(plain(images), expected, rtol=0, atol=0)
