@@ -487,7 +487,6 @@ def test_images_a_second(benchmark, device, scale, photos, part):
             rounds=1 if harness.SMOKE else 2 if device.type == "cpu" else 3,
             items=size.batch * stream.steps_per_epoch,
             device=device,
-            wall=True,
         )
     finally:
         stream.close()

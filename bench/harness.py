@@ -422,9 +422,13 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {threads}"
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        first: dict[str, str] = {}
+        for name, _, value in lines:
+            first.setdefault(name.strip(), value.strip())
+        if "model name" in first:
+            kind = [f"{word.split()[-1]} {first[word]}" for word in ("cpu family", "model") if word in first]
+            return first["model name"] + (f" ({', '.join(kind)})" if kind else "") + f", {threads}"
     return f"CPU, {threads}"
 
 

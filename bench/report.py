@@ -314,8 +314,7 @@ def write_page(results_folder: Path, page: Path) -> None:
         "Every figure here comes from a command: `pytest bench --benchmark-only` on any machine (`make bench` leaves the "
         "longest rows out), `bench/gpu_suite.sh` on one with a GPU, then `python bench/report.py collect` and `page`. "
         "Each benchmark first asserts that its result is right. Compare figures within one table only: they were "
-        "taken in one run, on random inputs, as medians of warm rounds; on one CPU thread, of its processor time, but "
-        "for images per second.",
+        "taken in one run, on random inputs, as medians of warm rounds; on one CPU thread, of its processor time.",
         "",
         "*20-80 %* are quantiles of the rounds over their median; *speed* is the baseline's median over this row's; "
         "*% of limit* is the median of the row marked as the limit over this row's, where one operation does less than "
