@@ -1,3 +1,3 @@
-"""The version of this package, for rooms that must not import the package's own face."""
+"""The version of this package, for rooms that must not import the package itself."""
 
 VERSION = "0.1.0"

@@ -1,4 +1,4 @@
-"""Every kind of source through every command that reads images: what the folder gives, bit for bit."""
+"""Every kind of source in every command that reads images: results equal those of the folder bitwise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = ["folder", "list", "tar", "parquet", "arrow", "s3", "http", "s3 images",
 
 
 def write_tables(folder: Path, place: Path) -> None:
-    """The folder's images in order, as two parquet and two Arrow files with bytes and class labels."""
+    """Write the folder's images in order to two parquet and two Arrow files with bytes and class labels."""
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -41,7 +41,7 @@ def write_tables(folder: Path, place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A small job whose folders are also there in every other form; ``sources[kind]`` names each of them."""
+    """A small job whose folders also exist as every other kind of source; ``sources[kind]`` names them."""
     root = write_small_job(tmp_path_factory.mktemp("job"))
     sources = {kind: {} for kind in KINDS}
     with ObjectServer().serving() as server:
@@ -83,7 +83,7 @@ def own_world(job, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_verify_data_and_embed(job, tmp_path, capsys, kind):
+def test_verify_data_and_embed_take_every_kind_of_source(job, tmp_path, capsys, kind):
     def features(source, out):
         given = [source["photos"], "--checkpoint", str(job.root / "start.safetensors"), "--size", "32"]
         assert main(["embed", *given, "--loader", "torch", "--out", str(out)]) == 0
@@ -98,7 +98,7 @@ def test_verify_data_and_embed(job, tmp_path, capsys, kind):
 
 
 def outcome(job, source, place):
-    """(losses of two steps of finetuning, what the evaluation of the run says)."""
+    """(losses of two steps of finetuning, metrics of the run's evaluation)."""
     options = ["--config", str(job.root / "photos.yaml"), "--init", str(job.root / "start.safetensors")]
     named = ["--target", source["photos"], "--source", source["source"]]
     assert main(["finetune", *options, *named, "--max_steps", "2", "--out", str(place / "run")]) == 0
@@ -121,11 +121,11 @@ def of_folder(job, tmp_path_factory):
 @pytest.mark.parametrize(
     "kind", [kind if kind in ("tar", "s3 arrow") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:]]
 )
-def test_finetune_and_eval(job, of_folder, tmp_path, kind):
+def test_finetune_and_eval_take_every_kind_of_source(job, of_folder, tmp_path, kind):
     losses, figures = outcome(job, job.sources[kind], tmp_path)
     expected_losses, expected = of_folder
     assert losses == expected_losses and len(losses) == 2
-    if kind == "list":  # a list says no classes
+    if kind == "list":  # a list has no classes
         assert "retrieval" not in figures and figures["label_free"] == expected["label_free"]
     else:
         names = [name for name in expected if name not in ("config", "settings", "checkpoint", "timings")]

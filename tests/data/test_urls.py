@@ -107,7 +107,7 @@ def test_single_objects_equal_the_folder(server, folders, text):
     assert labeled_folder(text)[1:] == labeled_folder(folders[0])[1:]
 
 
-def test_google_storage_is_read_by_its_own_client(server, folders, tmp_path, monkeypatch):
+def test_google_storage_is_read_through_its_client(server, folders, tmp_path, monkeypatch):
     """``gs://`` through obstore's client for it; the account's file says where the server is, as for local emulators."""
     account = {"gcs_base_url": server.url, "disable_oauth": True, "client_email": "", "private_key": "secret-key"}
     (tmp_path / "account.json").write_text(json.dumps(account | {"private_key_id": ""}))

@@ -255,7 +255,7 @@ def test_synchronized_batchnorm_keeps_the_activation_inside_a_layer():
 
 
 @pytest.mark.parametrize("mode", ["split", "sync"])
-def test_batchnorms_with_a_rule_of_their_own_are_refused_by_name(mode):
+def test_other_kinds_of_batchnorm_are_refused_by_name(mode):
     network = nn.Sequential(nn.Conv2d(3, 5, 1), Whitening(5))
     with pytest.raises(
         ValueError, match=r"layers of type \S*\.Whitening, a BatchNorm2d with a rule .*set model\.bn to plain"

@@ -241,7 +241,7 @@ def test_compiled_encoders_give_the_same_step(small, kind, recompute):
 
 
 @pytest.mark.parametrize("arch", ["efficientnet_lite0", "mobilenetv3_small_050"])
-def test_split_batchnorm_of_timm_networks_is_the_network_on_each_group(arch):
+def test_split_batchnorm_of_timm_networks_equals_the_network_on_each_group(arch):
     """Layers with their activation inside (BatchNormAct2d) too; in fp64, so that rounding does not grow with depth."""
     torch.manual_seed(0)
     whole = timm.create_model(arch, num_classes=0).double().train()

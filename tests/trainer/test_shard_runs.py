@@ -1,4 +1,4 @@
-"""Training over shards and URLs: killed at any moment and on any number of ranks, it is the run over the folder."""
+"""Training over shards and URLs equals training over the folder, despite kills and on any number of ranks."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def configuration(tiny, tmp_path, location, name, **changes):
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
-def test_killed_over_shards_and_urls_it_ends_as_the_run_over_the_folder(tiny, locations, tmp_path, loader):
-    """Killed in the middle of an epoch over tar shards, again over s3 with failures, it ends over http; bit for bit."""
+def test_a_run_killed_over_shards_and_urls_equals_the_run_over_the_folder(tiny, locations, tmp_path, loader):
+    """A run is killed within an epoch over tar shards, again over s3 with failures, and ends over http, bitwise equal."""
     found, server = locations
     changes = {"data": {"loader": loader, "replay_fraction": 0.5}, "runtime": {"save_every": 3}}
 
@@ -88,8 +88,8 @@ def test_killed_over_shards_and_urls_it_ends_as_the_run_over_the_folder(tiny, lo
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["s3", pytest.param("tar", marks=pytest.mark.slow)])
-def test_ranks_over_shards_are_one_over_the_folder(tiny, locations, tmp_path, world_size, kind):
-    """To rounding, as over a folder; the index of a shard is made by one rank of the machine."""
+def test_ranks_over_shards_equal_one_rank_over_the_folder(tiny, locations, tmp_path, world_size, kind):
+    """Equal up to rounding, as over a folder; one rank per machine builds the index of a shard."""
     # Statistics over four images amplify rounding from step to step; a low rate keeps it rounding.
     changes = {
         "model": {"bn": "split", "bn_group": 4},
@@ -133,8 +133,8 @@ print(json.dumps(list(Manifest.build(target, source, fraction=1.0, replay_cache=
 
 
 @pytest.mark.parametrize("kind", ["tar", "s3"])
-def test_copies_of_replayed_members_survive_a_kill_and_are_made_once_for_all_ranks(locations, tmp_path, kind):
-    """Killed while it copies; three ranks go on, of which one copies; a damaged copy is made again, and nothing else."""
+def test_replayed_members_are_copied_once_for_all_ranks_despite_kills(locations, tmp_path, kind):
+    """A run is killed while copying; of three resumed ranks one copies; only a damaged copy is made again."""
     found, server = locations
     cache = tmp_path / "copies"
 
@@ -163,7 +163,7 @@ def test_copies_of_replayed_members_survive_a_kill_and_are_made_once_for_all_ran
     assert sorted(recorded()) == sorted({*recorded()}) and len(recorded()) == 48  # each copied once
     members = sorted(Path(found["folder"][1]).rglob("*.png"))
     assert [Path(path).read_bytes() for path in paths[0][40:]] == [path.read_bytes() for path in members]
-    if kind == "s3":  # of the members only those that were not copied yet are read, by one of the ranks
+    if kind == "s3":  # only the members that were not copied yet are read, by one of the ranks
         assert len([asked for asked in server.asked if asked[0] == "GET"]) == 48 - len(before)
     damaged = Path(paths[0][50])
     damaged.write_bytes(damaged.read_bytes()[:-1])
