@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 
+_AT_ONCE = 1 << 16  # images whose names are made together
+
 
 class ImageSource(ABC):
     """A set of stored images: files, shards or tables. Rows count from 0, in the order of training."""
@@ -29,6 +31,10 @@ class ImageSource(ABC):
     @abstractmethod
     def name(self, row: int) -> str:
         """The image's name, relative to the source's location; names and sizes together identify the data."""
+
+    def names_of(self, rows: Rows) -> list[str]:
+        """The names of many images."""
+        return [self.name(row) for row in rows.tolist()]
 
     @abstractmethod
     def sizes(self, rows: Rows) -> Rows:
@@ -144,9 +150,12 @@ class Images(Sequence[str]):
 
     def names(self) -> Iterator[str]:
         """Each image's name, relative to its source."""
-        return (
-            self.sources[which].name(row) for which, row in zip(self.which.tolist(), self.rows.tolist(), strict=True)
-        )
+        for start in range(0, len(self), _AT_ONCE):
+            which, rows = self.which[start : start + _AT_ONCE], self.rows[start : start + _AT_ONCE]
+            found = np.empty(len(rows), object)
+            for number, mine in grouped(which):
+                found[mine] = self.sources[number].names_of(rows[mine])
+            yield from found
 
     def sizes(self) -> Rows:
         """See :meth:`ImageSource.sizes`."""
@@ -155,6 +164,15 @@ class Images(Sequence[str]):
             mine = self.which == which
             found[mine] = self.sources[which].sizes(self.rows[mine])
         return found
+
+
+def grouped(numbers: np.ndarray) -> Iterator[tuple[int, Rows]]:
+    """(number, its positions) for each different number, in one pass however many there are."""
+    order = np.argsort(numbers, kind="stable")
+    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+    for positions in np.split(order, starts[1:]):
+        if len(positions):
+            yield int(numbers[positions[0]]), positions
 
 
 def is_remote(paths: Sequence[str]) -> bool:

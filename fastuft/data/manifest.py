@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from fastuft.atomic import remove_leftovers, whole_file, write_whole
+from fastuft.atomic import remove_leftovers, whole_file
 from fastuft.data.bad import BadImageError
 from fastuft.data.files import Files
 from fastuft.data.images import Images, size_and_version
@@ -24,6 +24,8 @@ from fastuft.data.listing import find_images
 from fastuft.data.reading import in_threads, read_bytes, readers_for
 from fastuft.names import printable
 from fastuft.randomness import keyed_generator
+
+_AT_ONCE = 1 << 14  # images whose names are held as text
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,9 @@ class Manifest:
         if fraction is not None and not 0 <= fraction <= 1:
             raise ValueError(f"data.replay_fraction={fraction!r} is out of range; allowed: [0, 1]")
         images = find_images(target, suffixes)
-        names = [f"target/{name}" for name in images.names()]
         num_target, total = len(images), 0
-        sizes = images.sizes()
+        digest = hashlib.blake2b(digest_size=16)
+        _add(digest, "target", images, images.sizes())
         if source:
             found = find_images(source, suffixes)
             left = _others(found, images)
@@ -89,14 +91,13 @@ class Manifest:
             count = max(1, round(fraction * total)) if fraction else 0
             chosen = keyed_generator(seed, "replay").permutation(total)[:count]
             drawn = found.take(left[np.sort(chosen)])
-            names += [f"source/{name}" for name in drawn.names()]
-            # Sizes are those of the originals, so that a cache does not change the digest.
             copies = drawn if replay_cache is None else _copies(copy_to_cache(drawn, replay_cache), drawn)
-            sizes = np.concatenate([sizes, (copies if drawn.only_files else drawn).sizes()])
+            # Sizes are those of the originals, so that a cache does not change the digest.
+            _add(digest, "source", drawn, (copies if drawn.only_files else drawn).sizes())
             images = images.followed_by(copies)
         paths = tuple(images) if images.only_files else images
         share = fraction if source and fraction is not None else 0.0
-        return cls(paths, num_target, total, share, seed, _digest(names, sizes))
+        return cls(paths, num_target, total, share, seed, digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -123,8 +124,13 @@ class Manifest:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        write_whole(Path(path), json.dumps({**self.summary(), "paths": list(self.paths)}).encode())
+        """Write as JSON, some paths at a time: there may be millions."""
+        with whole_file(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(self.summary())[:-1] + ', "paths": [')
+            for start in range(0, len(self.paths), _AT_ONCE):
+                some = json.dumps(list(self.paths[start : start + _AT_ONCE]))
+                file.write(("" if start == 0 else ", ") + some[1:-1])
+            file.write("]}")
 
 
 def _others(source: Images, target: Images) -> np.ndarray:
@@ -147,11 +153,12 @@ def _copies(paths: Sequence[str], originals: Images) -> Images:
     return Images.of([Files(paths, list(originals.names()))])
 
 
-def _digest(names: Sequence[str], sizes: np.ndarray) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, length in zip(names, sizes.tolist(), strict=True):
-        digest.update(os.fsencode(f"{name}\t{length}\n"))
-    return digest.hexdigest()
+def _add(digest: hashlib.blake2b, role: str, images: Images, sizes: np.ndarray) -> None:
+    """Add names and sizes to the digest, some at a time: there may be millions."""
+    for start in range(0, len(images), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        lines = zip(images[part].names(), sizes[part].tolist(), strict=True)
+        digest.update(os.fsencode("".join([f"{role}/{name}\t{length}\n" for name, length in lines])))
 
 
 def copy_to_cache(paths: Sequence[str], folder: str) -> list[str]:

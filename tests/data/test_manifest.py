@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -62,3 +63,21 @@ def test_target_images_behind_a_link_are_left_out_of_the_source(manifest, tmp_pa
     (tmp_path / "link").symlink_to(os.path.dirname(folder))
     joined = Manifest.build(folder, str(tmp_path / "link"), fraction=1.0)
     assert (joined.num_target, joined.num_source) == (20, 30)
+
+
+def test_names_are_digested_and_written_some_at_a_time(folders, tmp_path, monkeypatch):
+    """The digest is that of the lines ``role/name<tab>size``, and the file that of one JSON text, however they are cut."""
+    for at_once in (7, 1 << 14):
+        monkeypatch.setattr("fastuft.data.manifest._AT_ONCE", at_once)
+        built = Manifest.build(*folders, fraction=0.3)
+        lines = [
+            f"{role}/{os.path.relpath(path, folder)}\t{os.path.getsize(path)}\n"
+            for role, folder, paths in zip(
+                ("target", "source"), folders, (built.paths[:41], built.paths[41:]), strict=True
+            )
+            for path in paths
+        ]
+        assert built.content_hash == hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
+        built.save(tmp_path / "manifest.json")
+        expected = json.dumps({**built.summary(), "paths": list(built.paths)})
+        assert (tmp_path / "manifest.json").read_text(encoding="utf-8") == expected

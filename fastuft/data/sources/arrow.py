@@ -66,6 +66,10 @@ class ArrowTables(Shards):
         shard, member = self.located(row)
         return f"{self.shards[shard].name}/{member}"
 
+    def names_of(self, rows: Rows) -> list[str]:
+        """See :class:`fastuft.data.images.ImageSource`."""
+        return [self.name(row) for row in rows.tolist()]
+
     def _fetch(self, row: int, offset: int, length: int) -> bytes:
         shard, member = self.located(row)
         return self.shards[shard].read(offset, length, str(member))

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from fastuft.console import progress_bar
 from fastuft.data.bad import BadImageError
-from fastuft.data.images import ImageSource, Located, Rows, folder_labels, numbered
+from fastuft.data.images import ImageSource, Located, Rows, folder_labels, grouped, numbered
 from fastuft.data.left_out import LeftOut
 from fastuft.data.reading import LARGEST, in_threads
 from fastuft.data.sources.blobs import Blob, BlobError, say_bad
@@ -120,12 +120,19 @@ class Shards(ImageSource):
         shard, member = self.located(row)
         return os.fsdecode(self.indexes[shard].names[member])
 
+    def names_of(self, rows: Rows) -> list[str]:
+        """See :class:`fastuft.data.images.ImageSource`."""
+        found = np.empty(len(rows), object)
+        shards, members = self._shard[rows], self._member[rows]
+        for shard, mine in grouped(shards):
+            found[mine] = [os.fsdecode(name) for name in self.indexes[shard].names.take(members[mine])]
+        return list(found)
+
     def sizes(self, rows: Rows) -> Rows:
         """See :class:`fastuft.data.images.ImageSource`."""
         found = np.empty(len(rows), np.int64)
         shards, members = self._shard[rows], self._member[rows]
-        for shard in np.unique(shards):
-            mine = shards == shard
+        for shard, mine in grouped(shards):
             found[mine] = self.indexes[shard].lengths[members[mine]]
         return found
 
@@ -164,7 +171,7 @@ class Shards(ImageSource):
             ValueError: some images have a ``.cls`` file and others do not.
         """
         if all(index.classes is None for index in self.indexes):
-            return folder_labels(self.name(row) for row in range(len(self)))
+            return folder_labels(self.names_of(np.arange(len(self))))
         found = []
         for row in range(len(self)):
             classes = self.indexes[int(self._shard[row])].classes

@@ -55,6 +55,12 @@ class Texts:
         start = int(self.ends[row - 1]) if row else 0
         return self.blob[start : int(self.ends[row])].tobytes()
 
+    def take(self, rows: np.ndarray[Any, np.dtype[np.integer[Any]]]) -> list[bytes]:
+        """Those at many positions."""
+        view = self.blob.data
+        starts = np.where(rows > 0, self.ends[rows - 1], 0)
+        return [view[start:end].tobytes() for start, end in zip(starts.tolist(), self.ends[rows].tolist(), strict=True)]
+
     def __iter__(self) -> Iterator[bytes]:
         return (self[row] for row in range(len(self)))
 
