@@ -9,11 +9,15 @@ import pytest
 
 from fastuft.config import ClusteringConfig, EvalConfig, FewShotConfig, MapConfig, SemiConfig
 from fastuft.data import SMALL_IMAGES
-from fastuft.demo.arms import FEWSHOT_LR, pretrain_config
+from fastuft.demo.arms import pretrain_config
 from fastuft.demo.images import write_demo_images
 from fastuft.evaluate import evaluate_backbone
 from fastuft.model import load_backbone
 from fastuft.trainer import train
+
+# Of the classifier. At the demo's 1.0, chosen for few-shot finetuning, FixMatch from two images per class diverges on one kind
+# of processor and not on another.
+LR = 0.3
 
 
 @pytest.mark.slow
@@ -28,7 +32,7 @@ def test_fixmatch_beats_few_shot_finetuning_on_the_digits(tmp_path, record_prope
         test=folders.test,
         size=SMALL_IMAGES.size,
         resize=SMALL_IMAGES.size,
-        fewshot=FewShotConfig(shots=[2, 4, 8], lr=FEWSHOT_LR, backbone_lr=1e-2, crop_scale=(1.0, 1.0), flip_p=0.0),
+        fewshot=FewShotConfig(shots=[2, 4, 8], lr=LR, backbone_lr=1e-2, crop_scale=(1.0, 1.0), flip_p=0.0),
         semi=SemiConfig(shots=[2, 4, 8], epochs=60, batch_size=16),
         clustering=ClusteringConfig(restarts=1),
         map=MapConfig(points=0),
