@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 from fastuft.cli.commands import COMMANDS, Command
 from fastuft.cli.described import allowed_values, option_types
@@ -64,7 +63,7 @@ def complaint(error: Exception, arguments: Sequence[str], command: Command | Non
     return text
 
 
-def _walk(words: Sequence[str], command: Command, types: Mapping[str, Any]) -> Iterator[_Given]:
+def _walk(words: Sequence[str], command: Command, types: Mapping[str, object]) -> Iterator[_Given]:
     """The options of a command line, with those of the files that it names."""
     most = 0  # words without an option's name
     if command.positional is not None:
@@ -99,7 +98,7 @@ def _walk(words: Sequence[str], command: Command, types: Mapping[str, Any]) -> I
             yield _Given(name, value, added)
 
 
-def _of_file(file: str, types: Mapping[str, Any]) -> Iterator[_Given]:
+def _of_file(file: str, types: Mapping[str, object]) -> Iterator[_Given]:
     content = _yaml(Path(file).read_text(encoding="utf-8")) if Path(file).is_file() else None
     if isinstance(content, Mapping):
         yield from _of_tree(content, "", types)
@@ -107,7 +106,7 @@ def _of_file(file: str, types: Mapping[str, Any]) -> Iterator[_Given]:
         raise UsageError(f"config is not a YAML mapping of options: {content}")
 
 
-def _of_group(name: str, text: str, types: Mapping[str, Any]) -> Iterator[_Given]:
+def _of_group(name: str, text: str, types: Mapping[str, object]) -> Iterator[_Given]:
     file = Path(text)
     content = _yaml(file.read_text(encoding="utf-8") if text and file.is_file() else text)
     if isinstance(content, Mapping):
@@ -127,7 +126,7 @@ def _yaml(text: str) -> object:
         return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 
-def _of_tree(tree: Mapping[Any, object], prefix: str, types: Mapping[str, Any]) -> Iterator[_Given]:
+def _of_tree(tree: Mapping[object, object], prefix: str, types: Mapping[str, object]) -> Iterator[_Given]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and is_dataclass(types.get(name)):
@@ -137,7 +136,7 @@ def _of_tree(tree: Mapping[Any, object], prefix: str, types: Mapping[str, Any]) 
             yield _Given(name, value)
 
 
-def _check(given: _Given, types: Mapping[str, Any]) -> None:
+def _check(given: _Given, types: Mapping[str, object]) -> None:
     """Raise UsageError if there is no such option, or if it does not take the value."""
     name, value = given.name, given.value
     if name not in types:
@@ -158,7 +157,7 @@ def _check(given: _Given, types: Mapping[str, Any]) -> None:
         raise UsageError(f"{name}={shown} is not allowed; it takes {allowed_values(kind)}")
 
 
-def _takes(kind: Any, given: _Given) -> bool:
+def _takes(kind: object, given: _Given) -> bool:
     """Whether a parser with only an option of this type accepts the value."""
     from jsonargparse import ArgumentError, ArgumentParser
 

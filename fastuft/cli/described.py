@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 _ENTRY = re.compile(r"^(\w+): (.*)$")
 
 
-def option_types(config: type, prefix: str = "") -> dict[str, Any]:
+def option_types(config: type, prefix: str = "") -> dict[str, object]:
     """The type of every option by its full name; groups come before their members."""
-    types: dict[str, Any] = {}
+    types: dict[str, object] = {}
     for name, kind in get_type_hints(config).items():
         types[prefix + name] = kind
         if is_dataclass(kind) and isinstance(kind, type):

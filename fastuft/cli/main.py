@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fastuft.cli.actions import EXIT_FAILED
 from fastuft.cli.commands import COMMANDS
@@ -20,6 +20,9 @@ from fastuft.cli.parsing import build_parser, normalized, words
 from fastuft.cli.presets import parse
 from fastuft.console import ensure_standard_streams, say
 from fastuft.names import printable
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # the status that shells report for a program ended by Ctrl-C
@@ -85,7 +88,7 @@ def _help(arguments: Sequence[str]) -> int | None:
     return 0
 
 
-def _instance(parser: Any, parsed: Any, name: str) -> Any:
+def _instance(parser: ArgumentParser, parsed: Namespace, name: str) -> Any:
     """The command's configuration; a ValueError if its values do not fit together."""
     from jsonargparse import Namespace
 

@@ -6,15 +6,20 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, NoReturn, get_args, get_origin
 
 from fastuft.cli.commands import COMMANDS, Command
 from fastuft.cli.complaints import UsageError
 from fastuft.cli.described import option_texts, option_types
 from fastuft.version import VERSION
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
-def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, object] | None = None) -> Any:
+
+def build_parser(
+    names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, object] | None = None
+) -> ArgumentParser:
     """The parser with the named sub-commands; building all of them costs start-up time.
 
     Args:
@@ -50,7 +55,7 @@ def build_parser(names: Sequence[str] = tuple(COMMANDS), defaults: Mapping[str, 
     return parser
 
 
-def _add_positional(parser: Any, command: Command) -> None:
+def _add_positional(parser: ArgumentParser, command: Command) -> None:
     """Make one option of the dataclass positional, with the help from its docstring."""
     option = next(field for field in fields(command.config) if field.name == command.positional)
     text = option_texts(command.config).get(option.name, "")
@@ -63,7 +68,7 @@ def _add_positional(parser: Any, command: Command) -> None:
 def words(options: Mapping[str, object], command: Command) -> list[str]:
     """Python values as the equivalent words of the command line; values in a file of options come first, so others win."""
     flags: list[str] = []
-    positional: list[str] = []
+    positional: list[object] = []
     for name, value in sorted(_flat(options), key=lambda option: option[0] != "config"):
         if name == command.positional:
             positional += value if isinstance(value, list) else [value]
@@ -72,7 +77,7 @@ def words(options: Mapping[str, object], command: Command) -> list[str]:
     return [*map(str, positional), *flags]
 
 
-def _flat(options: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(options: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """(dotted name, plain value) of each option; paths become strings."""
     for name, value in options.items():
         if isinstance(value, Mapping):
@@ -81,7 +86,7 @@ def _flat(options: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str
             yield prefix + name, _plain(value)
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list | tuple | set | range):

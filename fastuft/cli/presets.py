@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastuft.cli.commands import COMMANDS
 from fastuft.cli.parsing import build_parser
 from fastuft.config import ModelConfig, TrainConfig, family_of, is_auto, preset_options
 
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
-def parse(parser: Any, arguments: Sequence[str], name: str) -> Any:
+
+def parse(parser: ArgumentParser, arguments: Sequence[str], name: str) -> Namespace:
     """Parse the options of a command, with the defaults of the preset that suits its network.
 
     Args:
@@ -27,7 +30,7 @@ def parse(parser: Any, arguments: Sequence[str], name: str) -> Any:
     """
     silent = [argument for argument in arguments if not argument.startswith("--print_config")]
     parsed = parser.parse_args(silent)
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     if COMMANDS[name].config is TrainConfig and all(_is_group(parsed[name][group]) for group in ("model", "optim")):
         network = _network(parsed[name])
         preset, arch, epochs = parsed[name].optim.preset, network["arch"], parsed[name].optim.epochs
@@ -46,7 +49,7 @@ def parse(parser: Any, arguments: Sequence[str], name: str) -> Any:
     return parsed
 
 
-def _network(options: Any) -> dict[str, str]:
+def _network(options: Namespace) -> dict[str, str]:
     """Arch and stem: as given, else as the checkpoint names them, else the paper's."""
     given = {option: options.model[option] for option in ("arch", "stem")}
     if not any(map(is_auto, given.values())):

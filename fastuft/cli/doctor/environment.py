@@ -8,7 +8,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from typing import Any
+from types import ModuleType
 
 
 def version(*names: str) -> str | None:
@@ -52,7 +52,7 @@ def importable(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def load_torch() -> Any | None:
+def load_torch() -> ModuleType | None:
     """torch, or None if it is not installed."""
     try:
         return importlib.import_module("torch")

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from fastuft.cli.doctor import environment
 from fastuft.cli.doctor.finding import Finding
@@ -15,7 +15,7 @@ from fastuft.cli.doctor.finding import Finding
 FOLDER = Path(__file__).resolve().parents[2] / "mix"
 
 
-def check_extension(torch: Any | None) -> Iterator[Finding]:
+def check_extension(torch: ModuleType | None) -> Iterator[Finding]:
     """The compiled extension, its CPU and CUDA parts, and the tools that build it."""
     build = "pip install -e . --no-build-isolation"
     on_gpu = torch is not None and torch.cuda.is_available()

@@ -7,7 +7,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from fastuft.cli.doctor import environment
 from fastuft.cli.doctor.finding import Finding
@@ -16,7 +16,7 @@ from fastuft.cli.doctor.kernels import wrong_kernels
 TORCH, TRITON = "2.11", "3.6"
 
 
-def check_torch(torch: Any | None) -> Iterator[Finding]:
+def check_torch(torch: ModuleType | None) -> Iterator[Finding]:
     """torch and its CUDA version, the driver's CUDA version, the GPU."""
     if torch is None:
         yield Finding(
@@ -57,7 +57,7 @@ def check_torch(torch: Any | None) -> Iterator[Finding]:
         yield Finding("GPU", "missing", "none", "training runs on the CPU, slowly")
 
 
-def check_triton(torch: Any | None) -> Iterator[Finding]:
+def check_triton(torch: ModuleType | None) -> Iterator[Finding]:
     """Triton, and the compiler and headers that it needs at run time on a GPU."""
     found = environment.version("triton")
     on_gpu = torch is not None and torch.cuda.is_available()
@@ -79,7 +79,7 @@ def check_triton(torch: Any | None) -> Iterator[Finding]:
         yield Finding("triton", "ok", found)
 
 
-def check_kernels(torch: Any | None) -> Iterator[Finding]:
+def check_kernels(torch: ModuleType | None) -> Iterator[Finding]:
     """The fused kernels, compared with their portable paths on the GPU."""
     if torch is None or not torch.cuda.is_available():
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from types import ModuleType
 
 from fastuft.cli.doctor import environment
 from fastuft.cli.doctor.finding import Finding
@@ -34,7 +34,7 @@ DALI = "2.0"
 EXTRA = "pip install 'fastuft[train-cu13]' (or -cu12, -cpu)"
 
 
-def check_dali(torch: Any | None) -> Iterator[Finding]:
+def check_dali(torch: ModuleType | None) -> Iterator[Finding]:
     """DALI, its CUDA version compared with torch's and the driver's, and the decoy package."""
     wheels = [wheel for wheel in ("nvidia-dali-cuda120", "nvidia-dali-cuda130") if environment.version(wheel)]
     decoy = environment.version("nvidia-dali")
