@@ -56,7 +56,10 @@ def plan_units(num_rows: int, num_keys: int, config: Launch, multiprocessors: in
     """The same number of units for each program of one full wave, however many rows there are."""
     row_tiles = -(-num_rows // config.block_b)
     key_tiles = max(1, -(-num_keys // config.block_k))
-    programs = multiprocessors * config.ctas
+    per_multiprocessor = config.ctas
     if config.block_b <= 64:
-        programs = min(programs, max(multiprocessors, PARTIAL_ROWS // min(config.block_b, num_rows)))
+        # The same number on each, or those with one more would work while the others wait.
+        allowed = PARTIAL_ROWS // min(config.block_b, num_rows) // multiprocessors
+        per_multiprocessor = min(per_multiprocessor, max(1, allowed))
+    programs = multiprocessors * per_multiprocessor
     return Plan(row_tiles, key_tiles, -(-row_tiles * key_tiles // programs))

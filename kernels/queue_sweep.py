@@ -41,7 +41,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastuft.kernels.fp8 import decode_rows
 from fastuft.kernels.launch_plan import Plan, chip, plan_units, tall_rows
-from fastuft.kernels.launch_table import Launch, launch
+from fastuft.kernels.launch_table import Keys, Launch, launch
 from fastuft.kernels.problem import LseProblem, Problem, tile_precision
 from fastuft.kernels.queue_combine import Partials, combine, dependent_launches
 from fastuft.kernels.rows import load_rows, unit_rows
@@ -215,6 +215,14 @@ def _fits_a_descriptor(value: Tensor, width: int) -> bool:
     return aligned and value.shape[1] == width and value.shape[0] > 0
 
 
+def _keys(z: Tensor, queue: Tensor, problem: Problem, width: int) -> Keys:
+    if problem.queue_scales is not None:
+        return "fp8"
+    if queue.dtype != z.dtype:
+        return "converted"
+    return "aligned" if _fits_a_descriptor(z, width) and _fits_a_descriptor(queue, width) else "unaligned"
+
+
 def _prepared(q: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
     """The queries in the form that the sweep multiplies, [B, D] in dtype."""
     if q.dtype == dtype and not normalize:
@@ -274,9 +282,9 @@ def _run(problem: Problem, has_loss: bool) -> tuple[Tensor, Tensor, Tensor]:
         arch, multiprocessors = chip(q.device)
         dtype, block_d = _TILE_DTYPES[precision], max(16, triton.next_power_of_2(width))
         z = _prepared(q, dtype, problem.normalize)
-        direct = queue.dtype == dtype and _fits_a_descriptor(z, block_d) and _fits_a_descriptor(queue, block_d)
-        packed, tall = problem.queue_scales is not None, tall_rows(num_rows, num_keys, width)
-        config = launch(arch, precision, block_d, tall, direct, packed)
+        config = launch(
+            arch, precision, block_d, tall_rows(num_rows, num_keys, width), _keys(z, queue, problem, block_d)
+        )
         plan = plan_units(num_rows, num_keys, config, multiprocessors)
         k_a, k_b = _rows(problem.k_a), None if problem.k_b is None else _rows(problem.k_b)
         partials = _sweep(z, queue, problem, precision, config, plan)

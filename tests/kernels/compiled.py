@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastuft.kernels.launch_table import Launch
+    from fastuft.kernels.launch_table import Keys, Launch
 
 # Resources of a multiprocessor by arch: registers, threads, shared memory, of which each program reserves another 1 KB.
 REGISTERS, THREADS = 65_536, {80: 1_536, 90: 2_048, 100: 2_048}
 SHARED = {80: 102_400, 90: 233_472, 100: 233_472}
+TENSOR_COLUMNS = 512  # of sm_100's tensor memory
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100, B200
 # Products and sums of bf16 that a multiprocessor's matrix units do in a cycle; of tf32 half as many. Exponentials and
 # instructions of warps that it issues in a cycle.
@@ -31,7 +32,7 @@ class Job:
         arch: 80, 90 or 100. precision: of the tiles. queue: the queue in memory, where not as
             it is multiplied: fp32 or fp8.
         width: padded D. tall: the table's entry for many rows. need_mu, unit: as in the kernels.
-        descriptors: the variant that reads by the tensor memory accelerator. tail: K is not a whole number of tiles.
+        aligned: whether addresses allow the tensor memory accelerator. tail: K is not a whole number of tiles.
     """
 
     name: str
@@ -42,12 +43,25 @@ class Job:
     tall: bool = False
     unit: bool = False
     queue: str = ""
-    descriptors: bool = False
+    aligned: bool = True
     tail: bool = False
+
+    @property
+    def keys(self) -> Keys:
+        """How the table is asked."""
+        return (
+            "fp8" if self.queue == "fp8" else "converted" if self.queue else "aligned" if self.aligned else "unaligned"
+        )
+
+    @property
+    def descriptors(self) -> bool:
+        """Whether the launcher reads by the tensor memory accelerator."""
+        return self.name == "sweep" and self.aligned and config_of(self).descriptors
 
     def __str__(self) -> str:
         parts = [self.name, f"sm{self.arch}", self.precision, f"D{self.width}", "grad" if self.need_mu else "loss"]
         parts += [word for word in ("tall", "unit", "tail", "descriptors") if getattr(self, word)]
+        parts += [] if self.aligned else ["unaligned"]
         return "-".join(parts + ([f"{self.queue}-queue"] if self.queue else []))
 
 
@@ -58,6 +72,7 @@ class Compiled:
     registers: int
     stack: int
     shared: int
+    tensor_columns: int
     num_warps: int
     arch: int
     warnings: tuple[str, ...]
@@ -71,7 +86,9 @@ class Compiled:
         """Number of programs that share a multiprocessor."""
         threads = 32 * self.num_warps
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * threads)
-        return min(by_registers, THREADS[self.arch] // threads, SHARED[self.arch] // (self.shared + 1024))
+        by_memory = SHARED[self.arch] // (self.shared + 1024)
+        by_tensor_memory = TENSOR_COLUMNS // self.tensor_columns if self.tensor_columns else by_memory
+        return min(by_registers, THREADS[self.arch] // threads, by_memory, by_tensor_memory)
 
 
 def waves(job: Job, result: Compiled) -> float:
@@ -122,7 +139,7 @@ def config_of(job: Job) -> Launch:
     """The table's entry for a sweep."""
     from fastuft.kernels.launch_table import launch
 
-    return launch(job.arch, job.precision, job.width, job.tall, job.descriptors and not job.queue, job.queue == "fp8")
+    return launch(job.arch, job.precision, job.width, job.tall, job.keys)
 
 
 def sweep_constants(job: Job) -> tuple[dict[str, object], dict[str, int]]:
@@ -210,4 +227,5 @@ def compile_job(job: Job) -> Compiled:
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     warnings = tuple(sorted(set(re.findall(r"C75\d\d", notes))))
     shared, warps = compiled.metadata.shared, options["num_warps"]
-    return Compiled(registers, stack, shared, warps, job.arch, warnings, *read_loop(sass), compiled.asm["ptx"])
+    columns = getattr(compiled.metadata, "tmem_size", 0)
+    return Compiled(registers, stack, shared, columns, warps, job.arch, warnings, *read_loop(sass), compiled.asm["ptx"])

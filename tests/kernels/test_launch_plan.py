@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 def short_and_tall(arch, precision, width):
     from fastuft.kernels.launch_table import launch
 
-    return {launch(arch, precision, width, tall, True) for tall in (False, True)}
+    return {launch(arch, precision, width, tall, "aligned") for tall in (False, True)}
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 58, 108, 132, 148, 192])
@@ -40,7 +40,7 @@ def test_no_batch_size_leaves_the_gpu_idle():
 
     keys, multiprocessors, least = 65536, 132, {}
     for rows in range(1, 20_481):
-        config = launch(90, "bf16", 128, tall_rows(rows, keys, 128), True)
+        config = launch(90, "bf16", 128, tall_rows(rows, keys, 128), "aligned")
         plan = plan_units(rows, keys, config, multiprocessors)
         least[rows] = plan.units / (multiprocessors * config.ctas * plan.units_per_program)
     assert min(share for rows, share in least.items() if rows > 64) >= 0.85
@@ -61,7 +61,7 @@ def test_the_claimed_size_stays_below_ten_megabytes(multiprocessors):
     from fastuft.kernels.launch_table import launch
 
     for arch in (90, 100):
-        config = launch(arch, "bf16", 128, False, True)
+        config = launch(arch, "bf16", 128, False, "aligned")
         plan = plan_units(256, 65536, config, multiprocessors)
         assert (plan.row_tiles + plan.programs) * config.block_b * (128 + 2) * 4 < 9e6
 
