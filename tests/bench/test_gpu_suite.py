@@ -21,7 +21,7 @@ PARTS = ("build", "values", "other-tests", "small-cases", "memcheck", "racecheck
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *is_available*) exit "${FAKE_CUDA-0}" ;;
-  *"pip install"*) sleep "${FAKE_SLEEP-0}"; echo built; exit "${FAKE_BUILD-0}" ;;
+  *"pip install"*) [ "$FASTUFT_BUILD" = none ] && exit 0; sleep "${FAKE_SLEEP-0}"; echo built; exit "${FAKE_BUILD-0}" ;;
   *nvidia.dali*) exit 1 ;;
   *"gpu and not slow"*) echo '3 passed in 1.00s'; exit "${FAKE_TESTS-0}" ;;
   *"bench_${FAKE_SLOW-none}.py"*) sleep 30 ;;
@@ -128,6 +128,13 @@ def test_a_failing_part_does_not_stop_the_others(run):
     assert status == 1
     assert parts["values"]["status"] == parts["memcheck"]["status"] == "failed"
     assert parts["build"]["status"] == parts["bench-loss"]["status"] == "ok"
+
+
+def test_a_failing_build_leaves_the_package_without_its_extension(run):
+    status, _, parts = run(FAKE_BUILD="1")
+    assert status == 1 and parts["build"]["status"] == "failed"
+    assert {part["status"] for name, part in parts.items() if name != "build"} == {"ok"}
+    assert list(parts)[:2] == ["build", "install-without-extension"]
 
 
 def test_an_unsupported_sanitizer_is_not_a_failure(run):
