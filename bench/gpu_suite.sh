@@ -103,9 +103,9 @@ export PYTHONUNBUFFERED=1
 pytest=("$python" -P -m pytest -q -p no:cacheprovider --continue-on-collection-errors)
 
 # One process a benchmark file: what is slow or breaks costs its own figures only.
-benchmark() { # NAME SECONDS
-  part "bench-$1" "$2" "${pytest[@]}" "bench/bench_$1.py" --benchmark-only --device=cuda --seconds=0.3 \
-    --benchmark-json="$work/raw-$1.json"
+benchmark() { # NAME SECONDS [WHICH ROWS]
+  part "bench-$1" "$2" "${pytest[@]}" "bench/bench_${1%-compiled}.py" --benchmark-only --device=cuda --seconds=0.3 \
+    --benchmark-json="$work/raw-$1.json" "${@:3}"
 }
 
 install=("$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$work/site" .)
@@ -123,10 +123,11 @@ gpu_tests() { # NAME SECONDS FOLDERS...
 dali=()
 "$python" -c 'import nvidia.dali, PIL' 2>/dev/null && dali=(tests/data/test_dali_pipeline.py)
 
-# Most valuable first; the caps up to racecheck fit the budget, and the last two take what is left.
+# Most valuable first; the caps up to racecheck fit the budget, and the last four take what is left.
 gpu_tests values 75 tests/loss tests/kernels
-benchmark loss 80
-benchmark step 80
+# Rows of torch.compile, which may take longer to compile than all others to run, come last.
+benchmark loss 80 -k 'not compiled'
+benchmark step 80 -k 'not compiled'
 benchmark mix 40
 gpu_tests other-tests 45 tests/mix/test_mix_gpu.py tests/trainer/test_kernel_check.py tests/trainer/test_runs.py \
     tests/trainer/test_resuming.py tests/trainer/test_train_step.py tests/evaluate/test_metrics.py "${dali[@]}"
@@ -137,6 +138,8 @@ benchmark momentum 10
 part small-cases 20 "$python" -P bench/small_cases.py
 part memcheck 20 bash -c 'sanitize memcheck'
 part racecheck 20 bash -c 'sanitize racecheck'
+benchmark loss-compiled 60 -k compiled
+benchmark step-compiled 60 -k compiled
 benchmark evaluate 60
 benchmark streams 60
 
