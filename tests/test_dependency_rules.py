@@ -39,6 +39,7 @@ LEAVES = {
     "fused",
     "memory",
     "names",
+    "nested",
     "randomness",
     "runfolder",
     "values",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, NoReturn, get_args, get_origin
 
 from fastuft.cli.commands import COMMANDS, Command
 from fastuft.cli.complaints import UsageError
 from fastuft.cli.described import option_texts, option_types
+from fastuft.nested import flattened
 from fastuft.version import VERSION
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def words(options: Mapping[str, object], command: Command) -> list[str]:
     """Python values as the equivalent words of the command line; values in a file of options come first, so others win."""
     flags: list[str] = []
     positional: list[object] = []
-    for name, value in sorted(_flat(options), key=lambda option: option[0] != "config"):
+    for name, given in sorted(flattened(options), key=lambda option: option[0] != "config"):
+        value = _plain(given)
         if name == command.positional:
             positional += value if isinstance(value, list) else [value]
         else:
@@ -77,16 +79,8 @@ def words(options: Mapping[str, object], command: Command) -> list[str]:
     return [*map(str, positional), *flags]
 
 
-def _flat(options: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted name, plain value) of each option; paths become strings."""
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, _plain(value)
-
-
 def _plain(value: object) -> object:
+    """A value as JSON can hold it."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list | tuple | set | range):

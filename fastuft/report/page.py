@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastuft.names import printable
+from fastuft.nested import flattened, lookup
 from fastuft.report.charts import curves, looks, maps, watched
 from fastuft.report.files import RunFiles
 from fastuft.report.render import render, write_page
@@ -27,7 +28,6 @@ from fastuft.report.tables import (
     best_cells,
     change_table,
     figure,
-    lookup,
 )
 
 GALLERY_ROWS = 12
@@ -138,14 +138,11 @@ def _facts(groups: dict[str, list[RunFiles]]) -> dict[str, Table]:
     return tables
 
 
-def _flat(values: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:
+def _flat(values: dict[str, object]) -> list[tuple[str, str]]:
     """Nested summary values as (dotted name, text) pairs, with long lists shortened."""
     result = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            result += _flat(value, f"{name}.")
-        elif isinstance(value, list):
+    for name, value in flattened(values):
+        if isinstance(value, list):
             shown = ", ".join(str(v) for v in value[:20]) + (f" … ({len(value)} in total)" if len(value) > 20 else "")
             result.append((name, shown or "none"))
         else:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Literal
 
+from fastuft.nested import lookup
 from fastuft.report.files import RunFiles, load_run
 
 Format = Literal["text", "markdown", "csv"]
@@ -103,13 +104,6 @@ def arms(runs: Sequence[RunFiles]) -> dict[str, list[RunFiles]]:
     for run in runs:
         grouped.setdefault(run.name, []).append(run)
     return grouped
-
-
-def lookup(values: object, *keys: str) -> Any:
-    """A nested value, or None."""
-    for key in keys:
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
 
 
 def figure(runs: Sequence[RunFiles], *keys: str) -> Figure | None:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from fastuft.nested import flattened
 from fastuft.runfolder import CheckpointError, RunFolder, load_checkpoint
 from fastuft.trainer.distributed import Ranks, restart_count
 
@@ -120,8 +121,8 @@ def check_same_run(
     Raises:
         ValueError: images or settings have changed, so the state would mean something else.
     """
-    before = {**_flat(json.loads(state["config"])), "content_hash": state["content_hash"]}
-    now = {**_flat(config), "content_hash": content_hash}
+    before = {**dict(flattened(json.loads(state["config"]))), "content_hash": state["content_hash"]}
+    now = {**dict(flattened(config)), "content_hash": content_hash}
     # An older program had fewer options, and did what their defaults say.
     changed = {name: (before[name], value) for name, value in now.items() if name in before and before[name] != value}
     for name, (old, new) in changed.items():
@@ -130,7 +131,7 @@ def check_same_run(
                 f"resume={config['resume']!r}: {name} was {old!r} in the checkpoint and is {new!r} now; resume with the "
                 "same images and settings, or start in another folder"
             )
-    given_before, given_now = _flat(json.loads(state["given_config"])), _flat(given)
+    given_before, given_now = dict(flattened(json.loads(state["given_config"]))), dict(flattened(given))
     said = [
         f"{name} {old!r} -> {new!r}"
         for name, (old, new) in changed.items()
@@ -138,11 +139,3 @@ def check_same_run(
     ]
     if said and main:
         warnings.warn(f"the run continues with settings that have changed: {', '.join(said)}", stacklevel=2)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping from dotted names."""
-    flat = {}
-    for name, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return flat

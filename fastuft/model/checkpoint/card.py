@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fastuft.model.backbone import Backbone
 from fastuft.model.checkpoint.preprocessing import shorter_side
 from fastuft.model.checkpoint.transformers_export import features_in_transformers
 from fastuft.model.timm_network import TimmBackbone
 from fastuft.names import printable
+from fastuft.nested import flattened, lookup
 from fastuft.runfolder import RunFolder, read_json
 
 # Figures of eval.json by their keys, as fractions.
@@ -39,26 +39,12 @@ def _or_nothing(read: Callable[[], dict[str, object]]) -> dict[str, object]:
         return {}
 
 
-def _at(tree: object, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
-
-
 def _cell(value: object) -> str:
     return printable(str(value)).replace("|", "\\|")
 
 
 def _table(rows: Mapping[str, object]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()), ""]
-
-
-def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _percent(value: object) -> str | None:
@@ -73,11 +59,13 @@ def _percent(value: object) -> str | None:
 
 
 def _figures(evaluation: Mapping[str, object]) -> dict[str, object]:
-    found = {name: _percent(_at(evaluation, *keys)) for name, keys in _FIGURES.items()}
+    found = {name: _percent(lookup(evaluation, *keys)) for name, keys in _FIGURES.items()}
     by_shots = (("few-shot", "", "fewshot"), ("few-shot", " before", "before", "fewshot"), ("FixMatch", "", "fixmatch"))
     for label, when, *keys in by_shots:
-        for shots, result in (_at(evaluation, *keys) or {}).items():
-            found[f"{label} mean class accuracy{when}, {shots} images per class"] = _percent(_at(result, "mean_class"))
+        for shots, result in (lookup(evaluation, *keys) or {}).items():
+            found[f"{label} mean class accuracy{when}, {shots} images per class"] = _percent(
+                lookup(result, "mean_class")
+            )
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -143,17 +131,17 @@ def model_card(backbone: Backbone, run: RunFolder, layout: str, name: str) -> st
     evaluation_file = _evaluation_of(run)
     evaluation = _or_nothing(lambda: read_json(evaluation_file)) if evaluation_file else {}
     counts = summary.get("manifest", {})
-    init = _at(summary, "init", "path") or config.get("init") or "random initialization"
+    init = lookup(summary, "init", "path") or config.get("init") or "random initialization"
     training = {
         "started from": init,
-        "target images, unlabeled": _at(counts, "num_target"),
-        "replayed source images": _at(counts, "num_source"),
+        "target images, unlabeled": lookup(counts, "num_target"),
+        "replayed source images": lookup(counts, "num_source"),
         "images seen": summary.get("images"),
         "steps": f"{summary.get('steps')} of {summary.get('total_steps')}",
         "bad files skipped": summary.get("bad_files"),
-        "digest of the image list": _at(counts, "content_hash"),
+        "digest of the image list": lookup(counts, "content_hash"),
     }
-    recipe = {key: value for section in _RECIPE for key, value in _flat({section: config.get(section) or {}})}
+    recipe = {key: value for section in _RECIPE for key, value in flattened({section: config.get(section) or {}})}
     figures = _figures(evaluation)
     statements = evaluation.get("statements")
     side, shown_init = backbone.input_size, Path(str(init)).name
@@ -165,7 +153,7 @@ def model_card(backbone: Backbone, run: RunFolder, layout: str, name: str) -> st
         "",
         "## Use",
         "",
-        f"Layout {layout}, written by fastuft {_at(summary, 'versions', 'fastuft') or ''}".rstrip() + ":",
+        f"Layout {layout}, written by fastuft {lookup(summary, 'versions', 'fastuft') or ''}".rstrip() + ":",
         "",
         "```python",
         _use(backbone, layout, name),

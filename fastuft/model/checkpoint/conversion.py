@@ -6,13 +6,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastuft.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Pool, Traits, Triple, as_triple
 from fastuft.model.checkpoint.reading import Content
+from fastuft.nested import lookup
 
 Channels = Literal["auto", "rgb", "bgr", "gray"]
 
@@ -51,12 +52,6 @@ class Pixels:
         return scaled.flip(1) if self.channels == "bgr" else scaled
 
 
-def _at(tree: object, *keys: str) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-    return tree
-
-
 def detectron2_settings(file: Path) -> tuple[Traits, Pixels]:
     """Strides and pixels of a detectron2 checkpoint, from the ``config.yaml`` beside it or from detectron2's defaults.
 
@@ -70,11 +65,11 @@ def detectron2_settings(file: Path) -> tuple[Traits, Pixels]:
         config = yaml.safe_load(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(beside)!r} is damaged; restore it or move it away") from error
-    model = _at(config, "MODEL")
-    mean = as_triple(_at(model, "PIXEL_MEAN") or list(_DETECTRON2_MEAN), f"{beside}: MODEL.PIXEL_MEAN")
-    std = as_triple(_at(model, "PIXEL_STD") or list(_DETECTRON2_STD), f"{beside}: MODEL.PIXEL_STD")
-    channels: Literal["rgb", "bgr"] = "rgb" if _at(config, "INPUT", "FORMAT") == "RGB" else "bgr"
-    in_1x1 = _at(model, "RESNETS", "STRIDE_IN_1X1")
+    model = lookup(config, "MODEL")
+    mean = as_triple(lookup(model, "PIXEL_MEAN") or list(_DETECTRON2_MEAN), f"{beside}: MODEL.PIXEL_MEAN")
+    std = as_triple(lookup(model, "PIXEL_STD") or list(_DETECTRON2_STD), f"{beside}: MODEL.PIXEL_STD")
+    channels: Literal["rgb", "bgr"] = "rgb" if lookup(config, "INPUT", "FORMAT") == "RGB" else "bgr"
+    in_1x1 = lookup(model, "RESNETS", "STRIDE_IN_1X1")
     ours_mean, ours_std = (
         (IMAGENET_MEAN, IMAGENET_STD) if channels == "rgb" else (IMAGENET_MEAN[::-1], IMAGENET_STD[::-1])
     )
