@@ -7,10 +7,11 @@
 # Needs CUDA with nvcc, and a python3 with torch >= 2.11, triton, pytest, pytest-benchmark, pytest-timeout, hypothesis,
 # setuptools >= 77 and cmake; with pytest-xdist the tests run in several processes.
 # PYTHON names another interpreter, FASTUFT_OUT another folder for the result file (DEVICE/DATE.json below it;
-# default bench/results), FASTUFT_BUDGET other seconds for everything.
+# default bench/results), FASTUFT_BUDGET other seconds for everything, FASTUFT_WHEELS a folder of wheels to install for the
+# suite only: with pillow, safetensors and filelock there, the training step is measured too.
 set -uo pipefail
 
-usage() { sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//'; }
 
 dry_run=0
 case "${1-}" in
@@ -25,6 +26,16 @@ cd "$root" || exit 2
 python=${PYTHON:-python3}
 out=${FASTUFT_OUT:-bench/results}
 budget=${FASTUFT_BUDGET:-530}
+wheels=()
+if [ -n "${FASTUFT_WHEELS-}" ]; then
+  shopt -s nullglob
+  wheels=("$FASTUFT_WHEELS"/*.whl)
+  shopt -u nullglob
+  if ((${#wheels[@]} == 0)); then
+    echo "gpu_suite: FASTUFT_WHEELS='$FASTUFT_WHEELS' has no wheel (*.whl); name a folder of wheels, or leave it unset" >&2
+    exit 2
+  fi
+fi
 
 work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
@@ -108,7 +119,9 @@ benchmark() { # NAME SECONDS [WHICH ROWS]
     --benchmark-json="$work/raw-$1.json" "${@:3}"
 }
 
-install=("$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$work/site" .)
+offline=("$python" -m pip install --quiet --no-index --no-deps --target "$work/site")
+((${#wheels[@]})) && part wheels 30 "${offline[@]}" "${wheels[@]}"
+install=("${offline[@]}" --no-build-isolation .)
 part build 100 env FASTUFT_BUILD=cuda "${install[@]}"
 # The rest does not need the extension, but the package.
 ((failed)) && part install-without-extension 30 env FASTUFT_BUILD=none "${install[@]}"

@@ -153,3 +153,14 @@ def test_a_slow_benchmark_loses_only_its_own_figures(run):
 def test_the_budget_ends_the_suite(run):
     status, output, _ = run(FAKE_SLEEP="30", FASTUFT_BUDGET="6")
     assert status == 1 and "timed out" in output and "the time is used up" in output
+
+
+def test_wheels_are_installed_first_and_an_empty_folder_is_refused(run, tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    status, output, _ = run("--dry-run", FASTUFT_WHEELS=str(wheels))
+    assert status == 2 and f"FASTUFT_WHEELS='{wheels}' has no wheel" in output
+    (wheels / "pillow-1-py3-none-any.whl").touch()
+    status, output, _ = run("--dry-run", FASTUFT_WHEELS=str(wheels))
+    assert status == 0 and output.index("would run wheels") < output.index("would run build")
+    assert str(wheels / "pillow-1-py3-none-any.whl") in output
