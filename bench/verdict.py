@@ -177,9 +177,10 @@ def report(sets: Mapping[str, Sequence[Run]]) -> str:
         others = [run for other, own in ended.items() if other != name for run in own]
         rules = {"in use": Rule(), **({"fitted on the others": fitted(others)} if others else {})}
         for kind, rule in rules.items():
-            outcomes = [outcome(run, rule) for run in runs]
             thresholds = ", ".join(f"{option} {getattr(rule, option):g}" for option in GRID)
-            totals.append([f"{name}: {kind} ({thresholds})", *summary(outcomes)])
+            for extent, some in (("whole runs", sets[name]), ("ended at each look", runs)):
+                outcomes = [outcome(run, rule) for run in some]
+                totals.append([f"{name}, {extent}: {kind} ({thresholds})", *summary(outcomes)])
             if kind == "in use":
                 told += [[f"{name}: {o.run}", o.said, o.end, o.exported, o.retrieval, o.best] for o in outcomes]
     words = ["run", "verdict", "gain at the end", "gain exported", "of it in retrieval", "best gain"]

@@ -130,3 +130,11 @@ def test_exporting_harm_costs_more_than_saying_nothing():
     good, bad = looks(verdict, (8.0,)), looks(verdict, (5.0, 0.0))
     bad.labels[1] = 40.0  # views agree, labels do not
     assert verdict.fitted([good, bad]).agreement_gain == 0.5
+
+
+def test_the_report_counts_whole_runs_and_runs_that_end_at_each_look():
+    verdict = script("verdict")
+    lines = verdict.report({"one": [looks(verdict, (-3.0, 6.0, 7.0))], "other": [looks(verdict, (8.0,))]}).splitlines()
+    counts = {line.split(":")[0]: line.split("|")[2:4] for line in lines if ": in use" in line}
+    assert counts["| one, whole runs"] == [" 1 ", " 1 of 1 "]
+    assert counts["| one, ended at each look"] == [" 3 ", " 2 of 2 "]
