@@ -89,7 +89,11 @@ def test_a_sweep_resumes_and_its_looks_have_labels(folders, tmp_path, monkeypatc
     capsys.readouterr()
     verdict.main()
     said = capsys.readouterr().out
-    assert "| view agreement | " in said and "one: fitted on the others" in said and "| two: naive-0 to " in said
+    assert (
+        "| view agreement | " in said
+        and "one, whole runs: fitted on the others" in said
+        and "| two: naive-0 to " in said
+    )
 
 
 def test_an_unknown_setting_is_refused(folders, tmp_path, monkeypatch, capsys):
