@@ -17,6 +17,22 @@ from fastuft.trainer.resolved import plain
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# Kills the process when a part of its n-th step is reached.
+AT_STEP = """
+import os, signal
+from fastuft.trainer import run
+real, calls = run.train_step, []
+def killed(learner, batch, mark, **options):
+    calls.append(0)
+    if len(calls) < {calls}:
+        return real(learner, batch, mark, **options)
+    def marks(part):
+        if part == {part!r}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(learner, batch, marks, **options)
+run.train_step = killed
+"""
+
 
 def free_port() -> int:
     with socket.socket() as probe:

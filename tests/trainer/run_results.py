@@ -6,6 +6,7 @@ import json
 
 import torch
 
+from fastuft.model import load_backbone
 from fastuft.runfolder import RunFolder, load_checkpoint
 
 _CLOCK = ("time", "images_per_second", "seconds_per_step", "data_wait_share", "seconds")
@@ -26,3 +27,8 @@ def assert_same_state(left, right):
     for part in ("model", "queue", "optimizer", "scaler", "rank_buffers", "torch_rng"):
         torch.testing.assert_close(left[part], right[part], rtol=0, atol=0, equal_nan=True)
     assert all(left[name] == right[name] for name in ("epoch", "step", "global_step", "images"))
+
+
+def same_weights(one, other):
+    left, right = (load_backbone(file).state_dict() for file in (one, other))
+    return all(torch.equal(value, right[name]) for name, value in left.items())

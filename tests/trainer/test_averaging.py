@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from run_results import rows
+from run_results import rows, same_weights
 
 from fastuft.model import load_backbone
 from fastuft.runfolder import RunFolder
@@ -66,8 +66,7 @@ def test_training_does_not_depend_on_the_share(tiny, start, tmp_path):
     averaged = train(tiny(init=start, start_share=0.5, verdict={"looks": 4})).run_dir
     plain = train(tiny(init=start, verdict={"looks": 4}, out=str(tmp_path / "plain"))).run_dir
     assert rows(averaged) == rows(plain)
-    one, other = (weights(RunFolder(run).checkpoints.path(8)) for run in (averaged, plain))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert same_weights(*(RunFolder(run).checkpoints.path(8) for run in (averaged, plain)))
 
 
 def test_a_resumed_run_exports_the_same_average(tiny, start, tmp_path):
@@ -79,8 +78,7 @@ def test_a_resumed_run_exports_the_same_average(tiny, start, tmp_path):
     whole = train(tiny(**config, out=str(tmp_path / "whole"))).run_dir
     assert train(tiny(**config), Callbacks(on_step=stop)).interrupted == "SIGTERM"
     resumed = train(tiny(**config, resume="auto")).run_dir
-    one, other = (weights(RunFolder(run).backbone_file) for run in (whole, resumed))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert same_weights(*(RunFolder(run).backbone_file for run in (whole, resumed)))
 
 
 @pytest.mark.parametrize("content", [None, b"damaged"])

@@ -8,11 +8,9 @@ import signal
 import warnings
 
 import pytest
-import torch
-from run_results import rows
+from run_results import rows, same_weights
 
 from fastuft.evaluate import Verdict
-from fastuft.model import load_backbone
 from fastuft.runfolder import RunFolder
 from fastuft.trainer import Callbacks, judging, train
 from fastuft.trainer import run as judging_run
@@ -33,11 +31,6 @@ def judged_as(monkeypatch):
         monkeypatch.setattr(judging, "judge", judge)
 
     return install
-
-
-def same_weights(one, other):
-    left, right = (load_backbone(file).state_dict() for file in (one, other))
-    return all(torch.equal(value, right[name]) for name, value in left.items())
 
 
 def test_a_finetuning_reports_its_verdict_everywhere(tiny, start, capsys):

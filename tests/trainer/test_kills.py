@@ -5,29 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from processes import run, write_config
+from processes import AT_STEP, run, write_config
+from run_results import assert_same_state, final
 
 from fastuft.randomness import keyed_generator
-from fastuft.runfolder import RunFolder, load_checkpoint
 
 pytestmark = pytest.mark.e2e
 
-# Kills the process at a moment within a step, or half-way through the writing of a checkpoint.
-AT_STEP = """
-import os, signal
-from fastuft.trainer import run
-real, calls = run.train_step, []
-def killed(learner, batch, mark, **options):
-    calls.append(0)
-    if len(calls) < {calls}:
-        return real(learner, batch, mark, **options)
-    def marks(part):
-        if part == {part!r}:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return real(learner, batch, marks, **options)
-run.train_step = killed
-"""
+# Kills the process half-way through the writing of a checkpoint.
 WHILE_WRITING = """
 import os, signal
 from fastuft.atomic import whole_file
@@ -55,13 +40,6 @@ def command(tiny, tmp_path):
     return lambda out, prelude="": run([*arguments, "--out", str(tmp_path / out)], 1, prelude)[0]
 
 
-def same(left, right):
-    left, right = (load_checkpoint(RunFolder(folder).checkpoints.all()[0][1]) for folder in (left, right))
-    for part in ("model", "queue", "optimizer", "rank_buffers", "torch_rng"):
-        torch.testing.assert_close(left[part], right[part], rtol=0, atol=0, equal_nan=True)
-    assert left["global_step"] == right["global_step"] == 12
-
-
 def die(command, preludes):
     for prelude in preludes:
         status, output = command("killed", prelude)
@@ -71,7 +49,9 @@ def die(command, preludes):
 def assert_goes_on_to_the_same_end(command, tmp_path):
     status, output = command("killed")
     assert status == 0, output
-    same(tmp_path / "whole", tmp_path / "killed")
+    whole, killed = (final(tmp_path / name) for name in ("whole", "killed"))
+    assert_same_state(whole, killed)
+    assert killed["global_step"] == 12
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6, 8, 10, 12]
 

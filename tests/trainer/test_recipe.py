@@ -151,16 +151,6 @@ def test_a_few_images_in_one_flat_folder_train(folders, start, tmp_path, capsys)
     assert "not known whether it is better" in said and "12 images are too few to tell" in said
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    from fastuft.model import build_backbone, export_backbone
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("start") / "start.safetensors"
-    export_backbone(build_backbone("resnet_tiny", "small"), path)
-    return str(path)
-
-
 def test_a_run_prints_and_saves_its_choices(folders, start, tmp_path, capsys):
     options = {
         "model": {"arch": "resnet_tiny", "stem": "small", "head_dim": 16},

@@ -12,26 +12,13 @@ import pytest
 import torch
 from data.object_server import ObjectServer
 from data.shard_cases import pack
-from processes import ROOT, environment, finish, run, start, write_config
+from processes import AT_STEP, ROOT, environment, finish, run, start, write_config
 from run_results import assert_same_state, final, rows
 
 from fastuft.data.sources import remote
 from fastuft.trainer import train
 
 pytestmark = [pytest.mark.filterwarnings("ignore:method.queue_size"), pytest.mark.e2e]
-
-# Kills the process within its n-th step, between the backward pass and the optimizer.
-KILLED = """
-import os, signal
-from fastuft.trainer import run
-real, calls = run.train_step, []
-def killed(learner, batch, mark, **options):
-    calls.append(0)
-    if len(calls) < {calls}:
-        return real(learner, batch, mark, **options)
-    return real(learner, batch, lambda part: part == "optimizer" and os.kill(os.getpid(), signal.SIGKILL), **options)
-run.train_step = killed
-"""
 
 
 @pytest.fixture
@@ -77,7 +64,7 @@ def test_a_run_killed_over_shards_and_urls_equals_the_run_over_the_folder(tiny, 
     for kind, calls in (("tar", 5), ("s3", 3)):
         server.faults[shard] = [503, "cut", 0, 500]
         (status, output), *_ = run(
-            write_config(config(kind, "killed"), tmp_path / "c.yaml"), 1, KILLED.format(calls=calls)
+            write_config(config(kind, "killed"), tmp_path / "c.yaml"), 1, AT_STEP.format(calls=calls, part="optimizer")
         )
         assert status == -9, output
     ended = train(config("http", "killed")).run_dir
