@@ -85,6 +85,8 @@ def _walk(words: Sequence[str], command: Command, types: Mapping[str, object]) -
         name, added = name.removesuffix("+"), name.endswith("+")
         if name in _OWN:
             continue
+        if name == command.positional:
+            raise UsageError(f"{name} is given without its name, as in the example: {command.example}")
         value: object = text if equals else MISSING
         if not equals and left and (not left[0].startswith("-") or _NUMBER.match(left[0])):
             value = left.pop(0)

@@ -95,7 +95,7 @@ class TrainStream(ImageStream):
             loading,
             batch_size=data.batch_size // world_size,
             num_views=2,
-            largest=_largest(manifest.paths) if loading.device.type == "cuda" else (0, 0),
+            largest=_largest(manifest.paths, loading.max_megapixels) if loading.device.type == "cuda" else (0, 0),
             replacing=Replacing(seed, pools),
         )
         self.manifest = manifest
@@ -143,12 +143,12 @@ class TrainStream(ImageStream):
             epoch -= 1
 
 
-def _largest(paths: Sequence[str]) -> tuple[int, int]:
+def _largest(paths: Sequence[str], max_megapixels: float) -> tuple[int, int]:
     """The largest width and height among an evenly spread sample of the images; bad files are ignored."""
     sizes = [(0, 0)]
     for path in paths[:: max(1, len(paths) // _PROBED)]:
         try:
-            sizes.append(image_size(path))
+            sizes.append(image_size(path, max_megapixels))
         except BadImageError:
             continue
     width, height = (max(side) for side in zip(*sizes, strict=True))

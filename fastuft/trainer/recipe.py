@@ -149,10 +149,12 @@ class _Chooser:
         paths = self.manifest.paths[: self.manifest.num_target]
         for path in paths[:: max(1, len(paths) // _PROBED)]:
             try:
-                sides.append(min(image_size(path)))
+                sides.append(min(image_size(path, self.config.data.max_megapixels)))
             except BadImageError:  # handled by the streams, as data.on_bad_file says
                 continue
-        side = int(statistics.median(sides)) if sides else usual
+        if not sides:
+            return usual, "the network's own size; no target image could be read"
+        side = int(statistics.median(sides))
         fitting = max(step, side * 7 // 8 // step * step)
         if fitting >= usual:
             return usual, f"the network's own size; the shorter side of the target images is {side} px"

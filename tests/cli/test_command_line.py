@@ -189,6 +189,11 @@ def test_wrong_options_give_a_one_line_error(capsys, arguments, words):
     assert all(word in line for word in words), line
 
 
+def test_an_option_without_a_name_says_so_when_it_is_named(capsys):
+    line = refused(capsys, "embed", "--images", "photos", "--checkpoint", "start.pth", "--out", "photos.npz")
+    assert "images is given without its name" in line and "fastuft embed photos/" in line
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -112,6 +112,16 @@ def test_views_are_not_larger_than_the_images(tmp_path):
         assert config.augment.size == wanted
 
 
+def test_images_that_are_refused_do_not_choose_the_size(tmp_path):
+    path = tmp_path / "small.png"
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(path)
+    manifest = dataclasses.replace(images(1), paths=(str(path),))
+    for limit, wanted in ((0.0021, 32), (0.0019, 224)):
+        open_options = {"augment": {"size": "auto"}, "model": {"arch": "resnet18"}, "data": {"max_megapixels": limit}}
+        config, _ = settle(left_open(**open_options), manifest, CPU)
+        assert config.augment.size == wanted
+
+
 def test_a_network_with_a_fixed_input_size_keeps_it(tmp_path, monkeypatch):
     class Fixed(torch.nn.Module):
         input_size, patch = 224, None
