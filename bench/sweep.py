@@ -6,7 +6,9 @@
 A sweep is a YAML file of ``common`` options and named ``settings`` that override them, both options of ``fastuft.finetune``. A
 setting may omit the source (``source: false``), take a share of the images of every class (``images: 0.5``) or measure few-shot
 accuracy at every look, not only the last (``shots_at: every``). ``fewshot`` and ``resize`` are options of the accuracies. Each
-run has its own folder. Finished runs are kept and interrupted ones resume, so repeating the command completes a sweep. It
+run has its own folder. Few-shot accuracies of class means, which need no training, are measured at every look. Few-shot
+finetuning has one learning rate for all backbones, so the tables mark accuracies at which it did not converge with a question
+mark. Finished runs are kept and interrupted ones resume, so repeating the command completes a sweep. It
 writes ``sweep.json``, with label-free measures and accuracies of every look, and ``sweep.md``. ``bench/verdict.py``
 reads the first.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import time
@@ -29,7 +32,7 @@ import yaml
 import fastuft
 from fastuft.config import FewShotConfig
 from fastuft.data import EvalStream, Loading, labeled_folder
-from fastuft.evaluate import clustering_accuracy, extract_features, fewshot, retrieval_accuracy
+from fastuft.evaluate import clustering_accuracy, extract_features, fewshot, prototype_accuracy, retrieval_accuracy
 from fastuft.model import Backbone, load_backbone
 from fastuft.runfolder import RunFolder, write_json
 from fastuft.trainer import StartAverage
@@ -152,9 +155,11 @@ def labels_of(
         with closing(stream(name)) as images:
             features[name] = extract_features(backbone, images)[0]
     (paths, train, classes), (_, test, _) = folders["train"], folders["test"]
+    both = features["train"], train, features["test"], test
     figures: dict[str, Any] = {
-        "retrieval": 100 * retrieval_accuracy(features["train"], train, features["test"], test),
+        "retrieval": 100 * retrieval_accuracy(*both),
         "clustering": 100 * statistics.fmean(clustering_accuracy(features["train"], train, seed=s) for s in range(3)),
+        "class_means": {str(k): 100 * statistics.fmean(prototype_accuracy(*both, k)) for k in asked.shots},
     }
     if shots:
         with closing(stream("test")) as images:
@@ -171,6 +176,8 @@ def labels_of(
                 classes=classes,
             )
         figures["fewshot"] = {str(k): 100 * statistics.fmean(values) for k, values in found.mean_class.items()}
+        figures["fewshot_loss"] = {str(k): max(values) for k, values in found.train_loss.items()}
+        figures["classes"] = len(classes)
     return figures
 
 
@@ -188,11 +195,13 @@ def write_tables(out: Path) -> None:
         entry["looks"][0]["labels"] = start_labels
     write_json(out / "sweep.json", {"runs": runs})
     shots = sorted(start_labels.get("fewshot", {}), key=int)
-    head = ["setting", "seed", "step", "retrieval", "clustering", *(f"{k}-shot" for k in shots), "minutes", "verdict"]
-    ends = [[*cells(entry, entry["looks"][-1], shots), *fate(entry)] for entry in runs]
+    means = sorted(start_labels.get("class_means", {}), key=int)
+    kinds = [*(f"{k}-shot means" for k in means), *(f"{k}-shot" for k in shots)]
+    head = ["setting", "seed", "step", "retrieval", "clustering", *kinds, "minutes", "verdict"]
+    ends = [[*cells(entry, entry["looks"][-1], means, shots), *fate(entry)] for entry in runs]
     measures = ("effective_rank", "lidar", "uniformity", "alignment", "view_agreement", "neighbors_kept", "source_cka")
     looks = [
-        [*cells(entry, look, shots), *(number(look.get(name), 3) for name in measures)]
+        [*cells(entry, look, means, shots), *(number(look.get(name), 3) for name in measures)]
         for entry in runs[1:]
         for look in entry["looks"]
     ]
@@ -201,12 +210,20 @@ def write_tables(out: Path) -> None:
     (out / "sweep.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def cells(entry: Mapping[str, Any], look: Mapping[str, Any], shots: list[str]) -> list[str]:
+def cells(entry: Mapping[str, Any], look: Mapping[str, Any], means: list[str], shots: list[str]) -> list[str]:
     """Setting, seed, step and accuracies of one look."""
     labels = look.get("labels") or {}
     accuracies = [labels.get("retrieval"), labels.get("clustering")]
-    accuracies += [labels.get("fewshot", {}).get(k) for k in shots]
-    return [entry["setting"], str(entry["seed"]), str(look["step"]), *(number(value, 1) for value in accuracies)]
+    accuracies += [labels.get("class_means", {}).get(k) for k in means]
+    finetuned = [number(labels.get("fewshot", {}).get(k), 1) for k in shots]
+    doubted = [k in labels.get("fewshot_loss", {}) and unsettled(labels, k) for k in shots]
+    marked = [text + "?" * doubt for text, doubt in zip(finetuned, doubted, strict=True)]
+    return [entry["setting"], str(entry["seed"]), str(look["step"]), *(number(a, 1) for a in accuracies), *marked]
+
+
+def unsettled(labels: Mapping[str, Any], k: str) -> bool:
+    """Whether the loss of few-shot finetuning ended near or above that of guessing, as ``fastuft eval`` would say."""
+    return bool(labels["fewshot_loss"][k] > 0.9 * math.log(labels["classes"]))
 
 
 def fate(entry: Mapping[str, Any]) -> list[str]:

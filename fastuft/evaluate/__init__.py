@@ -34,6 +34,7 @@ _EXPORTS = {
     "FewShotResult": "few_shot",
     "draw_shots": "draws",
     "fewshot": "few_shot",
+    "prototype_accuracy": "prototypes",
     "nearest_neighbors": "retrieval",
     "retrieval_accuracy": "retrieval",
     "alignment": "unlabeled",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports for type checkers
     from fastuft.evaluate.inputs import UndefinedError as UndefinedError
     from fastuft.evaluate.looks import Sample as Sample
     from fastuft.evaluate.looks import look_at as look_at
+    from fastuft.evaluate.prototypes import prototype_accuracy as prototype_accuracy
     from fastuft.evaluate.retrieval import nearest_neighbors as nearest_neighbors
     from fastuft.evaluate.retrieval import retrieval_accuracy as retrieval_accuracy
     from fastuft.evaluate.semi_supervised import FixMatchResult as FixMatchResult

@@ -12,7 +12,7 @@ from fastuft.names import printable
 Arrays = dict[str, np.ndarray]
 _LARGEST = 1e30  # larger than any figure
 _MAX_DEPTH = 20  # levels of nested values; a run writes four
-_PER_SHOTS = {"fewshot", "fixmatch"}  # figures by K
+_PER_SHOTS = {"class_means", "fewshot", "fixmatch"}  # figures by K
 # Figures of eval.json, and how deeply they are nested in groups of figures.
 _FIGURES = {
     "retrieval": 0,
@@ -21,6 +21,7 @@ _FIGURES = {
     "forgetting": 1,
     "label_free": 2,
     "source_drift": 1,
+    "class_means": 1,
     "fewshot": 2,
     "fixmatch": 2,
 }

@@ -168,6 +168,10 @@ def _remarks(groups: dict[str, list[RunFiles]]) -> list[str]:
         )
     if any(lookup(run.evaluation, "fewshot") for runs in groups.values() for run in runs):
         remarks.append("K-shot figures are mean class accuracies after finetuning on K labeled images per class.")
+    if any(lookup(run.evaluation, "class_means") for runs in groups.values() for run in runs):
+        remarks.append(
+            "K-shot means are mean class accuracies of the nearest class mean of K labeled images per class, without training."
+        )
     if sum(1 for runs in groups.values() if any(run.evaluation for run in runs)) > 1:
         remarks.append("Bold marks the highest printed mean of a column; it is not a test of significance.")
     return remarks
@@ -190,7 +194,7 @@ def _verdicts(groups: dict[str, list[RunFiles]], before_after: Table | None) -> 
     """(arm, lines): its accuracies before and after, then the verdict without labels of its first run."""
     measured: dict[str, list[str]] = {}
     for name, metric, before, after, change in before_after.rows if before_after else ():
-        if metric in ACCURACIES or metric.endswith("-shot %"):
+        if metric in ACCURACIES or "-shot" in metric:
             measured.setdefault(name, []).append(f"{metric.removesuffix(' %')} {before} → {after} % ({change})")
     verdicts = []
     for name, runs in groups.items():

@@ -148,11 +148,13 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
     def plain(header: str, *keys: str) -> Column:
         return Column(header, lambda group: figure(group, *keys), 3, "change")
 
+    means = sorted({int(k) for run in runs for k in lookup(run.evaluation, "class_means") or ()})
     shots = sorted({int(k) for run in runs for k in lookup(run.evaluation, "fewshot") or ()})
     semi = sorted({int(k) for run in runs for k in lookup(run.evaluation, "fixmatch") or ()})
     columns = [
         share("retrieval %", "retrieval"),
         share("clustering %", "clustering"),
+        *(share(f"{k}-shot means %", "class_means", str(k)) for k in means),
         # If test classes are equally large, mean class accuracy equals top-1 accuracy; eval.json has both.
         *(share(f"{k}-shot %", "fewshot", str(k), "mean_class") for k in shots),
         *(share(f"FixMatch {k} %", "fixmatch", str(k), "mean_class") for k in semi),
@@ -203,10 +205,16 @@ def before_after_table(runs: Sequence[RunFiles]) -> Table | None:
         ("LiDAR", 1, 1, ("label_free", "before", "lidar"), ("label_free", "lidar")),
         ("view agreement %", 100, 1, ("label_free", "before", "view_agreement"), ("label_free", "view_agreement")),
     ]
-    shots = sorted({int(k) for run in runs for k in lookup(run.evaluation, "before", "fewshot") or ()})
+    means, shots = (
+        sorted({int(k) for run in runs for k in lookup(run.evaluation, "before", name) or ()})
+        for name in ("class_means", "fewshot")
+    )
     compared[2:2] = [
-        (f"{k}-shot %", 100, 1, ("before", "fewshot", str(k), "mean_class"), ("fewshot", str(k), "mean_class"))
-        for k in shots
+        *((f"{k}-shot means %", 100, 1, ("before", "class_means", str(k)), ("class_means", str(k))) for k in means),
+        *(
+            (f"{k}-shot %", 100, 1, ("before", "fewshot", str(k), "mean_class"), ("fewshot", str(k), "mean_class"))
+            for k in shots
+        ),
     ]
     rows = []
     for name, group in arms(runs).items():

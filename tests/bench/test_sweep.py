@@ -78,10 +78,18 @@ def test_a_sweep_resumes_and_its_looks_have_labels(folders, tmp_path, monkeypatc
     assert half["looks"][0]["labels"] == start["looks"][0]["labels"]
     for look in half["looks"]:
         assert 0 <= look["labels"]["retrieval"] <= 100 and look["view_agreement"] is not None
+        assert 50 <= look["labels"]["class_means"]["1"] <= 100  # two classes that differ in color
     assert set(half["looks"][-1]["labels"]["fewshot"]) == {"1"} and "fewshot" not in half["looks"][1]["labels"]
     assert used == [(2, 33)] * 3  # start, naive and half: the same options for all
     assert len((tmp_path / "target_0.5.txt").read_text().splitlines()) == 12
-    assert "| naive | 0 | " in (tmp_path / "sweep.md").read_text()
+    lines = (tmp_path / "sweep.md").read_text().splitlines()
+    assert "| setting | seed | step | retrieval | clustering | 1-shot means | 1-shot | minutes | verdict |" in lines
+    ends = dict(zip(("start", "half", "naive"), lines[4:7], strict=True))
+    for run in (start, half, naive):
+        labels = run["looks"][-1]["labels"]
+        doubt = "?" if labels["fewshot_loss"]["1"] > 0.9 * np.log(2) else ""
+        wanted = f"{labels['class_means']['1']:.1f} | {labels['fewshot']['1']:.1f}{doubt} |"
+        assert wanted in ends[run["setting"]], ends
     assert not (tmp_path / "naive-0" / "run" / "checkpoints").exists()
 
     verdict = script("verdict")
@@ -94,6 +102,13 @@ def test_a_sweep_resumes_and_its_looks_have_labels(folders, tmp_path, monkeypatc
         and "one, whole runs: fitted on the others" in said
         and "| two: naive-0 to " in said
     )
+
+
+def test_few_shot_accuracies_that_did_not_converge_are_marked():
+    sweep = script("sweep")
+    labels = {"fewshot": {"1": 40.0, "2": 60.0}, "fewshot_loss": {"1": 3.3, "2": 0.4}, "classes": 30}
+    row = sweep.cells({"setting": "naive", "seed": 1}, {"step": 3, "labels": labels}, ["1"], ["1", "2", "4"])
+    assert row == ["naive", "1", "3", "", "", "", "40.0?", "60.0", ""]
 
 
 def test_an_unknown_setting_is_refused(folders, tmp_path, monkeypatch, capsys):

@@ -84,7 +84,9 @@ def test_labeled_folders_give_every_metric(full):
     assert set(metrics["fewshot"]) == {"1", "2"}
     assert set(metrics["fewshot"]["2"]) == {"top1", "mean_class", "train_loss"}
     assert set(metrics["fewshot"]["2"]["mean_class"]) == {"mean", "std", "trials"}
-    assert set(metrics["before"]) == {"retrieval", "clustering"}
+    assert set(metrics["before"]) == {"retrieval", "clustering", "class_means"}
+    assert set(metrics["class_means"]) == set(metrics["before"]["class_means"]) == {"1", "2"}
+    assert len(metrics["class_means"]["2"]["trials"]) == 20 and metrics["class_means"]["2"]["mean"] > 0.9
     assert set(metrics["forgetting"]) == {"after", "before"}
     assert set(metrics["source_drift"]) == {"linear_cka", "mean_cosine"}
     assert {"alignment", "uniformity", "before", "neighbor_overlap", "target_drift"} <= set(metrics["label_free"])
@@ -99,6 +101,28 @@ def test_few_shot_accuracy_of_the_start_uses_the_same_draws(folders):
     alone = evaluate_backbone(ColorNet(1), config(folders, map=MapConfig(points=0)))
     assert result.metrics["before"]["fewshot"] == alone.metrics["fewshot"] != result.metrics["fewshot"]
     assert result.draws == alone.draws and ("few-shot runs, before", 4, 4) in told
+
+
+class Loud(ColorNet):
+    """Features of twice the norm, in the same directions."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(("network", "said"), [(Loud, True), (ColorNet, False)])
+def test_few_shot_accuracies_at_other_feature_norms_are_doubted(folders, network, said):
+    options = config(folders, before_fewshot=True, trials=1, gallery=0, map=MapConfig(points=0))
+    metrics = evaluate_backbone(ColorNet(), options, network()).metrics
+    assert any("mean norm went from" in line and "fewshot.lr=1" in line for line in metrics["statements"]) == said
+    assert metrics["before"]["class_means"] == metrics["class_means"]
+
+
+def test_class_means_need_no_few_shot_runs_and_skip_large_k(folders):
+    options = config(folders, fewshot=FewShotConfig(shots=[]), test=folders["train"], train=folders["test"])
+    metrics = evaluate_backbone(ColorNet(), options).metrics
+    assert set(metrics["class_means"]) == {"1", "2", "4"} and "fewshot" not in metrics  # classes have 5 images
+    assert metrics["not_known"] == {}
 
 
 def test_separable_colors_score_high(full):

@@ -35,6 +35,7 @@ def run(tmp_path):
     (folder.path / "eval").mkdir()
     evaluation = {"retrieval": 0.637, "clustering": {"mean": 0.473, "std": 0.01, "trials": []}}
     evaluation |= {"fewshot": {"8": {"mean_class": {"mean": 0.7292, "std": 0.002}}}, "statements": ["labels | judged"]}
+    evaluation |= {"class_means": {"2": {"mean": 0.5123, "std": 0.03}}}
     (folder.path / "eval" / "eval.json").write_text(json.dumps(evaluation))
     return folder
 
@@ -80,6 +81,7 @@ def test_a_model_card_has_data_recipe_verdict_and_figures(run, tmp_path):
         "| retrieval accuracy | 63.7 % |",
         "| clustering accuracy | 47.3 % ± 1.0 |",
         "| few-shot mean class accuracy, 8 images per class | 72.9 % ± 0.2 |",
+        "| mean class accuracy of class means, 2 images per class | 51.2 % ± 3.0 |",
         "- labels \\| judged",
         "| method.mix | cutmix |",
         "load_backbone('x.safetensors')",

@@ -181,21 +181,25 @@ def test_before_after_and_difference_are_side_by_side(tmp_path):
     run = write_run(tmp_path / "run")
     figures = json.loads((run / "eval.json").read_text())
     figures["before"] = {"retrieval": 0.8, "clustering": {"mean": 0.9, "std": None, "trials": [0.9]}}
+    figures["before"]["class_means"] = {"2": SPREAD}
+    figures["class_means"] = {"2": {**SPREAD, "mean": 0.875}, "4": SPREAD}
     figures["before"]["fewshot"] = {"10": {"mean_class": {"mean": 0.5, "std": 0.1, "trials": [0.4, 0.6]}}}
     figures["label_free"]["before"] = {"alignment": 0.4, "uniformity": -2.0}
     (run / "eval.json").write_text(json.dumps(figures))
     shown = table([("ours", run)]).split("\n\n")[-1]
     rows = {" ".join(line.split()[1:-3]): line.split()[-3:] for line in shown.splitlines()[2:]}
     assert rows["retrieval %"] == ["80.0", "90.0", "+10.0"] and rows["clustering %"] == ["90.0", "81.2", "-8.8"]
+    assert rows["2-shot means %"] == ["81.2", "87.5", "+6.2"] and "4-shot means %" not in rows
     assert rows["10-shot %"] == ["50.0", "75.0", "+25.0"] and "1-shot %" not in rows
     assert rows["alignment"] == ["0.400", "0.300", "-0.100"] and rows["uniformity"] == ["-2.000", "-2.500", "-0.500"]
     write_report(tmp_path / "report.html", [("ours", run)])
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Before and after</h2>" in page
     assert (
-        "With labels: retrieval 80.0 → 90.0 % (+10.0), clustering 90.0 → 81.2 % (-8.8), 10-shot 50.0 → 75.0 % (+25.0)."
-        in page
+        "With labels: retrieval 80.0 → 90.0 % (+10.0), clustering 90.0 → 81.2 % (-8.8), "
+        "2-shot means 81.2 → 87.5 % (+6.2), 10-shot 50.0 → 75.0 % (+25.0)." in page
     )
+    assert "K-shot means are mean class accuracies of the nearest class mean" in page
     assert page.index("<h2>Verdict</h2>") < page.index("<h2>Figures</h2>")
 
 

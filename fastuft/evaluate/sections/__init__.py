@@ -35,6 +35,7 @@ class Section:
 SECTIONS = (
     Section("clustering", "Clustering accuracy", accuracies.clustering),
     Section("retrieval", "Retrieval accuracy", accuracies.retrieval),
+    Section("class means", "Few-shot accuracy of class means", accuracies.class_means),
     Section("fewshot", "Few-shot accuracy", accuracies.few_shot),
     Section("fixmatch", "FixMatch accuracy", accuracies.semi_supervised),
     Section("label-free", "What changed without labels", changes.label_free),

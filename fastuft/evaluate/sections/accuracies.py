@@ -16,6 +16,7 @@ from fastuft.device import Precision
 from fastuft.evaluate.clustering import clustering_accuracy
 from fastuft.evaluate.few_shot import FewShotResult, fewshot
 from fastuft.evaluate.inputs import ArrayLike
+from fastuft.evaluate.prototypes import prototype_accuracy
 from fastuft.evaluate.retrieval import retrieval_accuracy
 from fastuft.evaluate.sections.context import AFTER, BEFORE, Context
 from fastuft.evaluate.sections.part import Part
@@ -24,6 +25,8 @@ from fastuft.model import Backbone
 from fastuft.randomness import keyed_seed
 
 NEIGHBORS = 5
+SHOTS = (1, 2, 4, 8)  # of the class means, if few-shot finetuning has none
+COMPARABLE = 1.25  # ratio of two networks' feature norms up to which one learning rate suits both classifiers
 
 Result = TypeVar("Result", bound=FewShotResult)
 
@@ -102,6 +105,27 @@ def retrieval(context: Context) -> Part:
     return part
 
 
+def class_means(context: Context) -> Part:
+    """Few-shot accuracy of the nearest class mean, for the values of K of few-shot finetuning that every class allows."""
+    part, folders = Part(), context.folders
+    if not folders.judged:
+        return part
+    assert folders.test is not None
+    train_labels, test_labels = folders.train.labels, folders.test.labels
+    smallest = int(np.bincount(train_labels).min())
+
+    def of(arm: str, shots: int) -> Spread:
+        train, test = context.features(arm, "train"), context.features(arm, "test")
+        return spread(prototype_accuracy(train, train_labels, test, test_labels, shots, seed=context.config.seed))
+
+    for arm in context.backbones:
+        for k in context.config.fewshot.shots or SHOTS:
+            if k <= smallest:
+                what = f"{k}-shot accuracy of class means" + ("" if arm == AFTER else f" {arm}")
+                part.put(part.known(what, partial(of, arm, k)), *_keys(arm, "class_means", str(k)))
+    return part
+
+
 def few_shot(context: Context) -> Part:
     """Accuracy after finetuning on K labeled images per class; if asked for, also of the start, on the same images."""
     part, config = Part(), context.config
@@ -126,6 +150,14 @@ def few_shot(context: Context) -> Part:
             part.statements.append(
                 f"Few-shot finetuning{words} did not converge (training loss up to {worst:.2f}; guessing gives {guess:.2f}), "
                 f"so its accuracies say little about the features: try a fewshot.lr other than {config.fewshot.lr:g}."
+            )
+    if {"fewshot", BEFORE} <= part.metrics.keys():
+        before, after = (float(context.features(arm, "train").norm(dim=1).mean()) for arm in (BEFORE, AFTER))
+        if max(before, after) > COMPARABLE * min(before, after):
+            part.statements.append(
+                f"Few-shot finetuning used fewshot.lr={config.fewshot.lr:g} before and after, but the features' mean norm went "
+                f"from {before:.3g} to {after:.3g}, and a rate that suits one may not suit the other. The class means do not "
+                "depend on a rate or a norm: compare those."
             )
     return part
 

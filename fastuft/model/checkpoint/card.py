@@ -66,6 +66,9 @@ def _figures(evaluation: Mapping[str, object]) -> dict[str, object]:
             found[f"{label} mean class accuracy{when}, {shots} images per class"] = _percent(
                 lookup(result, "mean_class")
             )
+    for when, *keys in (("", "class_means"), (" before", "before", "class_means")):
+        for shots, result in (lookup(evaluation, *keys) or {}).items():
+            found[f"mean class accuracy of class means{when}, {shots} images per class"] = _percent(result)
     return {name: value for name, value in found.items() if value is not None}
 
 
