@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import time
@@ -176,8 +175,7 @@ def labels_of(
                 classes=classes,
             )
         figures["fewshot"] = {str(k): 100 * statistics.fmean(values) for k, values in found.mean_class.items()}
-        figures["fewshot_loss"] = {str(k): max(values) for k, values in found.train_loss.items()}
-        figures["classes"] = len(classes)
+        figures["unsettled"] = [str(k) for k in found.unsettled]
     return figures
 
 
@@ -215,15 +213,9 @@ def cells(entry: Mapping[str, Any], look: Mapping[str, Any], means: list[str], s
     labels = look.get("labels") or {}
     accuracies = [labels.get("retrieval"), labels.get("clustering")]
     accuracies += [labels.get("class_means", {}).get(k) for k in means]
-    finetuned = [number(labels.get("fewshot", {}).get(k), 1) for k in shots]
-    doubted = [k in labels.get("fewshot_loss", {}) and unsettled(labels, k) for k in shots]
-    marked = [text + "?" * doubt for text, doubt in zip(finetuned, doubted, strict=True)]
-    return [entry["setting"], str(entry["seed"]), str(look["step"]), *(number(a, 1) for a in accuracies), *marked]
-
-
-def unsettled(labels: Mapping[str, Any], k: str) -> bool:
-    """Whether the loss of few-shot finetuning ended near or above that of guessing, as ``fastuft eval`` would say."""
-    return bool(labels["fewshot_loss"][k] > 0.9 * math.log(labels["classes"]))
+    doubted = labels.get("unsettled", [])
+    finetuned = [number(labels.get("fewshot", {}).get(k), 1) + "?" * (k in doubted) for k in shots]
+    return [entry["setting"], str(entry["seed"]), str(look["step"]), *(number(a, 1) for a in accuracies), *finetuned]
 
 
 def fate(entry: Mapping[str, Any]) -> list[str]:

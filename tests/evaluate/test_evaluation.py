@@ -19,7 +19,7 @@ from fastuft.config import ClusteringConfig, EvalConfig, FewShotConfig, MapConfi
 from fastuft.evaluate import Evaluation, evaluate_backbone, write_evaluation
 from fastuft.runfolder import RunFolder
 
-QUICK = FewShotConfig(shots=[1, 2], epochs=3, lr=1.0, crop_scale=(0.5, 1.0))
+QUICK = FewShotConfig(shots=[1, 2], epochs=6, lr=10.0, crop_scale=(0.5, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,9 @@ class Loud(ColorNet):
 def test_few_shot_accuracies_at_other_feature_norms_are_doubted(folders, network, said):
     options = config(folders, before_fewshot=True, trials=1, gallery=0, map=MapConfig(points=0))
     metrics = evaluate_backbone(ColorNet(), options, network()).metrics
-    assert any("mean norm went from" in line and "fewshot.lr=1" in line for line in metrics["statements"]) == said
+    assert (
+        any("mean norm went from" in line and "fewshot.lr=10 before" in line for line in metrics["statements"]) == said
+    )
     assert metrics["before"]["class_means"] == metrics["class_means"]
 
 
@@ -254,7 +256,7 @@ def test_few_shot_runs_that_do_not_converge_are_reported(folders):
     metrics = evaluate_backbone(
         ColorNet(), config(folders, fewshot=dataclasses.replace(QUICK, lr=1e-6), trials=1)
     ).metrics
-    assert any("did not converge (training loss up to 1.1" in s for s in metrics["statements"])
+    assert any("did not converge for K = 1, 2 (training loss up to 1.1" in s for s in metrics["statements"])
 
 
 def test_a_single_trial_has_no_spread_and_shots_can_be_disabled(folders):

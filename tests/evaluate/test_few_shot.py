@@ -218,6 +218,12 @@ def test_a_diverged_finetuning_keeps_those_of_other_shots(folder, monkeypatch):
     assert result.undefined == {2: "few-shot finetuning diverged"}
 
 
+def test_runs_that_end_above_half_the_loss_of_guessing_are_unsettled():
+    losses = {1: [0.1, 0.6], 2: [0.5, 0.5], 4: [0.9, 0.1]}  # guessing between 3 classes: 1.1
+    result = few_shot.FewShotResult({}, {}, losses, np.zeros((2, 3, 4), np.int64))
+    assert result.unsettled == [1, 4]
+
+
 def test_unreadable_image_is_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png.*verify-data"):

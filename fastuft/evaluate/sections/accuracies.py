@@ -144,12 +144,13 @@ def few_shot(context: Context) -> Part:
         result = part.known(f"Few-shot accuracy{words}", partial(of, arm))
         if result is None:
             continue
-        worst = max(max(losses) for losses in result.train_loss.values())
-        guess = math.log(len(context.folders.train.classes))
-        if worst > 0.9 * guess:
+        if result.unsettled:
+            worst = max(max(result.train_loss[k]) for k in result.unsettled)
+            guess = math.log(len(context.folders.train.classes))
             part.statements.append(
-                f"Few-shot finetuning{words} did not converge (training loss up to {worst:.2f}; guessing gives {guess:.2f}), "
-                f"so its accuracies say little about the features: try a fewshot.lr other than {config.fewshot.lr:g}."
+                f"Few-shot finetuning{words} did not converge for K = {', '.join(map(str, result.unsettled))} (training loss "
+                f"up to {worst:.2f}; guessing gives {guess:.2f}), so its accuracies there say little about the features: try a "
+                f"fewshot.lr other than {config.fewshot.lr:g}."
             )
     if {"fewshot", BEFORE} <= part.metrics.keys():
         before, after = (float(context.features(arm, "train").norm(dim=1).mean()) for arm in (BEFORE, AFTER))
