@@ -63,7 +63,7 @@ class Rule:
             recovers before accuracy does.
         spread_gain: fall of uniformity from which they have spread.
         rank_drop: fall of effective rank that rules out "better".
-        lidar_drop: fall of LiDAR that rules out "better".
+        lidar_drop: fall of LiDAR from which they are no better, however well views agree.
         fewest_images: smallest sample that allows a verdict.
         patience: looks without improvement after which a run with ``stop: judged`` ends.
     """
@@ -155,7 +155,7 @@ def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
     The best look is the one with the highest view agreement that has not collapsed. It is better than the start if agreement
     rose by ``agreement_gain``, the features have spread (training makes views agree, and agreement alone rises in a collapse
     too), and neither effective rank nor LiDAR fell much. It is no better if agreement rose by less than ``agreement_loss`` at
-    every look.
+    every look, or if LiDAR fell much: views then agree because the features tell less apart.
 
     Args:
         looks: in the order of their steps; the first is at step 0.
@@ -170,24 +170,30 @@ def judge(looks: Sequence[Look], rule: Rule | None = None) -> Verdict:
         return Verdict("not known", last.step, f"{start.images} images are too few to tell")
     best = best_look(looks, limits)
     gain = None if best is None else agreement_gain(best, start)
-    if best is not None and gain is not None and gain >= limits.agreement_gain and not _forbidden(best, start, limits):
+    if best is not None and gain is not None and gain >= limits.agreement_gain and _richer(best, start, limits):
         return Verdict("better", best.step, _compared(best, start))
     if collapsed(last, start, limits):
         return Verdict("collapsed", 0, _compared(last, start))
     if best is None or gain is None:
         return Verdict("not known", last.step, "the agreement of views has no value")
-    if gain < limits.agreement_loss:
+    if gain < limits.agreement_loss or _poorer(best, start, limits):
         return Verdict("no better", 0, _compared(best, start))
     return Verdict("not known", last.step, _compared(last, start))
 
 
-def _forbidden(look: Look, start: Look, rule: Rule) -> bool:
-    """Whether uniformity, effective rank or LiDAR rules out that a look is better; so does a missing one."""
+def _poorer(look: Look, start: Look, rule: Rule) -> bool:
+    """Whether LiDAR fell much; False if it has no value."""
+    lidar = _change(look.lidar, start.lidar)
+    return lidar is not None and lidar < -rule.lidar_drop
+
+
+def _richer(look: Look, start: Look, rule: Rule) -> bool:
+    """Whether the features have spread, and neither effective rank nor LiDAR fell much; False if one has no value."""
     rank, lidar = _change(look.effective_rank, start.effective_rank), _change(look.lidar, start.lidar)
     if rank is None or lidar is None or look.uniformity is None or start.uniformity is None:
-        return True
+        return False
     spread = look.uniformity <= start.uniformity - rule.spread_gain
-    return not spread or rank < -rule.rank_drop or lidar < -rule.lidar_drop
+    return spread and rank >= -rule.rank_drop and lidar >= -rule.lidar_drop
 
 
 _WORDS = {

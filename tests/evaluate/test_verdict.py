@@ -42,13 +42,19 @@ def test_view_agreement_and_alignment_alone_never_mean_better():
     [
         {"view_agreement": 0.56},
         {"uniformity": -1.9},
-        {"lidar": 10.0},
         {"lidar": None},
         {"effective_rank": 30.0},
     ],
 )
 def test_a_small_gain_or_conflicting_measures_are_unknown(fallen):
     assert judge([START, good(10, **fallen)]).outcome == "not known"
+
+
+def test_views_that_agree_because_lidar_fell_are_no_better():
+    assert judge([START, good(10, 0.7, lidar=15.7)]).outcome == "better"
+    verdict = judge([START, good(10, 0.7, lidar=15.4)])
+    assert (verdict.outcome, verdict.step) == ("no better", 0)
+    assert judge([START, good(10, 0.7, lidar=15.4)], Rule(lidar_drop=0.3)).outcome == "better"
 
 
 @pytest.mark.parametrize(
