@@ -135,7 +135,7 @@ def test_the_demo_runs_and_is_then_complete(tmp_path, capsys):
         assert row in printed
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines] == ["run", "---", RAW_PIXELS, PRETRAINED, *ARMS]
-    assert lines[0].startswith("| run | retrieval % | clustering % | 1-shot % | source clustering % |")
+    assert lines[0].startswith("| run | retrieval % | clustering % | 1-shot means % | 1-shot % | source clustering % |")
     assert list((tmp_path / "features").iterdir())
     page = (tmp_path / "report.html").read_text()
     assert page.count("<script>") == page.count("<script") == 1  # the sorting of tables, within the page
