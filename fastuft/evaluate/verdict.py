@@ -193,7 +193,7 @@ def _richer(look: Look, start: Look, rule: Rule) -> bool:
     if rank is None or lidar is None or look.uniformity is None or start.uniformity is None:
         return False
     spread = look.uniformity <= start.uniformity - rule.spread_gain
-    return spread and rank >= -rule.rank_drop and lidar >= -rule.lidar_drop
+    return spread and rank >= -rule.rank_drop and not _poorer(look, start, rule)
 
 
 _WORDS = {

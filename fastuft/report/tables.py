@@ -135,6 +135,11 @@ class Column:
     kind: Literal["accuracy", "reference", "change"]
 
 
+def _shots(runs: Sequence[RunFiles], *keys: str) -> list[int]:
+    """The values of K for which any run has figures below ``keys`` of its evaluation, in order."""
+    return sorted({int(k) for run in runs for k in lookup(run.evaluation, *keys) or ()})
+
+
 def _columns(runs: Sequence[RunFiles]) -> list[Column]:
     """The columns for which any run has a figure."""
 
@@ -148,9 +153,7 @@ def _columns(runs: Sequence[RunFiles]) -> list[Column]:
     def plain(header: str, *keys: str) -> Column:
         return Column(header, lambda group: figure(group, *keys), 3, "change")
 
-    means = sorted({int(k) for run in runs for k in lookup(run.evaluation, "class_means") or ()})
-    shots = sorted({int(k) for run in runs for k in lookup(run.evaluation, "fewshot") or ()})
-    semi = sorted({int(k) for run in runs for k in lookup(run.evaluation, "fixmatch") or ()})
+    means, shots, semi = (_shots(runs, name) for name in ("class_means", "fewshot", "fixmatch"))
     columns = [
         share("retrieval %", "retrieval"),
         share("clustering %", "clustering"),
@@ -205,10 +208,7 @@ def before_after_table(runs: Sequence[RunFiles]) -> Table | None:
         ("LiDAR", 1, 1, ("label_free", "before", "lidar"), ("label_free", "lidar")),
         ("view agreement %", 100, 1, ("label_free", "before", "view_agreement"), ("label_free", "view_agreement")),
     ]
-    means, shots = (
-        sorted({int(k) for run in runs for k in lookup(run.evaluation, "before", name) or ()})
-        for name in ("class_means", "fewshot")
-    )
+    means, shots = (_shots(runs, "before", name) for name in ("class_means", "fewshot"))
     compared[2:2] = [
         *((f"{k}-shot means %", 100, 1, ("before", "class_means", str(k)), ("class_means", str(k))) for k in means),
         *(

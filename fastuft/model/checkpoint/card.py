@@ -60,15 +60,17 @@ def _percent(value: object) -> str | None:
 
 def _figures(evaluation: Mapping[str, object]) -> dict[str, object]:
     found = {name: _percent(lookup(evaluation, *keys)) for name, keys in _FIGURES.items()}
-    by_shots = (("few-shot", "", "fewshot"), ("few-shot", " before", "before", "fewshot"), ("FixMatch", "", "fixmatch"))
-    for label, when, *keys in by_shots:
+    by_shots = (
+        ("few-shot mean class accuracy", "fewshot"),
+        ("few-shot mean class accuracy before", "before", "fewshot"),
+        ("FixMatch mean class accuracy", "fixmatch"),
+        ("mean class accuracy of class means", "class_means"),
+        ("mean class accuracy of class means before", "before", "class_means"),
+    )
+    for label, *keys in by_shots:
+        inner = () if "class_means" in keys else ("mean_class",)
         for shots, result in (lookup(evaluation, *keys) or {}).items():
-            found[f"{label} mean class accuracy{when}, {shots} images per class"] = _percent(
-                lookup(result, "mean_class")
-            )
-    for when, *keys in (("", "class_means"), (" before", "before", "class_means")):
-        for shots, result in (lookup(evaluation, *keys) or {}).items():
-            found[f"mean class accuracy of class means{when}, {shots} images per class"] = _percent(result)
+            found[f"{label}, {shots} images per class"] = _percent(lookup(result, *inner))
     return {name: value for name, value in found.items() if value is not None}
 
 
