@@ -99,18 +99,19 @@ def test_ranks_over_shards_equal_one_rank_over_the_folder(tiny, locations, tmp_p
 
 
 COPIER = """
-import json, os, signal, sys
+import json, os, signal, sys, threading
 from fastuft.atomic import whole_file
 from fastuft.data import Manifest, manifest
 target, source, cache, deadly = sys.argv[1:]
 if int(deadly):
-    real, copies = manifest._write_compared, []
+    real, copies, lock = manifest._write_compared, [], threading.Lock()
     def written(location, content):
-        copies.append(location)
-        if len(copies) == int(deadly):
-            with whole_file(location) as partial:
-                partial.write_bytes(content[: len(content) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
+        with lock:  # no copy starts after the deadly one
+            copies.append(location)
+            if len(copies) == int(deadly):
+                with whole_file(location) as partial:
+                    partial.write_bytes(content[: len(content) // 2])
+                    os.kill(os.getpid(), signal.SIGKILL)
         real(location, content)
     manifest._write_compared = written
 print("ready", flush=True)
