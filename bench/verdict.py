@@ -192,9 +192,14 @@ def report(sets: Mapping[str, Sequence[Run]]) -> str:
 def main() -> None:
     """Print the report of the named files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweeps", nargs="+", help="NAME=FILE of each data set's sweep.json")
-    named = [entry.partition("=") for entry in parser.parse_args().sweeps]
-    print(report({name: read(Path(file)) for name, _, file in named}))
+    parser.add_argument(
+        "sweeps", nargs="+", help="NAME=FILE of each data set's sweep.json; files of one name are one set"
+    )
+    sets: dict[str, list[Run]] = {}
+    for entry in parser.parse_args().sweeps:
+        name, _, file = entry.partition("=")
+        sets.setdefault(name, []).extend(read(Path(file)))
+    print(report(sets))
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ class Rule:
         collapsed_rank: effective rank, relative to the start, below which the features have collapsed.
         collapsed_uniformity: uniformity above which all features are close together (0: they are equal).
         agreement_gain: rise of view agreement from which the features are better, if they have spread too.
-        agreement_loss: rise of view agreement below which they are no better: runs dip before they gain, and view agreement
-            recovers before accuracy does.
+        agreement_loss: rise of view agreement below which they are no better: runs dip before they gain, view agreement
+            recovers before accuracy does, and it rises more on the images that training saw than on others.
         spread_gain: fall of uniformity from which they have spread.
         rank_drop: fall of effective rank that rules out "better".
         lidar_drop: fall of LiDAR from which they are no better, however well views agree.
@@ -71,7 +71,7 @@ class Rule:
     collapsed_rank: float = 0.25
     collapsed_uniformity: float = -0.15
     agreement_gain: float = 0.35
-    agreement_loss: float = 0.2
+    agreement_loss: float = 0.3
     spread_gain: float = 0.1
     rank_drop: float = 0.1
     lidar_drop: float = 0.25

@@ -92,7 +92,7 @@ def test_a_sweep_resumes_and_its_looks_have_labels(folders, tmp_path, monkeypatc
     assert not (tmp_path / "naive-0" / "run" / "checkpoints").exists()
 
     verdict = script("verdict")
-    monkeypatch.setattr(sys, "argv", ["verdict.py", *(f"{n}={tmp_path / 'sweep.json'}" for n in ("one", "two"))])
+    monkeypatch.setattr(sys, "argv", ["verdict.py", *(f"{n}={tmp_path / 'sweep.json'}" for n in ("one", "two", "two"))])
     capsys.readouterr()
     verdict.main()
     said = capsys.readouterr().out
@@ -101,6 +101,8 @@ def test_a_sweep_resumes_and_its_looks_have_labels(folders, tmp_path, monkeypatc
         and "one, whole runs: fitted on the others" in said
         and "| two: naive-0 to " in said
     )
+    counts = {line.split(":")[0]: line.split(" | ")[1] for line in said.splitlines() if ", whole runs: in use" in line}
+    assert counts == {"| one, whole runs": "2", "| two, whole runs": "4"}
 
 
 def test_few_shot_accuracies_that_did_not_converge_are_marked():

@@ -40,7 +40,7 @@ def test_view_agreement_and_alignment_alone_never_mean_better():
 @pytest.mark.parametrize(
     "fallen",
     [
-        {"view_agreement": 0.56},
+        {"view_agreement": 0.58},
         {"uniformity": -1.9},
         {"lidar": None},
         {"effective_rank": 30.0},
@@ -121,7 +121,8 @@ def test_agreement_is_compared_by_its_odds():
 
 def test_thresholds_can_be_given():
     looks = [START, good(10, 0.56)]
-    assert judge(looks).outcome == "not known"
+    assert judge(looks).outcome == "no better"
+    assert judge(looks, Rule(agreement_loss=0.24)).outcome == "not known"
     assert judge(looks, Rule(agreement_gain=0.24)).outcome == "better"
 
 
