@@ -52,7 +52,7 @@ def test_the_measured_settings_are_chosen():
     """The settings of the table in docs/recipes.md for 900 target and 500 source images."""
     config, _ = settled(images(900, 500))
     assert (config.data.batch_size, config.method.queue_size, config.model.bn) == (64, 1024, "plain")
-    assert (config.optim.epochs, config.optim.lr, config.method.key_momentum) == (20, 0.03, 0.99)
+    assert (config.optim.epochs, config.optim.lr, config.method.key_momentum) == (40, 0.03, 0.995)
 
 
 @pytest.mark.parametrize("ranks", [CPU, GPU, GPUS])
@@ -88,7 +88,7 @@ def test_given_values_are_kept_and_the_others_follow():
 
 
 def test_a_run_limited_by_max_steps_makes_the_same_choices():
-    assert settled(images(900, 500), max_steps=2)[0].method.key_momentum == 0.99
+    assert settled(images(900, 500), max_steps=2)[0].method.key_momentum == 0.995
 
 
 def test_the_verdict_selects_when_it_can_be_drawn():
