@@ -23,6 +23,7 @@ from fastuft.evaluate import Look, Rule, judge
 
 MEASURES = ("effective_rank", "lidar", "uniformity", "alignment", "view_agreement", "neighbors_kept", "source_cka")
 LABELS = ("retrieval", "clustering")
+MEANS = "class means"  # of as many labels per class as were measured; older sweeps have none
 HELPED = 2.0  # points by which a run is better than its start
 HARMED = 1.0  # points below the start that an export may lose
 GRID = {
@@ -41,16 +42,21 @@ class Run:
         name: setting and seed.
         looks: its looks, of which the first is the start.
         labels: [looks, len(LABELS)].
+        means: few-shot accuracy of class means, averaged over K, [looks]; nan where it was not measured.
     """
 
     name: str
     looks: list[Look]
     labels: np.ndarray
+    means: np.ndarray
 
     def ends(self) -> list[Run]:
         """The run as it would be if it had ended at each of its looks."""
         counts = range(2, len(self.looks) + 1)
-        return [Run(f"{self.name} to {self.looks[n - 1].step}", self.looks[:n], self.labels[:n]) for n in counts]
+        return [
+            Run(f"{self.name} to {self.looks[n - 1].step}", self.looks[:n], self.labels[:n], self.means[:n])
+            for n in counts
+        ]
 
     @property
     def gains(self) -> np.ndarray:
@@ -87,17 +93,19 @@ def read(file: Path) -> list[Run]:
         rows = [row for row in entry["looks"] if row.get("labels")]
         if len(rows) > 1:
             labels = np.array([[row["labels"][name] for name in LABELS] for row in rows])
-            runs.append(Run(f"{entry['setting']}-{entry['seed']}", [Look.of(row) for row in rows], labels))
+            shots = [list(row["labels"].get("class_means", {}).values()) for row in rows]
+            means = np.array([np.mean(values) if values else np.nan for values in shots])
+            runs.append(Run(f"{entry['setting']}-{entry['seed']}", [Look.of(row) for row in rows], labels, means))
     return runs
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
+def ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Ranks of values, ties at their mean."""
     array = np.asarray(values, float)
     return np.array([((array < v).sum() + (array <= v).sum() - 1) / 2 for v in array])
 
 
-def correlation(one: Sequence[float], other: Sequence[float]) -> float:
+def correlation(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.ndarray) -> float:
     """Spearman's rank correlation; nan if one is constant or has fewer than two values."""
     a, b = ranks(one), ranks(other)
     if len(a) < 2 or a.std() == 0 or b.std() == 0:
@@ -106,14 +114,16 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def correlations(runs: Iterable[Run]) -> dict[str, list[float]]:
-    """Rank correlation of the change of each measure with the gain of each of LABELS, over all looks but the starts."""
+    """Rank correlation of each measure's change with the gains in LABELS and in MEANS, over all looks but the starts."""
     pairs = [(run, i) for run in runs for i in range(1, len(run.looks))]
     found = {}
     for name in MEASURES:
         known = [(run, i) for run, i in pairs if None not in (getattr(run.looks[i], name), getattr(run.looks[0], name))]
-        changes = [getattr(run.looks[i], name) - getattr(run.looks[0], name) for run, i in known]
-        gains = [[run.labels[i, j] - run.labels[0, j] for run, i in known] for j in range(len(LABELS))]
-        found[name] = [correlation(changes, gain) for gain in gains]
+        changes = np.array([getattr(run.looks[i], name) - getattr(run.looks[0], name) for run, i in known])
+        gains = [np.array([run.labels[i, j] - run.labels[0, j] for run, i in known]) for j in range(len(LABELS))]
+        gains.append(np.array([run.means[i] - run.means[0] for run, i in known]))
+        measured = [np.isfinite(gain) for gain in gains]
+        found[name] = [correlation(changes[kept], gain[kept]) for kept, gain in zip(measured, gains, strict=True)]
     return found
 
 
@@ -168,7 +178,7 @@ def report(sets: Mapping[str, Sequence[Run]]) -> str:
     """Everything, as Markdown."""
     every = [run for runs in sets.values() for run in runs]
     groups = {**sets, "all": every} if len(sets) > 1 else dict(sets)
-    head = ["rank correlation", *(f"{name}: {label}" for name in groups for label in LABELS)]
+    head = ["rank correlation", *(f"{name}: {label}" for name in groups for label in (*LABELS, MEANS))]
     found = {name: correlations(runs) for name, runs in groups.items()}
     parts = [table(head, [[m.replace("_", " "), *(v for name in groups for v in found[name][m])] for m in MEASURES])]
     told, totals = [], []
