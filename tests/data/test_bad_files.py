@@ -100,9 +100,9 @@ def test_a_hanging_file_is_named_and_does_not_block_the_others(manifest, monkeyp
         return read_image(path, max_megapixels)
 
     monkeypatch.setattr(feed_module, "read_image", read)
-    with pytest.raises(BadImageError, match=r"03\.png: cannot be read \(not read within 0.2 seconds\)"):
-        list(small_stream(manifest, loader, read_timeout=0.2).epoch(0))
-    stream = small_stream(manifest, loader, read_timeout=0.2, on_bad_file="skip", drop_last=False)
+    with pytest.raises(BadImageError, match=r"03\.png: cannot be read \(not read within 2 seconds\)"):
+        list(small_stream(manifest, loader, read_timeout=2.0).epoch(0))
+    stream = small_stream(manifest, loader, read_timeout=2.0, on_bad_file="skip", drop_last=False)
     index = torch.cat([batch.index for batch in stream.epoch(0)])
     assert len(index) == 35 and set(index.tolist()) == set(range(35)) - {3}
     hung.set()
