@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_scripts import script
 from PIL import Image
-
-BENCH = Path(__file__).parents[2] / "bench"
 
 
 def rewritten(folder, out, camera, monkeypatch):
     """Run the script; the images below ``out`` by name, as grayscale in [0, 255]."""
-    spec = importlib.util.spec_from_file_location("other_cameras", BENCH / "other_cameras.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["other_cameras.py", str(folder), str(out), "--camera", camera])
-    module.main()
+    script("other_cameras").main()
     found = {path.relative_to(out).as_posix(): Image.open(path) for path in out.rglob("*.jpg")}
     assert all(image.mode == "RGB" for image in found.values())
     return {name: np.asarray(image.convert("L"), np.float64) for name, image in found.items()}

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from bench_scripts import script
 from PIL import Image
 
 from fastuft.model import build_backbone, export_backbone
-
-BENCH = Path(__file__).parents[2] / "bench"
-
-
-def script(name):
-    """Import a script of the benchmarks."""
-    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
